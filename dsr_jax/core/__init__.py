@@ -1,0 +1,1 @@
+"""Leaf utilities that every other package may use: errors, types, random streams, trees, files."""

@@ -1,0 +1,47 @@
+"""Errors that a user can act on: each names the offender and the remedy.
+
+Entry points print a `DsrError` without a traceback and exit with status 2 (`core.cli`); any other
+exception is a bug and keeps its traceback.
+"""
+
+
+class DsrError(Exception):
+    """Base class: something outside the code is wrong and the user can mend it.
+
+    Args:
+      problem: What is wrong, naming the offending key, shape or file.
+      remedy: What to do about it; printed on its own line.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{problem}\n  -> {remedy}" if remedy else problem)
+
+
+class ConfigError(DsrError):
+    """A config key, value or combination that cannot work."""
+
+
+class MeshError(DsrError):
+    """Devices, mesh axes, logical axes or batch that do not fit each other."""
+
+
+class DataError(DsrError):
+    """A data set, image file or batch that cannot be read as asked."""
+
+
+class CheckpointError(DsrError):
+    """A checkpoint or run folder that is missing, damaged or of another model."""
+
+
+class ConversionError(DsrError):
+    """A foreign state dict that does not map onto the model one to one."""
+
+
+class EvaluationError(DsrError):
+    """Samples or references that cannot be scored."""
+
+
+class NumericsError(DsrError):
+    """A loss or gradient that is no longer a number."""

@@ -1,0 +1,42 @@
+"""Random streams as pure functions of (seed, stream name, step, global sample index).
+
+Nothing random is stored or threaded through a state: a draw is found again from its coordinates.
+So a resumed run, or one on another number of hosts, devices or micro-batches, draws the same noise
+for the same sample.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dsr_jax.core.typing import Array
+
+
+def stream_key(seed: int, stream: str, step: int | Array | None = None) -> Array:
+    """Returns the key of one named stream, at one step if given.
+
+    Args:
+      seed: The run's seed.
+      stream: A name such as "noise"; hashed with CRC-32, which is stable across Python processes
+        (`hash(str)` is not).
+      step: Training step or sampler step, may be traced.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+    return key if step is None else jax.random.fold_in(key, step)
+
+
+def sample_keys(key: Array, indices: Array) -> Array:
+    """Returns one key per sample [B] from the samples' global indices [B]."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
+
+
+def normal_per_sample(keys: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+    """Draws standard normals [B, *shape], row b from `keys[b]` alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape), dtype))(keys)
+
+
+def uniform_per_sample(keys: Array, shape: Sequence[int] = ()) -> Array:
+    """Draws uniforms in [0, 1) of shape [B, *shape], row b from `keys[b]` alone."""
+    return jax.vmap(lambda key: jax.random.uniform(key, tuple(shape)))(keys)

@@ -1,0 +1,47 @@
+"""Parameter trees as flat dictionaries of names, and their sizes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dsr_jax.core.typing import PyTree
+
+
+def flatten_names(tree: PyTree, sep: str = "/") -> dict[str, Any]:
+    """Flattens a tree into `{"blocks/attn/qkv/kernel": leaf}`, in the tree's own order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=sep): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def unflatten_names(flat: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
+    """Builds the nested dictionary whose `flatten_names` is `flat`.
+
+    Raises:
+      ValueError: If one name is both a leaf and a prefix of another.
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(sep)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name!r} lies below {parent!r}, which is itself a leaf")
+        if last in node:
+            raise ValueError(f"{name!r} is given twice, or is also the prefix of another name")
+        node[last] = leaf
+    return tree
+
+
+def count_params(tree: PyTree) -> int:
+    """Number of elements in all leaves (arrays or `ShapeDtypeStruct`s)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all leaves (arrays or `ShapeDtypeStruct`s), before any sharding."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
