@@ -13,7 +13,7 @@ def flatten_names(tree: PyTree, sep: str = "/") -> dict[str, Any]:
     """Flattens a tree into `{"blocks/attn/qkv/kernel": leaf}`, in the tree's own order."""
     return {
         jax.tree_util.keystr(path, simple=True, separator=sep): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 

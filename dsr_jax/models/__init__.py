@@ -1,0 +1,1 @@
+"""Flax Linen modules: networks and nothing else."""

@@ -1,0 +1,143 @@
+"""Multi-head self-attention, and the one function through which every network attends."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.layers import Dense, LayerNorm, RMSNorm
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.rope import rotate
+from dsr_jax.parallel.axes import Constrain
+
+Rope = tuple[Array, Array]
+"""Cosines and sines, each [L, K]."""
+
+
+def _attend_einsum(q: Array, k: Array, v: Array) -> Array:
+    """Divides by the softmax sum after the product with v.
+
+    XLA's CPU backend does not fuse softmax into products; dividing the [B, H, L, K] result
+    instead of the [B, H, L, L] weights saves a pass over the larger array, forward and backward.
+    """
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    scores = jnp.einsum("bhlk,bhmk->bhlm", q * scale, k, preferred_element_type=jnp.float32)
+    # The maximum cancels in the quotient, so no gradient needs to pass through it.
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    mixed = jnp.einsum(
+        "bhlm,bhmk->bhlk", weights.astype(dtype), v, preferred_element_type=jnp.float32
+    )
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+    return mixed.astype(dtype).transpose(0, 2, 1, 3)
+
+
+def _attend_xla(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def _attend_cudnn(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+_KERNELS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "einsum": _attend_einsum,
+    "xla": _attend_xla,
+    "cudnn": _attend_cudnn,
+}
+
+
+def attend(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
+    """Softmax attention without mask, scores and softmax in float32.
+
+    Args:
+      q: Queries [B, L, H, K], scaled by 1/sqrt(K) inside.
+      k: Keys [B, M, H, K].
+      v: Values [B, M, H, K].
+      kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), or "auto": einsum on a CPU, cudnn for
+        bfloat16 on a GPU, xla elsewhere.
+
+    Returns:
+      [B, L, H, K] in the dtype of `q`.
+
+    Raises:
+      ConfigError: If the kernel's name is unknown.
+    """
+    if kernel == "auto":
+        platform = jax.default_backend()
+        cudnn = platform == "gpu" and q.dtype == jnp.bfloat16
+        kernel = "einsum" if platform == "cpu" else "cudnn" if cudnn else "xla"
+    if kernel not in _KERNELS:
+        raise ConfigError(
+            f"config.model.attention={kernel!r}", f"choose from auto, {', '.join(_KERNELS)}"
+        )
+    return _KERNELS[kernel](q, k, v)
+
+
+class Attention(nn.Module):
+    """Self-attention with optional q/k norm, rotary embedding and a learned key-value token.
+
+    Attributes:
+      num_heads: Heads H; the width must be a multiple.
+      use_qknorm: Normalises q and k per head.
+      use_rmsnorm: RMSNorm for q and k, else affine LayerNorm with torch's default epsilon.
+      kv_bias: Prepends one learned key and value, not rotated (attn_with_bias).
+      kernel: See `attend`.
+      precision: Dtype policy.
+      constrain: Layout of activations.
+    """
+
+    num_heads: int
+    use_qknorm: bool = False
+    use_rmsnorm: bool = True
+    kv_bias: bool = False
+    kernel: str = "auto"
+    precision: Precision = Precision()
+    constrain: Constrain = Constrain()
+
+    @nn.compact
+    def __call__(self, x: Array, rope: Rope | None = None) -> Array:
+        """Maps [B, L, D] to [B, L, D]."""
+        heads, head_dim = self.num_heads, x.shape[-1] // self.num_heads
+        qkv = Dense(
+            (3, heads, head_dim),
+            ("embed", None, "heads", "head_dim"),
+            precision=self.precision,
+            name="qkv",
+        )(x)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        if self.use_qknorm:
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+        if rope is not None:
+            q, k = (rotate(self.precision.island("rope", y), *rope) for y in (q, k))
+        if self.kv_bias:
+            k, v = self._prepend("k_bias", k), self._prepend("v_bias", v)
+        names = ("act_batch", "act_len", "act_heads", "act_head_dim")
+        q, k, v = (self.constrain(self.precision.product(y), *names) for y in (q, k, v))
+        mixed = attend(q, k, v, self.kernel)
+        return Dense(
+            x.shape[-1:],
+            ("heads", "head_dim", "embed"),
+            num_inputs=2,
+            precision=self.precision,
+            name="proj",
+        )(mixed)
+
+    def _norm(self, name: str) -> nn.Module:
+        if self.use_rmsnorm:
+            return RMSNorm(axis="head_dim", precision=self.precision, name=name)
+        return LayerNorm(
+            epsilon=1e-5, affine=True, axis="head_dim", precision=self.precision, name=name
+        )
+
+    def _prepend(self, name: str, x: Array) -> Array:
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(0.02), (None, "heads", None, "head_dim")
+        )
+        token = self.param(name, init, (1, x.shape[2], 1, x.shape[3])).transpose(0, 2, 1, 3)
+        token = jnp.broadcast_to(token, (x.shape[0], 1, *x.shape[2:]))
+        return jnp.concatenate([token.astype(x.dtype), x], axis=1)

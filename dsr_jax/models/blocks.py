@@ -1,0 +1,154 @@
+"""The modulated transformer block, and stacks of it as one scan over depth.
+
+Source: DSR lightningDiT.py (LightningDiTBlock); spec denoiser 1.3.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.attention import Attention, Rope
+from dsr_jax.models.layers import Dense, LayerNorm, Mlp, RMSNorm, SwiGLU, zeros
+from dsr_jax.models.precision import Precision
+from dsr_jax.parallel.axes import Constrain
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a block: everything, only its input, or products of weights."""
+
+
+def swiglu_width(width: int, mlp_ratio: float) -> int:
+    """Hidden units of SwiGLU: two thirds of the MLP's, truncated as in the original."""
+    return int(2 / 3 * int(width * mlp_ratio))
+
+
+def make_norm(use_rmsnorm: bool, name: str, precision: Precision) -> nn.Module:
+    """RMSNorm with a learned scale, or LayerNorm without parameters (spec denoiser 1.4)."""
+    if use_rmsnorm:
+        return RMSNorm(precision=precision, name=name)
+    return LayerNorm(precision=precision, name=name)
+
+
+def modulation(condition: Array, count: int, width: int, precision: Precision) -> tuple[Array, ...]:
+    """adaLN: `count` vectors of `width` from SiLU(condition), all zero at the start.
+
+    Adds the projection `adaLN` to the module whose compact method calls it.
+
+    Args:
+      condition: [B, D], or [B, L, D] for a condition of each token's own.
+      count: Number of vectors.
+      width: Their width.
+      precision: Dtype policy.
+
+    Returns:
+      `count` arrays that broadcast over tokens [B, L, width].
+    """
+    vectors = Dense(
+        (count, width),
+        ("embed", None, "modulation"),
+        kernel_init=zeros,
+        precision=precision,
+        name="adaLN",
+    )(jax.nn.silu(condition))
+    if condition.ndim == 2:
+        vectors = vectors[:, None]
+    return tuple(vectors[..., i, :] for i in range(count))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between a modulated norm and a gated residual.
+
+    Attributes:
+      num_heads: Attention heads.
+      mlp_ratio: Hidden units of the feed-forward per unit of width.
+      use_swiglu: SwiGLU, else an MLP with tanh-GELU.
+      use_rmsnorm: RMSNorm with scale, else LayerNorm without.
+      use_qknorm: Normalises q and k.
+      attn_kv_bias: Learned extra key and value.
+      attention: Attention kernel.
+      precision: Dtype policy.
+      constrain: Layout of activations.
+    """
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    use_swiglu: bool = True
+    use_rmsnorm: bool = True
+    use_qknorm: bool = False
+    attn_kv_bias: bool = False
+    attention: str = "auto"
+    precision: Precision = Precision()
+    constrain: Constrain = Constrain()
+
+    @nn.compact
+    def __call__(self, x: Array, condition: Array, rope: Rope | None) -> tuple[Array, None]:
+        """Maps tokens [B, L, D] to [B, L, D]; returned as a scan's (carry, output)."""
+        width = x.shape[-1]
+        x = self.constrain(x, "act_batch", "act_len", "act_embed")
+        vectors = modulation(condition, 6, width, self.precision)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
+        self.sow("intermediates", "modulation", vectors)
+
+        normed = make_norm(self.use_rmsnorm, "norm1", self.precision)(x)
+        self.sow("intermediates", "norm1", normed)
+        mixed = Attention(
+            self.num_heads,
+            self.use_qknorm,
+            self.use_rmsnorm,
+            self.attn_kv_bias,
+            self.attention,
+            self.precision,
+            self.constrain,
+            name="attn",
+        )(normed * (1 + scale_attn) + shift_attn, rope)
+        self.sow("intermediates", "attn", mixed)
+        x = x + self.precision.island("residual", gate_attn * mixed)
+
+        normed = make_norm(self.use_rmsnorm, "norm2", self.precision)(x)
+        mixed = self._feed_forward(width)(normed * (1 + scale_mlp) + shift_mlp)
+        self.sow("intermediates", "mlp", mixed)
+        x = x + self.precision.island("residual", gate_mlp * mixed)
+        self.sow("intermediates", "out", x)
+        return x, None
+
+    def _feed_forward(self, width: int) -> nn.Module:
+        if self.use_swiglu:
+            hidden = swiglu_width(width, self.mlp_ratio)
+            return SwiGLU(hidden, self.precision, name="mlp")
+        return Mlp(int(width * self.mlp_ratio), precision=self.precision, name="mlp")
+
+
+def make_stack(depth: int, remat: str, name: str, **block: Any) -> nn.Module:
+    """Returns `depth` blocks as one scan; parameters and intermediates get a leading layer axis.
+
+    Args:
+      depth: Number of blocks.
+      remat: A name in REMAT_POLICIES.
+      name: The stack's name in the parameter tree.
+      **block: Attributes of `Block`.
+
+    Raises:
+      ConfigError: If the policy's name is unknown.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ConfigError(
+            f"config.model.remat={remat!r}", f"choose from {', '.join(REMAT_POLICIES)}"
+        )
+    target: Any = Block
+    if remat != "none":
+        # A scan keeps its iterations apart by itself; CSE barriers would only cost time.
+        target = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        target,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(name=name, **block)

@@ -1,0 +1,143 @@
+"""Patches, positions, time and labels as vectors of the model's width."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.typing import Array
+from dsr_jax.models.layers import Dense, Initializer
+from dsr_jax.models.precision import Precision
+
+
+def sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
+    """Sines then cosines [len(positions), dim] of positions over 10000^(2k/dim), in float64."""
+    frequencies = 10000.0 ** -(np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angles = positions.reshape(-1)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(dim: int, grid: int) -> np.ndarray:
+    """Table [grid**2, dim] for a row-major grid; the first half of the channels tells the column.
+
+    Source: MAE's get_2d_sincos_pos_embed; spec denoiser 1.7.
+    """
+    rows, columns = np.mgrid[:grid, :grid]
+    halves = [sincos_1d(dim // 2, columns), sincos_1d(dim // 2, rows)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def sincos_init(grid: int) -> Initializer:
+    """Initialiser of a learned table [1, grid**2, D] with the sine-cosine one."""
+
+    def initialise(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        del key
+        return jnp.asarray(sincos_2d(shape[-1], grid), dtype).reshape(shape)
+
+    return initialise
+
+
+def patchify(x: Array, patch: int) -> Array:
+    """Cuts [B, h, w, C] into row-major patches [B, N, p, p, C]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, -1, patch, patch, c)
+
+
+def unpatchify(tokens: Array, patch: int, channels: int) -> Array:
+    """Puts [B, N, p*p*C] (row in patch, column in patch, channel) back to [B, h, w, C]."""
+    b, n, _ = tokens.shape
+    side = int(np.sqrt(n))
+    x = tokens.reshape(b, side, side, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, side * patch, side * patch, channels)
+
+
+class PatchEmbed(nn.Module):
+    """Strided convolution as one matrix product per patch.
+
+    Attributes:
+      width: Model width D.
+      patch_size: Side p of a patch.
+      precision: Dtype policy.
+    """
+
+    width: int
+    patch_size: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, h, w, C] to tokens [B, N, D], row-major."""
+        return Dense(
+            (self.width,),
+            ("patch", "patch", "channels", "embed"),
+            num_inputs=3,
+            precision=self.precision,
+            name="proj",
+        )(patchify(x, self.patch_size))
+
+
+class FourierTimeEmbed(nn.Module):
+    """Learned Gaussian Fourier features of t in [0, 1], then a two-layer MLP, all in float32.
+
+    Source: DSR lightningDiT.py (GaussianFourierEmbedding); spec denoiser 1.2.
+
+    Attributes:
+      width: Model width D.
+      num_frequencies: Entries of the frequency vector W.
+      precision: Dtype policy.
+    """
+
+    width: int
+    num_frequencies: int = 256
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """Maps t [B] to [B, D]."""
+        frequencies = self.param(
+            "W",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("frequencies",)),
+            (self.num_frequencies,),
+        )
+        t = self.precision.island("time_embedding", t)
+        angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
+        features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        init = nn.initializers.normal(0.02)
+        hidden = Dense((self.width,), ("frequencies", "embed"), kernel_init=init, name="mlp_0")(
+            features
+        )
+        return Dense((self.width,), ("embed", None), kernel_init=init, name="mlp_2")(
+            jax.nn.silu(hidden)
+        )
+
+
+class LabelEmbed(nn.Module):
+    """Table of class vectors; the row behind the last class is the null label of guidance.
+
+    Attributes:
+      num_classes: Number K of real classes; the table has K + 1 rows.
+      width: Model width D.
+    """
+
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, labels: Array) -> Array:
+        """Maps labels [B] in 0..K to [B, D]; a label beyond K gives NaN, never another class."""
+        return LabelTable(self.num_classes + 1, self.width, name="embedding_table")(labels)
+
+
+class LabelTable(nn.Module):
+    """The table itself, a level of its own so that names follow the original's."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, labels: Array) -> Array:
+        """Looks up [B] -> [B, D]."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "embed"))
+        table = self.param("embedding", init, (self.rows, self.width))
+        return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)

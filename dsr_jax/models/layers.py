@@ -1,0 +1,163 @@
+"""Projections, norms and feed-forward blocks shared by all networks."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.typing import Array
+from dsr_jax.models.precision import Precision
+
+Initializer = Callable[..., Array]
+
+xavier_uniform: Initializer = nn.initializers.xavier_uniform()
+zeros: Initializer = nn.initializers.zeros_init()
+ones: Initializer = nn.initializers.ones_init()
+
+
+def flattened(init: Initializer, num_inputs: int) -> Initializer:
+    """Makes a matrix initialiser serve an N-D kernel, as if it were [prod(in), prod(out)].
+
+    Fan-in and fan-out then count what they count in the original's flat weight: the fused qkv
+    has fan-out 3 D, whatever axes our kernel splits it into.
+    """
+
+    def initialise(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+        rows = int(np.prod(shape[:num_inputs]))
+        return init(key, (rows, int(np.prod(shape)) // rows), dtype).reshape(shape)
+
+    return initialise
+
+
+class Dense(nn.Module):
+    """Linear layer over the trailing dimensions, with an N-D kernel whose axes are named.
+
+    Attributes:
+      features: Output dimensions, e.g. `(3, heads, head_dim)`.
+      axes: Logical axes of the kernel, input dimensions first.
+      num_inputs: How many trailing dimensions of the input are contracted.
+      use_bias: Adds a bias of shape `features`.
+      kernel_init: Initialiser of the flattened [in, out] matrix.
+      bias_init: Initialiser of the bias; receives the flat shape [out].
+      precision: Dtype policy.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    num_inputs: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer = xavier_uniform
+    bias_init: Initializer = zeros
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., *in] to [..., *features] in the compute dtype."""
+        n = self.num_inputs
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(flattened(self.kernel_init, n), self.axes),
+            (*x.shape[x.ndim - n :], *self.features),
+        )
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        product = self.precision.product
+        y = jax.lax.dot_general(product(x), product(kernel), (contract, ((), ())))
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[n:])
+            y = y + product(self.param("bias", bias_init, self.features))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x)` in float32, cast back, then times a learned float32 scale.
+
+    Attributes:
+      epsilon: Added to the mean square.
+      axis: Logical axis of the normalised dimension.
+      precision: Dtype policy.
+    """
+
+    epsilon: float = 1e-6
+    axis: str | None = "embed"
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last dimension of [..., D]."""
+        scale = self.param("scale", nn.with_logical_partitioning(ones, (self.axis,)), x.shape[-1:])
+        wide = self.precision.island("norm", x)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse).astype(x.dtype) * scale
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation in float32, with or without learned scale and bias.
+
+    Attributes:
+      epsilon: Added to the variance.
+      affine: Learns a scale and a bias.
+      axis: Logical axis of the normalised dimension.
+      precision: Dtype policy.
+    """
+
+    epsilon: float = 1e-6
+    affine: bool = False
+    axis: str | None = "embed"
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last dimension of [..., D]."""
+        wide = self.precision.island("norm", x)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+        if self.affine:
+            size = x.shape[-1:]
+            y = y * self.param("scale", nn.with_logical_partitioning(ones, (self.axis,)), size)
+            y = y + self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), size)
+        return y
+
+
+class SwiGLU(nn.Module):
+    """`w3(silu(a) * b)` with `a, b = w12(x)`.
+
+    Attributes:
+      hidden: Width M of each half.
+      precision: Dtype policy.
+    """
+
+    hidden: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., D] to [..., D]."""
+        gates = Dense(
+            (2, self.hidden), ("embed", None, "mlp"), precision=self.precision, name="w12"
+        )(x)
+        hidden = jax.nn.silu(gates[..., 0, :]) * gates[..., 1, :]
+        return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="w3")(hidden)
+
+
+class Mlp(nn.Module):
+    """`fc2(gelu(fc1(x)))`.
+
+    Attributes:
+      hidden: Width M between the two layers.
+      approximate: Tanh approximation of GELU (timm's DiT) instead of the exact one.
+      precision: Dtype policy.
+    """
+
+    hidden: int
+    approximate: bool = True
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., D] to [..., D]."""
+        y = Dense((self.hidden,), ("embed", "mlp"), precision=self.precision, name="fc1")(x)
+        y = jax.nn.gelu(y, approximate=self.approximate)
+        return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="fc2")(y)

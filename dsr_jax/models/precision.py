@@ -1,0 +1,48 @@
+"""Which arithmetic runs in the compute dtype and which stays in float32."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+
+FP32_ISLANDS: Mapping[str, str] = {
+    "norm": "mean squares of bfloat16 lose the small channels beside an outlier's large one",
+    "rope": "angles grow with the position; the rotated q and k are cast back for the product",
+    "softmax": "sums over hundreds of tokens",
+    "time_embedding": "sines of t * W * 2 pi, and the two layers that read them",
+    "conditioning": "time + label, whose scale and shift reach every layer",
+    "residual": "the stream that every block adds to",
+    "output": "prediction, loss and the sampler's state",
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Mixed precision: float32 parameters, products in `compute`, the islands in float32.
+
+    This is what the official sampling scripts do under bfloat16 autocast (spec denoiser 1.12).
+
+    Attributes:
+      compute: "float32" or "bfloat16".
+    """
+
+    compute: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.compute not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"config.precision.compute={self.compute!r}", "use 'float32' or 'bfloat16'"
+            )
+
+    def product(self, x: Array) -> Array:
+        """Casts an operand of a matrix product to the compute dtype."""
+        return x.astype(self.compute)
+
+    def island(self, name: str, x: Array) -> Array:
+        """Casts to float32 where arithmetic of the named kind follows."""
+        if name not in FP32_ISLANDS:
+            raise KeyError(f"{name!r} is not in FP32_ISLANDS")
+        return x.astype(jnp.float32)

@@ -1,0 +1,41 @@
+"""Two-dimensional rotary position embedding with unrotated leading tokens.
+
+Source: DSR lightningDiT.py (VisionRotaryEmbeddingFast); spec denoiser 1.8.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.typing import Array
+
+
+def rope_tables(head_dim: int, grid: int, num_prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines for a row-major square grid behind `num_prefix` unrotated tokens.
+
+    The first half of the head's channels turns with the row, the second with the column; each
+    angle stands twice, for the two members of an interleaved pair.
+
+    Args:
+      head_dim: Channels K of one head, a multiple of 4.
+      grid: Tokens along one side.
+      num_prefix: Registers in front; their rows are the identity rotation.
+
+    Returns:
+      Two float32 arrays [num_prefix + grid**2, K].
+    """
+    half = head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    frequencies = (np.float32(1) / np.float32(10000.0) ** exponents).astype(np.float32)
+    angles = np.repeat(np.arange(grid, dtype=np.float32)[:, None] * frequencies, 2, axis=1)
+    rows = np.broadcast_to(angles[:, None], (grid, grid, half))
+    columns = np.broadcast_to(angles[None], (grid, grid, half))
+    table = np.concatenate([rows, columns], axis=-1).reshape(grid * grid, head_dim)
+    table = np.concatenate([np.zeros((num_prefix, head_dim), np.float32), table])
+    return np.cos(table), np.sin(table)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the interleaved channel pairs of [B, L, H, K] by tables of shape [L, K]."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return x * cos[:, None] + turned * sin[:, None]
