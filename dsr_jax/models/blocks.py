@@ -93,10 +93,10 @@ class Block(nn.Module):
         x = self.constrain(x, "act_batch", "act_len", "act_embed")
         vectors = modulation(condition, 6, width, self.precision)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
-        self.sow("intermediates", "modulation", vectors)
+        self.sow("intermediates", "modulation_out", vectors)
 
         normed = make_norm(self.use_rmsnorm, "norm1", self.precision)(x)
-        self.sow("intermediates", "norm1", normed)
+        self.sow("intermediates", "norm1_out", normed)
         mixed = Attention(
             self.num_heads,
             self.use_qknorm,
@@ -107,14 +107,14 @@ class Block(nn.Module):
             self.constrain,
             name="attn",
         )(normed * (1 + scale_attn) + shift_attn, rope)
-        self.sow("intermediates", "attn", mixed)
+        self.sow("intermediates", "attn_out", mixed)
         x = x + self.precision.island("residual", gate_attn * mixed)
 
         normed = make_norm(self.use_rmsnorm, "norm2", self.precision)(x)
         mixed = self._feed_forward(width)(normed * (1 + scale_mlp) + shift_mlp)
-        self.sow("intermediates", "mlp", mixed)
+        self.sow("intermediates", "mlp_out", mixed)
         x = x + self.precision.island("residual", gate_mlp * mixed)
-        self.sow("intermediates", "out", x)
+        self.sow("intermediates", "block_out", x)
         return x, None
 
     def _feed_forward(self, width: int) -> nn.Module:

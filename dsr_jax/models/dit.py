@@ -168,7 +168,7 @@ class LightningDiT(nn.Module):
         self._check()
         grid = self.input_size // self.patch_size
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.precision, name="x_embedder")(x)
-        self.sow("intermediates", "x_embedder", tokens)
+        self.sow("intermediates", "x_embedder_out", tokens)
         position = self._table("pos_embed", grid**2, sincos_init(grid))
         tokens = self.precision.island("residual", tokens) + position
         time = FourierTimeEmbed(self.hidden_size, precision=self.precision, name="t_embedder")(t)

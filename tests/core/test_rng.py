@@ -1,0 +1,38 @@
+"""Random streams are functions of their coordinates and of nothing else."""
+
+import jax
+import numpy as np
+
+from dsr_jax.core import rng
+
+
+def test_rows_depend_on_their_own_index_only() -> None:
+    key = rng.stream_key(3, "noise", step=7)
+    whole = rng.normal_per_sample(rng.sample_keys(key, np.arange(8)), (2, 3))
+    part = rng.normal_per_sample(rng.sample_keys(key, np.array([5, 2])), (2, 3))
+    np.testing.assert_array_equal(part, np.asarray(whole)[[5, 2]])
+
+
+def test_seed_stream_step_and_index_all_matter() -> None:
+    draws = {
+        tuple(np.asarray(rng.uniform_per_sample(rng.sample_keys(key, np.array([index])))))
+        for key in (
+            rng.stream_key(0, "noise", 0),
+            rng.stream_key(1, "noise", 0),
+            rng.stream_key(0, "time", 0),
+            rng.stream_key(0, "noise", 1),
+        )
+        for index in (0, 1)
+    }
+    assert len(draws) == 8
+
+
+def test_step_may_be_traced() -> None:
+    traced = jax.jit(lambda step: rng.uniform_per_sample(rng.stream_key(0, "x", step)[None]))(4)
+    np.testing.assert_array_equal(traced, rng.uniform_per_sample(rng.stream_key(0, "x", 4)[None]))
+
+
+def test_normals_are_standard() -> None:
+    keys = rng.sample_keys(rng.stream_key(0, "noise"), np.arange(512))
+    draws = np.asarray(rng.normal_per_sample(keys, (64,)))
+    assert abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.02

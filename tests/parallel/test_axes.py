@@ -1,0 +1,59 @@
+"""The vocabulary of logical axes is checked: typos, collisions, missing rules."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dsr_jax.core.errors import MeshError
+from dsr_jax.parallel import axes
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+
+
+def test_presets_place_parameters_and_activations() -> None:
+    rules = axes.make_rules("fsdp")
+    assert axes.partition_spec(("embed", None, "heads", "head_dim"), rules) == P(
+        "fsdp", None, "tensor", None
+    )
+    assert axes.partition_spec(("act_batch", "act_len"), rules) == P(("data", "fsdp"), None)
+
+
+def test_unknown_names_raise_with_the_vocabulary() -> None:
+    rules = axes.make_rules("fsdp")
+    with pytest.raises(MeshError, match="'embd'.*\n.*embed"):
+        axes.partition_spec(("embd",), rules)
+    with pytest.raises(MeshError, match="'act_bacth'"):
+        axes.Constrain(rules)(jnp.ones((2,)), "act_bacth")
+    with pytest.raises(MeshError, match="unknown sharding rules 'fdsp'"):
+        axes.make_rules("fdsp")
+    with pytest.raises(MeshError, match="override for unknown logical axis 'mpl'"):
+        axes.make_rules("fsdp", [("mpl", ("tensor",))])
+
+
+def test_collisions_raise() -> None:
+    rules = axes.make_rules("fsdp", [("mlp", ("fsdp",))])
+    with pytest.raises(MeshError, match="'embed' and 'mlp'.*'fsdp'"):
+        axes.partition_spec(("embed", "mlp"), rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("embed", ("fsdp",)),), "no sharding rule for"),
+        ((*axes.make_rules("fsdp"), ("embed", ())), "more than one"),
+        ((*axes.make_rules("fsdp"), ("emb", ())), "unknown logical axis 'emb'"),
+        ((*axes.make_rules("fsdp")[1:], ("embed", ("model",))), "unknown mesh axis 'model'"),
+    ],
+)
+def test_rule_sets_are_complete_and_unique(rules: axes.Rules, message: str) -> None:
+    with pytest.raises(MeshError, match=message):
+        axes.check_rules(rules)
+
+
+def test_constrain_pins_the_layout() -> None:
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    constrain = axes.Constrain(axes.make_rules("fsdp"), mesh)
+    y = jax.jit(lambda x: constrain(x * 2, "act_batch", "act_mlp"))(jnp.ones((8, 4)))
+    assert y.sharding.spec == P(("data", "fsdp"), "tensor")
+    with pytest.raises(MeshError, match="1 logical axes"):
+        constrain(jnp.ones((2, 2)), "act_batch")

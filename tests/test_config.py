@@ -1,0 +1,90 @@
+"""Configs: typed arguments and overrides, run folders, and every config file built abstractly."""
+
+from pathlib import Path
+
+import pytest
+
+from dsr_jax import config as configs
+from dsr_jax.core import files
+from dsr_jax.core.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def test_arguments_are_typed() -> None:
+    args = configs.parse_arg("variant=XL,runlocal,lr=1", variant="S", runlocal=False, lr=0.5)
+    assert (args.variant, args.runlocal, args.lr) == ("XL", True, 1.0)
+    with pytest.raises(ConfigError, match="'sise=3'.*\n.*size"):
+        configs.parse_arg("sise=3", size=1)
+    with pytest.raises(ConfigError, match="size=big is a str"):
+        configs.parse_arg("size=big", size=1)
+
+
+def test_overrides_reach_their_key() -> None:
+    config = configs.load(
+        DIGITS,
+        ["--config.optim.lr=1", "--config.ema.decays=(0.9,0.99)", "--config.sample.ema=0.9"],
+    )
+    assert config.optim.lr == 1.0 and config.ema.decays == (0.9, 0.99)
+    assert configs.load(DIGITS + ":noregisters").registers.num == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optim.lrr=1", "'config.optim.lrr'.*\n.*did you mean config.optim.lr?"),
+        ("--config.optim.lr=fast", "config.optim.lr=fast is a str"),
+        ("--config.train.steps=1.5", "config.train.steps=1.5 is a float"),
+        ("--config.train.steps=0", "config.train.steps=0"),
+        ("--config.ema.decays=(1.0,)", "decays holds 1.0"),
+        ("--config.sample.ema=0.5", "config.sample.ema='0.5'.*\n.*none, 0.995"),
+        ("--config.precision.matmul=int8", "matmul='int8'"),
+        ("--steps=3", "'--steps=3' is not understood"),
+    ],
+)
+def test_bad_overrides_name_the_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.load(DIGITS, [override])
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not found"):
+        configs.load(str(tmp_path / "no.py"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="no get_config"):
+        configs.load(str(tmp_path / "empty.py"))
+
+
+def test_config_survives_json(tmp_path: Path) -> None:
+    config = configs.load(DIGITS)
+    configs.write_run_files(config, tmp_path / "run")
+    assert configs.load_run(tmp_path / "run").to_dict() == config.to_dict()
+    configs.write_run_files(config, tmp_path / "run")
+    stamps = files.read_json(tmp_path / "run" / "provenance.json")
+    assert len(stamps) == 2 and stamps[0]["packages"]["jax"]
+    values = configs.to_json(config) | {"novelty": 1}
+    with pytest.raises(ConfigError, match="unknown key 'novelty'"):
+        configs.from_json(values, "config.json")
+
+
+def test_workdirs_are_ours_or_empty(tmp_path: Path) -> None:
+    config = configs.load(DIGITS)
+    assert configs.check_workdir(config, tmp_path / "new") == []
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="thesis.tex"):
+        configs.check_workdir(config, foreign)
+    with pytest.raises(ConfigError, match="is a file"):
+        configs.check_workdir(config, foreign / "thesis.tex")
+    with pytest.raises(ConfigError, match="holds no run"):
+        configs.load_run(tmp_path / "new")
+
+    run = tmp_path / "run"
+    configs.write_run_files(config, run)
+    longer = configs.load(DIGITS, ["--config.train.steps=9"])
+    assert configs.check_workdir(longer, run) == ["config.train.steps: 1200 -> 9"]
+    wider = configs.load(DIGITS, ["--config.model.hidden_size=128"])
+    with pytest.raises(ConfigError, match="config.model.hidden_size: 64 -> 128"):
+        configs.check_workdir(wider, run)
