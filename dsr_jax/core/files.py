@@ -1,26 +1,28 @@
 """Files that are either whole or absent, and digests to name them by."""
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a binary file for writing that takes the name `path` only when the block succeeds.
 
-    The temporary file lies in the same folder, since a rename is atomic only within one file
-    system.
+    A reader, or a crash, sees the old content or the new, never a part. The temporary file lies in
+    the same folder, since a rename is atomic only within one file system.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = data.encode() if isinstance(data, str) else data
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -28,6 +30,12 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Writes a whole file through `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -217,8 +217,9 @@ class LightningDiT(nn.Module):
             return self._stack("blocks", self.depth)(tokens, condition, self._rope(grid))[0]
         if start:
             tokens, _ = self._stack("blocks_pre", start)(tokens, condition, self._rope(grid))
-        registers = self._table("register_tokens", num, nn.initializers.normal(1.0))
-        registers += self._table("register_pos_embed", num, sincos_init(math.isqrt(num)))
+        learned = self._table("register_tokens", num, nn.initializers.normal(1.0))
+        # Not `+=`: parameters may be NumPy arrays, which it would change in place.
+        registers = learned + self._table("register_pos_embed", num, sincos_init(math.isqrt(num)))
         registers = jnp.broadcast_to(registers, (tokens.shape[0], *registers.shape[1:]))
         tokens = jnp.concatenate([registers, tokens], axis=1)  # [B, R+N, D]
         stack = self._stack("blocks_reg", self.depth - start)

@@ -161,3 +161,11 @@ def test_unknown_labels_poison_the_output_instead_of_passing() -> None:
     x, t, _ = inputs()
     out = model.apply({"params": random_params(model)}, x, t, jnp.array([5, 6]))
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
+
+
+def test_numpy_parameters_are_not_changed_in_place() -> None:
+    model = LightningDiT(**TINY, num_registers=4, register_start=1)
+    params = jax.tree.map(lambda leaf: np.array(leaf), random_params(model))
+    before = jax.tree.map(np.copy, params)
+    model.apply({"params": params}, *inputs())
+    jax.tree.map(np.testing.assert_array_equal, params, before)

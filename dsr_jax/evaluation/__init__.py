@@ -1,0 +1,1 @@
+"""Scores of saved samples: sample files, Frechet distances, judges."""

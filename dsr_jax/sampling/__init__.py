@@ -1,0 +1,1 @@
+"""From a trained denoiser to files of images: labels, sampling functions, resumable jobs."""
