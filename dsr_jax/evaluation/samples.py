@@ -1,0 +1,195 @@
+"""Files of samples, checked before anything is computed from them and read in pieces.
+
+The contract is the ADM evaluator's: `arr_0`, uint8 [N, H, W, C]; ours adds `labels` and a `.json`
+with the recipe beside the file (spec evaluation 2).
+"""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.files import file_digest, read_json
+
+_REWRITE = "write it again with python -m dsr_jax.sample, or copy it again"
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """A checked `.npz` of samples; the images stay on disk until asked for.
+
+    Attributes:
+      path: The file.
+      shape: [N, H, W, C] of the images.
+      labels: Class of every image [N], int32, or None where the file has none.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    labels: np.ndarray | None
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Yields the images in order, uint8 [<= size, H, W, C].
+
+        Raises:
+          EvaluationError: If the stored bytes are damaged.
+        """
+        with _opened(self.path) as archive, archive.open("arr_0.npy") as member:
+            _read_header(member)
+            row = int(np.prod(self.shape[1:]))
+            for start in range(0, self.shape[0], size):
+                count = min(size, self.shape[0] - start)
+                try:
+                    raw = member.read(count * row)
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    raise _damaged(self.path, str(error)) from error
+                yield np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
+
+    def images(self) -> np.ndarray:
+        """Reads all images [N, H, W, C]; errors as in `batches`."""
+        return np.concatenate(list(self.batches(1024)))
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The record that the sampling job left beside the file, if it did."""
+        path = self.path.with_suffix(".json")
+        return read_json(path) if path.is_file() else None
+
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return file_digest(self.path)
+
+    def require_labels(self, purpose: str) -> np.ndarray:
+        """Returns the labels.
+
+        Raises:
+          EvaluationError: If the file has none, saying what needs them.
+        """
+        if self.labels is None:
+            raise EvaluationError(
+                f"{self.path} holds no labels, and {purpose} needs the class of every sample",
+                "add an integer array 'labels' [N] to the file, as python -m dsr_jax.sample does",
+            )
+        return self.labels
+
+
+def open_samples(path: str | os.PathLike[str]) -> SampleFile:
+    """Opens an `.npz` of samples and checks keys, types, shapes and sizes.
+
+    Python objects in the file are refused and never unpickled.
+
+    Raises:
+      EvaluationError: Naming the file, the key and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EvaluationError(f"sample file {str(path)!r} not found", "check the path")
+    with _opened(path) as archive:
+        names = [info.filename for info in archive.infolist()]
+        if "arr_0.npy" not in names:
+            keys = [name.removesuffix(".npy") for name in names]
+            raise EvaluationError(
+                f"{path} has no key 'arr_0', its keys are {keys}",
+                "save the images as arr_0: numpy.savez(path, images, labels=labels)",
+            )
+        shape = _check_images(path, archive)
+        labels = _read_labels(path, archive, shape[0]) if "labels.npy" in names else None
+    return SampleFile(path, shape, labels)
+
+
+def check_levels(images: np.ndarray, path: Path) -> None:
+    """Checks that images use grey levels beyond 0 and 1.
+
+    Raises:
+      EvaluationError: If they look like floats in [0, 1] that were cast without scaling.
+    """
+    if images.max() <= 1:
+        raise EvaluationError(
+            f"arr_0 of {path} has no value above {int(images.max())}, although uint8 images go "
+            "from 0 to 255",
+            "multiply images in [0, 1] by 255 before the cast to uint8",
+        )
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, f"{error}; it may be cut short") from error
+
+
+def _damaged(path: Path, problem: str) -> EvaluationError:
+    return EvaluationError(f"{path} is damaged: {problem}", _REWRITE)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads (shape, fortran order, dtype) and leaves `member` at the first value."""
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(member)
+    raise ValueError(f"npy version {version} is not 1.0 or 2.0")
+
+
+def _check_header(
+    path: Path, archive: zipfile.ZipFile, key: str
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads one member's header and checks that its size agrees with it."""
+    info = archive.getinfo(f"{key}.npy")
+    try:
+        with archive.open(info) as member:
+            shape, fortran, dtype = _read_header(member)
+            header_bytes = member.tell()
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise _damaged(path, f"{key}: {error}") from error
+    if dtype.hasobject:
+        raise EvaluationError(
+            f"{key} of {path} holds Python objects, which could run code when read; refused",
+            f"save {key} as a plain number array",
+        )
+    want = header_bytes + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if info.file_size != want:
+        raise _damaged(
+            path, f"{key} has {info.file_size} bytes, {want} are needed for {dtype}{shape}"
+        )
+    return shape, fortran, dtype
+
+
+def _check_images(path: Path, archive: zipfile.ZipFile) -> tuple[int, int, int, int]:
+    shape, fortran, dtype = _check_header(path, archive, "arr_0")
+    if dtype != np.uint8:
+        raise EvaluationError(
+            f"arr_0 of {path} is {dtype}, expected uint8 from 0 to 255",
+            "convert the images: clip to [0, 1], multiply by 255, cast to uint8",
+        )
+    if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+        raise EvaluationError(
+            f"arr_0 of {path} has shape {shape}, expected [N, H, W, 1 or 3] with N > 0",
+            "save images channels last, grey or RGB",
+        )
+    if fortran:
+        raise EvaluationError(
+            f"arr_0 of {path} is in Fortran order",
+            "save numpy.ascontiguousarray(images), so that images can be read one by one",
+        )
+    return (shape[0], shape[1], shape[2], shape[3])
+
+
+def _read_labels(path: Path, archive: zipfile.ZipFile, count: int) -> np.ndarray:
+    shape, _, dtype = _check_header(path, archive, "labels")
+    if shape != (count,) or not np.issubdtype(dtype, np.integer):
+        raise EvaluationError(
+            f"labels of {path} are {dtype}{shape}, expected integers [{count}]",
+            "save one class number per image",
+        )
+    with archive.open("labels.npy") as member:
+        try:
+            return np.lib.format.read_array(member, allow_pickle=False).astype(np.int32)
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise _damaged(path, f"labels: {error}") from error

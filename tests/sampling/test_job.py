@@ -1,0 +1,207 @@
+"""Jobs: every image once, whatever the batch, also after a kill; foreign recipes refused."""
+
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsr_jax.core.errors import CheckpointError, NumericsError
+from dsr_jax.core.files import file_digest, read_json
+from dsr_jax.sampling.job import SampleJob, Samples
+
+SHAPE = (2, 3, 1)
+
+
+def picture(indices, labels):
+    """An image that tells its index and label."""
+    images = np.zeros((len(indices), *SHAPE), np.uint8)
+    images[:, 0, 0, 0] = indices
+    images[:, 1, 2, 0] = labels
+    return images
+
+
+def draw(indices, labels):
+    """Draws on one device."""
+    return Samples(jnp.asarray(picture(indices, labels)), jnp.ones(len(indices), bool))
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing in the job may catch it."""
+
+
+def killed_after(batches):
+    """Draws `batches` batches, then dies."""
+    drawn = []
+
+    def mortal(indices, labels):
+        if len(drawn) == batches:
+            raise Killed
+        drawn.append(indices)
+        return draw(indices, labels)
+
+    return mortal
+
+
+def make_job(folder, num=23, **recipe):
+    labels = (np.arange(num) * 7 % 10).astype(np.int32)
+    return SampleJob(folder, "samples", labels, SHAPE, {"seed": 0, "method": "euler", **recipe})
+
+
+def quiet(line):
+    """Takes progress lines."""
+
+
+@pytest.mark.parametrize("batch", [1, 5, 23, 64])
+def test_npz_holds_every_image_once_whatever_the_batch(tmp_path, batch):
+    job = make_job(tmp_path)
+    path = job.run(draw, batch, quiet)
+    with np.load(path) as arrays:
+        assert sorted(arrays) == ["arr_0", "labels"]
+        assert arrays["arr_0"].dtype == np.uint8 and arrays["labels"].dtype == np.int32
+        np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
+        np.testing.assert_array_equal(arrays["labels"], job.labels)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.json", "samples.npz"]
+
+
+def test_npz_can_be_streamed_as_the_adm_evaluator_does(tmp_path):
+    path = make_job(tmp_path).run(draw, 8, quiet)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
+        with archive.open("arr_0.npy") as member:
+            assert np.lib.format.read_magic(member) == (1, 0)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    assert (shape, fortran, dtype) == ((23, *SHAPE), False, np.uint8)
+
+
+def test_killed_job_resumes_without_losing_or_repeating_an_image(tmp_path):
+    whole = make_job(tmp_path / "whole").run(draw, 4, quiet)
+    job = make_job(tmp_path / "killed")
+    with pytest.raises(Killed):
+        job.run(killed_after(2), 4, quiet)
+    assert not job.npz_path.exists()
+    with pytest.raises(Killed):  # Again, with another batch size.
+        job.run(killed_after(1), 3, quiet)
+    asked, lines = [], []
+
+    def recording(indices, labels):
+        asked.append(indices)
+        return draw(indices, labels)
+
+    path = job.run(recording, 6, lines.append)
+    assert lines[0] == "samples: 11 of 23 images are there already"
+    assert np.concatenate(asked).tolist() == list(range(11, 23))
+    assert file_digest(path) == file_digest(whole)
+    record = read_json(job.json_path)
+    assert [start["batch"] for start in record["starts"]] == [4, 3, 6]
+    assert record["samples_digest"] == file_digest(path)
+
+
+def test_gaps_are_filled_from_whatever_parts_there_are(tmp_path):
+    job = make_job(tmp_path)
+    with pytest.raises(Killed):
+        job.run(killed_after(5), 4, quiet)
+    (job.parts / "00000004-00000008.npy").unlink()
+    np.save(job.parts / "00000006-00000014.npy", picture(np.arange(6, 14), job.labels[6:14]))
+    with np.load(job.run(draw, 4, quiet)) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
+
+
+def test_kill_between_the_npz_and_its_record(tmp_path, monkeypatch):
+    job = make_job(tmp_path)
+
+    def dies(path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsr_jax.sampling.job.file_digest", dies)
+        with pytest.raises(Killed):
+            job.run(draw, 8, quiet)
+    assert job.npz_path.exists() and not job.json_path.exists()
+    path = job.run(killed_after(0), 8, quiet)
+    assert read_json(job.json_path)["samples_digest"] == file_digest(path)
+    assert not job.parts.exists()
+
+
+def test_finished_job_draws_nothing(tmp_path):
+    digest = file_digest(make_job(tmp_path).run(draw, 8, quiet))
+    assert file_digest(make_job(tmp_path).run(killed_after(0), 5, quiet)) == digest
+
+
+def test_deleted_npz_is_drawn_again(tmp_path):
+    job = make_job(tmp_path)
+    digest = file_digest(job.run(draw, 8, quiet))
+    job.npz_path.unlink()
+    assert file_digest(job.run(draw, 8, quiet)) == digest
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_recipe_is_refused_and_the_key_named(tmp_path, finished):
+    if finished:
+        make_job(tmp_path).run(draw, 8, quiet)
+    else:
+        with pytest.raises(Killed):
+            make_job(tmp_path).run(killed_after(1), 8, quiet)
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match="method: euler -> heun2"):
+        make_job(tmp_path, method="heun2").run(draw, 8, quiet)
+    with pytest.raises(CheckpointError, match="guidance: absent -> 1.5"):
+        make_job(tmp_path, guidance=1.5).run(draw, 8, quiet)
+    with pytest.raises(CheckpointError, match="num_samples: 23 -> 24"):
+        make_job(tmp_path, num=24).run(draw, 8, quiet)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_foreign_npz_is_not_overwritten(tmp_path):
+    job = make_job(tmp_path)
+    np.savez(job.npz_path, arr_0=np.zeros(3))
+    with pytest.raises(CheckpointError, match="what it holds is unknown"):
+        job.run(draw, 8, quiet)
+
+
+def test_damaged_part_is_named_and_deleting_it_helps(tmp_path):
+    job = make_job(tmp_path)
+    with pytest.raises(Killed):
+        job.run(killed_after(2), 8, quiet)
+    part = job.parts / "00000000-00000008.npy"
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="00000000-00000008.npy is damaged"):
+        job.run(draw, 8, quiet)
+    part.unlink()
+    with np.load(job.run(draw, 8, quiet)) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
+
+
+def test_image_that_is_not_finite_stops_the_job(tmp_path):
+    def diverged(indices, labels):
+        return Samples(jnp.asarray(picture(indices, labels)), jnp.asarray(indices != 13))
+
+    job = make_job(tmp_path)
+    with pytest.raises(NumericsError, match="sample 13 is not finite"):
+        job.run(diverged, 8, quiet)
+    assert sorted(p.name for p in job.parts.glob("*.npy")) == ["00000000-00000008.npy"]
+
+
+@pytest.mark.parametrize("axes", ["data", None], ids=["split", "replicated"])
+def test_images_spread_over_devices(tmp_path, axes):
+    devices = np.array(jax.devices()[:4])
+    sharding = NamedSharding(Mesh(devices, ("data",)), PartitionSpec(axes))
+
+    def spread(indices, labels):
+        return Samples(*(jax.device_put(part, sharding) for part in draw(indices, labels)))
+
+    job = make_job(tmp_path)
+    with np.load(job.run(spread, 8, quiet)) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
+
+
+def test_progress_names_what_is_done_and_what_is_left(tmp_path, monkeypatch):
+    seconds = iter([100.0, 110.0, 120.0])
+    monkeypatch.setattr("dsr_jax.sampling.job.monotonic", lambda: next(seconds))
+    lines = []
+    make_job(tmp_path, num=24).run(draw, 8, lines.append)
+    assert lines[0] == "sampled 8/24"
+    assert lines[1] == "sampled 16/24, 0.8 images/s, 0:00:10 left"
+    assert lines[2] == "sampled 24/24, 0.8 images/s, 0:00:00 left"
