@@ -1,0 +1,1 @@
+"""Images and labels from disk to host memory; every batch is a function of (seed, step)."""

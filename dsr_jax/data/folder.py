@@ -1,0 +1,139 @@
+"""Image files in class folders, as ImageNet is laid out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.images import decode_image
+from dsr_jax.data.sources import Record
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "heldout"}
+
+
+class ImageFolder:
+    """Images below `root/CLASS/`; class names in sorted order are the labels 0, 1, ...
+
+    If `root/SPLIT` is a folder of folders, it takes the place of `root`, so that both
+    `imagenet` and `imagenet/train` may be named. Folders may be nested below a class. Names that
+    begin with a dot are ignored.
+
+    Args:
+      root: The folder.
+      split: For example "train" or "val".
+      image_size: Side of the square images (`images.center_crop`).
+      channels: 3, or 1 for grey.
+
+    Raises:
+      DataError: If the folder or its classes or images are not there; says what is.
+    """
+
+    def __init__(self, root: str, split: str, image_size: int, channels: int) -> None:
+        self._root = _resolve(Path(root), split)
+        self.name = f"folder {self._root}"
+        self.image_shape = (image_size, image_size, channels)
+        self.class_names = _subfolders(self._root)
+        _check_classes(self._root, self.class_names)
+        self.num_classes = len(self.class_names)
+        self._files: list[str] = []
+        counts = []
+        for class_name in self.class_names:
+            files = _image_files(self._root, class_name)
+            if not files:
+                raise DataError(
+                    f"class folder {self._root / class_name} holds no images",
+                    f"delete it, or fill it with {', '.join(EXTENSIONS)}",
+                )
+            self._files += files
+            counts.append(len(files))
+        self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), counts)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def path(self, index: int) -> Path:
+        """The file of record `index`."""
+        return self._root / self._files[index]
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one image.
+
+        Raises:
+          UnreadableRecord: If the content is no image.
+          DataError: If the file cannot be read at all.
+        """
+        path = self.path(index)
+        size, _, channels = self.image_shape
+        return {
+            "image": decode_image(read_file(path), str(path), size, channels),
+            "label": self._labels[index],
+        }
+
+
+def read_file(path: Path) -> bytes:
+    """Reads a file.
+
+    Raises:
+      DataError: Naming it, if the operating system cannot.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"image {path} cannot be read: {error.strerror or error}",
+            "check that it was not moved during the run and that the disk is healthy",
+        ) from error
+
+
+def _resolve(root: Path, split: str) -> Path:
+    """The folder that holds the class folders."""
+    if not root.exists():
+        parent = next(p for p in root.absolute().parents if p.exists())
+        names = ", ".join(sorted(p.name for p in parent.iterdir())[:8]) if parent.is_dir() else ""
+        raise DataError(
+            f"data folder {str(root)!r} does not exist",
+            f"set config.data.root; {parent} exists and holds: {names or 'nothing'}",
+        )
+    if not root.is_dir():
+        raise DataError(f"data root {str(root)!r} is a file", "set config.data.root to a folder")
+    inner = root / split
+    return inner if inner.is_dir() and _subfolders(inner) else root
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _check_classes(root: Path, names: list[str]) -> None:
+    """Checks that `names` look like classes.
+
+    Raises:
+      DataError: If there are none, or they look like splits.
+    """
+    layout = "images belong in one folder per class: ROOT/cat/1.jpg, ROOT/dog/2.jpg"
+    if not names:
+        images = sum(e.suffix.lower() in EXTENSIONS for e in root.iterdir())
+        if images:
+            raise DataError(f"data folder {root} holds {images} images, no class folders", layout)
+        raise DataError(f"data folder {root} is empty: no class folders, no images", layout)
+    if set(names) <= SPLIT_NAMES:
+        raise DataError(
+            f"the folders in {root} look like splits, not classes: {', '.join(names)}",
+            f"set config.data.split to one of {', '.join(names)}",
+        )
+
+
+def _image_files(root: Path, class_name: str) -> list[str]:
+    """Sorted image files below a class folder, relative to `root`."""
+    found: list[str] = []
+    for folder, inner, files in os.walk(root / class_name, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        names = (n for n in files if not n.startswith(".") and n.lower().endswith(EXTENSIONS))
+        relative = os.path.relpath(folder, root)
+        found += (os.path.join(relative, name) for name in names)
+    return sorted(found)

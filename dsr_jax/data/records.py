@@ -1,0 +1,143 @@
+"""Packed data sets: ArrayRecord files and TensorFlow Datasets, read without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.images import crop_image, decode_image
+from dsr_jax.data.sources import Record
+
+
+class ArrayRecords:
+    """ArrayRecord files of msgpack maps {"image": bytes of an image file, "label": int}.
+
+    Few large files suit network disks and buckets better than a million small ones.
+
+    Args:
+      root: Folder of the files.
+      split: Files named `SPLIT*.array_record` are read, in sorted order; "all" reads all.
+      image_size: Side of the square images (`images.center_crop`).
+      channels: 3, or 1 for grey.
+      num_classes: The files do not tell.
+
+    Raises:
+      DataError: If there are no such files, or num_classes is missing.
+    """
+
+    def __init__(
+        self, root: str, split: str, image_size: int, channels: int, num_classes: int | None
+    ) -> None:
+        if num_classes is None:
+            raise DataError("arrayrecord files do not tell their classes", "give num_classes")
+        pattern = "*.array_record" if split == "all" else f"{split}*.array_record"
+        files = sorted(str(path) for path in Path(root).glob(pattern))
+        if not files:
+            raise DataError(
+                f"no {pattern} in {root!r}", "set config.data.root and config.data.split"
+            )
+        self._records = grain.sources.ArrayRecordDataSource(files)
+        self.name = f"arrayrecord {Path(root) / pattern}"
+        self.num_classes = num_classes
+        self.image_shape = (image_size, image_size, channels)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one record.
+
+        Raises:
+          UnreadableRecord: If the image is damaged.
+          DataError: If the label is not one of the classes.
+        """
+        import msgpack
+
+        record = msgpack.unpackb(self._records[index])
+        label = record["label"]
+        if not 0 <= label < self.num_classes:
+            raise DataError(
+                f"record {index} of {self.name} has label {label} of {self.num_classes} classes",
+                "set config.data.num_classes",
+            )
+        size, _, channels = self.image_shape
+        image = decode_image(record["image"], f"{index} of {self.name}", size, channels)
+        return {"image": image, "label": np.int32(label)}
+
+
+def write_array_records(path: Path, images: Iterable[tuple[bytes, int]]) -> None:
+    """Packs image files, as they are, into one ArrayRecord file that `ArrayRecords` reads.
+
+    Args:
+      path: `FOLDER/SPLIT-00000.array_record` or the like.
+      images: Content and label of each file.
+    """
+    import msgpack
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    # One record per compressed group: random access reads nothing that it does not need.
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for content, label in images:
+        writer.write(msgpack.packb({"image": content, "label": int(label)}))
+    writer.close()
+
+
+class Tfds:
+    """A prepared TensorFlow data set with the features "image" and "label".
+
+    Args:
+      dataset: Its name, for example "cifar10" or "imagenet2012:5.1.0".
+      data_dir: Where it was prepared; None for TFDS's default.
+      split: Any TFDS split, for example "train" or "train[:90%]".
+      image_size: Side of the square images (`images.center_crop`).
+      channels: 3, or 1 for grey.
+
+    Raises:
+      DataError: If TFDS is missing, or the data set is not prepared there or has other features.
+    """
+
+    def __init__(
+        self, dataset: str, data_dir: str | None, split: str, image_size: int, channels: int
+    ) -> None:
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise DataError(
+                f"data source 'tfds:{dataset}' needs tensorflow_datasets",
+                "pip install tensorflow-datasets",
+            ) from error
+        try:
+            self._records = tfds.data_source(
+                dataset, split=split, data_dir=data_dir, download=False
+            )
+        except (AssertionError, OSError, ValueError, NotImplementedError) as error:
+            raise DataError(
+                f"TFDS cannot open {dataset!r}, split {split!r}: {error}",
+                "prepare it with --file_format=array_record, and set config.data.root to its "
+                "data_dir",
+            ) from error
+        features = self._records.dataset_info.features
+        if not {"image", "label"} <= set(features):
+            raise DataError(
+                f"TFDS {dataset!r} has the features {', '.join(features)}",
+                "choose a data set with image and label",
+            )
+        self.name = f"tfds {dataset} {split}"
+        self.num_classes = features["label"].num_classes
+        self.image_shape = (image_size, image_size, channels)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        from PIL import Image
+
+        record = self._records[index]
+        pixels = record["image"]
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        size, _, channels = self.image_shape
+        return {"image": crop_image(image, size, channels), "label": np.int32(record["label"])}

@@ -1,0 +1,171 @@
+"""Random-access sources of labelled images, made by name."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.images import UnreadableRecord
+
+HELDOUT_EVERY = 5
+MAX_SUBSTITUTIONS = 100
+
+_logger = logging.getLogger(__name__)
+
+
+class Record(TypedDict):
+    """One labelled image: uint8 [H, W, C] and a scalar."""
+
+    image: np.ndarray
+    label: np.int32
+
+
+class Source(Protocol):
+    """Labelled images by index; the same index gives the same record in every process.
+
+    Attributes:
+      name: What to call it in logs and provenance.
+      num_classes: Labels lie in [0, num_classes).
+      image_shape: Height, width and channels of every image.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def make_source(
+    name: str,
+    *,
+    image_size: int,
+    channels: int,
+    root: str | None = None,
+    split: str = "train",
+    num_classes: int | None = None,
+    on_corrupt: str = "error",
+) -> Source:
+    """Makes the source called `name`.
+
+    Args:
+      name: "digits" (scikit-learn's handwritten digits), "synthetic" (coloured shapes), "folder"
+        (class folders of image files), "arrayrecord" (packed image files) or "tfds:NAME".
+      image_size: Side of the square images.
+      channels: 1 or 3; "synthetic" takes any number.
+      root: Folder of "folder" and "arrayrecord"; data_dir of "tfds:NAME".
+      split: "train", "heldout" or "all" for digits and synthetic (every fifth record, index % 5 ==
+        0, is held out); a folder, a file prefix or a TFDS split for the others.
+      num_classes: Size of the model's label table. "synthetic" makes that many classes, and
+        "arrayrecord" requires it.
+      on_corrupt: "error" raises on an unreadable image file; "skip" takes the next readable record
+        in its place, so that the stream remains a function of (seed, step).
+
+    Raises:
+      DataError: If there is no such source, the files are not there, or there are more classes than
+        `num_classes`.
+    """
+    if on_corrupt not in ("error", "skip"):
+        raise DataError(f"on_corrupt={on_corrupt!r}", "choose from error, skip")
+    source = _make(name, image_size, channels, root, split, num_classes)
+    if num_classes is not None and source.num_classes > num_classes:
+        raise DataError(
+            f"{source.name} has {source.num_classes} classes, the label table {num_classes}",
+            f"set config.data.num_classes={source.num_classes}",
+        )
+    return SkipUnreadable(source) if on_corrupt == "skip" else source
+
+
+def _make(
+    name: str,
+    image_size: int,
+    channels: int,
+    root: str | None,
+    split: str,
+    num_classes: int | None,
+) -> Source:
+    # Imported here, because these modules need the names above.
+    from dsr_jax.data import bundled, folder, records
+
+    kind, _, dataset = name.partition(":")
+    if kind in ("folder", "arrayrecord") and not root:
+        raise DataError(f"data source {name!r} needs a folder", "set config.data.root")
+    if kind != "synthetic" and channels not in (1, 3):
+        raise DataError(f"{channels} channels of {name!r}", "set config.data.channels to 1 or 3")
+    if kind == "digits":
+        return bundled.Digits(split, image_size, channels)
+    if kind == "synthetic":
+        return bundled.Shapes(split, image_size, channels, num_classes or 10)
+    if kind == "folder":
+        return folder.ImageFolder(str(root), split, image_size, channels)
+    if kind == "arrayrecord":
+        return records.ArrayRecords(str(root), split, image_size, channels, num_classes)
+    if kind == "tfds" and dataset:
+        return records.Tfds(dataset, root or None, split, image_size, channels)
+    raise DataError(
+        f"no data source is called {name!r}",
+        "choose from digits, synthetic, folder, arrayrecord, tfds:NAME",
+    )
+
+
+def split_indices(num_records: int, split: str, name: str) -> np.ndarray:
+    """Indices of a split of a data set that has none of its own: every fifth record is held out.
+
+    Raises:
+      DataError: If there is no such split.
+    """
+    indices = np.arange(num_records)
+    heldout = indices % HELDOUT_EVERY == 0
+    splits = {"train": indices[~heldout], "heldout": indices[heldout], "all": indices}
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}", f"choose from {', '.join(splits)}")
+    return splits[split]
+
+
+class SkipUnreadable:
+    """Puts the next readable record, in index order, in the place of an unreadable one.
+
+    Which record is taken depends on the files alone, not on the order of reading. Only damaged
+    content is skipped: an I/O error may pass, and skipping it would change the stream from one
+    reading to the next, so it is raised.
+
+    Args:
+      source: Raises `UnreadableRecord` where it must.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._reported: set[int] = set()
+        self.name = source.name
+        self.num_classes = source.num_classes
+        self.image_shape = source.image_shape
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns the first readable record at or after `index`, wrapping around.
+
+        Raises:
+          DataError: If a hundred records in a row are unreadable.
+        """
+        attempts = min(MAX_SUBSTITUTIONS, len(self))
+        for candidate in range(index, index + attempts):
+            try:
+                return self._source[candidate % len(self)]
+            except UnreadableRecord as error:
+                self._report(candidate % len(self), error)
+        raise DataError(
+            f"{attempts} records of {self.name} in a row are unreadable, from number {index}",
+            "check the data set; one damaged file is skipped, not a damaged disk",
+        )
+
+    def _report(self, index: int, error: UnreadableRecord) -> None:
+        if index not in self._reported:
+            self._reported.add(index)
+            _logger.warning("skipped: %s", error.problem)

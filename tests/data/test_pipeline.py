@@ -1,0 +1,202 @@
+"""The stream is a function of (seed, step): on any number of hosts, and after any resume."""
+
+import collections
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.images import UnreadableRecord
+from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches
+from dsr_jax.data.sources import Record, make_source
+
+
+class Numbers:
+    """Record i is a 1 x 2 image (i, 255 - i): unique, and its flip can be seen."""
+
+    name = "numbers"
+    num_classes = 3
+    image_shape = (1, 2, 1)
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        image = np.array([index, 255 - index], np.uint8).reshape(self.image_shape)
+        return {"image": image, "label": np.int32(index % 3)}
+
+
+def global_batches(num: int, hosts: int, start_step: int = 0, **options: object) -> list[HostBatch]:
+    """`num` global batches of 8, put together from `hosts` processes in process order."""
+    iterators: list[Iterator[HostBatch]] = [
+        make_batches(
+            Numbers(50),
+            seed=3,
+            global_batch=8,
+            start_step=start_step,
+            process_index=host,
+            process_count=hosts,
+            **{"flip": True, **options},
+        )
+        for host in range(hosts)
+    ]
+    result = []
+    for _ in range(num):
+        parts = [next(iterator) for iterator in iterators]
+        assert all(len(part["image"]) == 8 // hosts for part in parts)
+        result.append({key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
+    for iterator in iterators:
+        iterator.close()
+    return result
+
+
+def assert_equal(left: list[HostBatch], right: list[HostBatch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def numbers(batches: list[HostBatch]) -> list[int]:
+    """Record numbers in order, whether flipped or not."""
+    images = np.concatenate([batch["image"] for batch in batches]).reshape(-1, 2)
+    return [int(value) for value in images.min(axis=-1)]
+
+
+def test_types_and_positions() -> None:
+    batches = global_batches(3, 1)
+    batch = batches[2]
+    assert batch["image"].dtype == np.uint8 and batch["image"].shape == (8, 1, 2, 1)
+    assert batch["label"].dtype == np.int32 and batch["label"].shape == (8,)
+    assert batch["index"].dtype == np.int64
+    np.testing.assert_array_equal(batch["index"], np.arange(16, 24))
+    np.testing.assert_array_equal(batch["label"], np.array(numbers([batch])) % 3)
+
+
+def test_the_same_on_1_2_and_4_hosts() -> None:
+    one = global_batches(12, 1)
+    assert_equal(one, global_batches(12, 2))
+    assert_equal(one, global_batches(12, 4))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_resume_on_another_count(hosts: int) -> None:
+    assert_equal(global_batches(15, 2)[9:], global_batches(6, hosts, start_step=9))
+
+
+def test_each_record_once_per_epoch_in_a_new_order() -> None:
+    stream = numbers(global_batches(25, 2))
+    epochs = [stream[start : start + 50] for start in range(0, 200, 50)]
+    for epoch in epochs:
+        assert collections.Counter(epoch) == collections.Counter(range(50))
+    for a, b in itertools.combinations(epochs, 2):
+        assert a != b
+    assert epochs[0] != list(range(50))
+
+
+def test_flips_follow_position_and_do_not_move_the_order() -> None:
+    straight, flipped = global_batches(50, 1, flip=False), global_batches(50, 1)
+    assert numbers(straight) == numbers(flipped)
+    different = [
+        bool((a != b).any())
+        for x, y in zip(straight, flipped, strict=True)
+        for a, b in zip(x["image"], y["image"], strict=True)
+    ]
+    assert 140 < sum(different) < 260  # 400 fair coins: six standard deviations
+    first, second = different[:50], different[50:100]
+    assert first != second
+
+
+def test_seeds_differ() -> None:
+    first, second = (next(make_batches(Numbers(50), seed, 50)) for seed in (0, 1))
+    assert numbers([first]) != numbers([second])
+
+
+def test_damaged_files_do_not_break_the_stream(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "a" / "4.png").write_bytes(b"damaged")
+
+    def read(on_corrupt: str, hosts: int) -> list[np.ndarray]:
+        source = make_source(
+            "folder", root=str(tmp_path), image_size=4, channels=3, on_corrupt=on_corrupt
+        )
+        iterators = [
+            make_batches(source, 0, 4, process_index=i, process_count=hosts) for i in range(hosts)
+        ]
+        return [np.concatenate([next(it)["image"] for it in iterators]) for _ in range(3)]
+
+    skipped = read("skip", 1)
+    np.testing.assert_array_equal(skipped, read("skip", 2))
+    values = collections.Counter(np.stack(skipped)[..., 0, 0, 0].reshape(-1).tolist())
+    assert values == {0: 2, 1: 2, 2: 2, 3: 2, 5: 4}
+    with pytest.raises(UnreadableRecord, match=r"4\.png"):
+        read("error", 2)
+
+
+def test_batches_that_cannot_be_made() -> None:
+    with pytest.raises(DataError, match="batch of 6 cannot be divided by 4 processes"):
+        make_batches(Numbers(9), 0, 6, process_count=4)
+    with pytest.raises(DataError, match="process 2 of 2"):
+        make_batches(Numbers(9), 0, 6, process_index=2, process_count=2)
+    with pytest.raises(DataError, match="numbers has no records"):
+        make_batches(Numbers(0), 0, 6)
+    with pytest.raises(DataError, match="seed -1"):
+        make_batches(Numbers(9), -1, 6)
+
+
+def test_batch_larger_than_the_data_set(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        batch = next(make_batches(Numbers(5), 0, 10))
+    assert collections.Counter(numbers([batch])) == dict.fromkeys(range(5), 2)
+    assert "more than once" in caplog.text
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_one_ordered_pass(hosts: int) -> None:
+    passes = [
+        list(iterate_once(Numbers(13), 8, process_index=i, process_count=hosts))
+        for i in range(hosts)
+    ]
+    batches = [
+        {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+        for parts in zip(*passes, strict=True)
+    ]
+    assert [len(batch["mask"]) for batch in batches] == [8, 8]
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    np.testing.assert_array_equal(mask, np.arange(16) < 13)
+    np.testing.assert_array_equal(np.concatenate([b["index"] for b in batches]), np.arange(16))
+    images = np.concatenate([batch["image"] for batch in batches])
+    np.testing.assert_array_equal(images[:13, 0, 0, 0], np.arange(13))
+    assert not images[13:].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_worker_processes_give_the_same_stream(hosts: int) -> None:
+    in_process = global_batches(7, hosts, start_step=2)
+    assert_equal(in_process, global_batches(7, hosts, start_step=2, workers=2))
+
+
+@pytest.mark.slow
+def test_damage_is_reported_from_worker_processes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bad.png").write_bytes(b"damaged")
+    source = make_source("folder", root=str(tmp_path), image_size=4, channels=3)
+    with pytest.raises(UnreadableRecord, match=r"bad\.png.*\n.*on_corrupt=skip"):
+        next(make_batches(source, 0, 1, workers=1))
+
+
+def test_batches_of_one() -> None:
+    stream = itertools.islice(make_batches(Numbers(4), 0, 1), 8)
+    assert collections.Counter(numbers(list(stream))) == dict.fromkeys(range(4), 2)

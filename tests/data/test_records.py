@@ -1,0 +1,65 @@
+"""Packed data sets hold what the files held."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.images import UnreadableRecord
+from dsr_jax.data.pipeline import make_batches
+from dsr_jax.data.records import write_array_records
+from dsr_jax.data.sources import make_source
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Two training files of three grey images each, the last damaged; labels 0 .. 5."""
+    pytest.importorskip("array_record.python.array_record_module")
+    contents = []
+    for level in range(6):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(buffer, "PNG")
+        contents.append(buffer.getvalue())
+    contents[5] = contents[5][:30]
+    for shard in range(2):
+        images = [(contents[i], i) for i in range(3 * shard, 3 * shard + 3)]
+        write_array_records(tmp_path / f"train-{shard}.array_record", images)
+    return tmp_path
+
+
+def test_array_records(packed: Path) -> None:
+    options = {"root": str(packed), "image_size": 4, "channels": 3, "num_classes": 6}
+    source = make_source("arrayrecord", **options)
+    assert len(source) == 6 and source[4]["image"].shape == (4, 4, 3)
+    assert [int(source[i]["label"]) for i in range(5)] == list(range(5))
+    assert [int(source[i]["image"][0, 0, 0]) for i in range(5)] == list(range(5))
+    with pytest.raises(UnreadableRecord, match="5 of arrayrecord"):
+        source[5]
+    skipping = make_source("arrayrecord", on_corrupt="skip", **options)
+    batch = next(make_batches(skipping, 0, 6))
+    assert sorted(batch["label"].tolist()) == [0, 0, 1, 2, 3, 4]
+
+
+def test_array_records_that_do_not_fit(packed: Path) -> None:
+    options = {"root": str(packed), "image_size": 4, "channels": 3}
+    with pytest.raises(DataError, match="num_classes"):
+        make_source("arrayrecord", **options)
+    with pytest.raises(DataError, match=r"no val\*.array_record"):
+        make_source("arrayrecord", split="val", num_classes=6, **options)
+    with pytest.raises(DataError, match="record 3 .* has label 3 of 2 classes"):
+        make_source("arrayrecord", num_classes=2, **options)[3]
+
+
+def test_tfds(tmp_path: Path) -> None:
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=4):
+        source = make_source("tfds:mnist", image_size=14, channels=3, num_classes=10)
+        assert len(source) == 4 and source.num_classes == 10
+        record = source[1]
+        assert record["image"].dtype == np.uint8 and record["image"].shape == (14, 14, 3)
+        assert record["image"].std() > 0 and 0 <= record["label"] < 10
+    with pytest.raises(DataError, match="TFDS cannot open 'mnist'"):
+        make_source("tfds:mnist", root=str(tmp_path), image_size=14, channels=1)
