@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.layers import Dense, LayerNorm, RMSNorm
+from dsr_jax.models.layers import Dense, LayerNorm, RMSNorm, SplitDense
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rotate
 from dsr_jax.parallel.axes import Constrain
@@ -103,13 +103,13 @@ class Attention(nn.Module):
     def __call__(self, x: Array, rope: Rope | None = None) -> Array:
         """Maps [B, L, D] to [B, L, D]."""
         heads, head_dim = self.num_heads, x.shape[-1] // self.num_heads
-        qkv = Dense(
-            (3, heads, head_dim),
-            ("embed", None, "heads", "head_dim"),
+        q, k, v = SplitDense(
+            3,
+            (heads, head_dim),
+            ("embed", "heads", "head_dim"),
             precision=self.precision,
             name="qkv",
         )(x)
-        q, k, v = (qkv[:, :, i] for i in range(3))
         if self.use_qknorm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         if rope is not None:

@@ -31,6 +31,20 @@ def flattened(init: Initializer, num_inputs: int) -> Initializer:
     return initialise
 
 
+def linear(x: Array, kernel: Array, bias: Array | None, num_inputs: int, policy: Precision) -> Array:
+    """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
+
+    The product is of two matrices, and reshaped afterwards: the transposes that the backward pass
+    of an N-D product needs are then free.
+    """
+    inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
+    leading = x.shape[: x.ndim - num_inputs]
+    rows = int(np.prod(inputs))
+    y = policy.product(x).reshape(-1, rows) @ policy.product(kernel).reshape(rows, -1)
+    y = y.reshape(*leading, *outputs)
+    return y if bias is None else y + policy.product(bias)
+
+
 class Dense(nn.Module):
     """Linear layer over the trailing dimensions, with an N-D kernel whose axes are named.
 
@@ -61,13 +75,48 @@ class Dense(nn.Module):
             nn.with_logical_partitioning(flattened(self.kernel_init, n), self.axes),
             (*x.shape[x.ndim - n :], *self.features),
         )
-        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        product = self.precision.product
-        y = jax.lax.dot_general(product(x), product(kernel), (contract, ((), ())))
+        bias = None
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[n:])
-            y = y + product(self.param("bias", bias_init, self.features))
-        return y
+            bias = self.param("bias", bias_init, self.features)
+        return linear(x, kernel, bias, n, self.precision)
+
+
+class SplitDense(nn.Module):
+    """Several linear layers of one input that share a fused kernel, as q, k and v do.
+
+    Each output has a product of its own. One product followed by slices would be the same
+    numbers, but its backward pass must first join the outputs' gradients into one array, which
+    costs a quarter of the feed-forward's time on XLA's CPU backend.
+
+    Attributes:
+      count: Number of outputs.
+      features: Dimensions of each output.
+      axes: Logical axes of one output's kernel, input dimension first.
+      use_bias: Adds a bias of shape `features` to each.
+      precision: Dtype policy.
+    """
+
+    count: int
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool = True
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        """Maps [..., D] to `count` arrays [..., *features] in the compute dtype."""
+        shape = (self.count, *self.features)
+        axes = (self.axes[0], None, *self.axes[1:])
+        init = nn.with_logical_partitioning(flattened(xavier_uniform, 1), axes)
+        kernel = self.param("kernel", init, (x.shape[-1], *shape))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.with_logical_partitioning(zeros, axes[1:]), shape)
+        return tuple(
+            linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
+            for i in range(self.count)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -135,10 +184,10 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., D] to [..., D]."""
-        gates = Dense(
-            (2, self.hidden), ("embed", None, "mlp"), precision=self.precision, name="w12"
+        gate, value = SplitDense(
+            2, (self.hidden,), ("embed", "mlp"), precision=self.precision, name="w12"
         )(x)
-        hidden = jax.nn.silu(gates[..., 0, :]) * gates[..., 1, :]
+        hidden = jax.nn.silu(gate) * value
         return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="w3")(hidden)
 
 
