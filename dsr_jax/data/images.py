@@ -19,8 +19,10 @@ class UnreadableRecord(DataError):
     """A record whose content cannot be decoded, however often it is read."""
 
 
-def decode_image(data: bytes, origin: str, image_size: int, channels: int) -> np.ndarray:
-    """Decodes an image file and crops it to a square.
+def decode_image(
+    data: bytes, origin: str, image_size: int, channels: int, *, fit: str = "crop"
+) -> np.ndarray:
+    """Decodes an image file and brings it to a square.
 
     Orientation tags (EXIF) are not applied, as in the original.
 
@@ -29,6 +31,7 @@ def decode_image(data: bytes, origin: str, image_size: int, channels: int) -> np
       origin: What to call the file in an error: its path.
       image_size: Side of the result.
       channels: 3 for colour, 1 for grey.
+      fit: "crop" keeps proportions (`crop_image`), "squash" keeps the whole image (`squash_image`).
 
     Returns:
       uint8 [image_size, image_size, channels].
@@ -40,7 +43,7 @@ def decode_image(data: bytes, origin: str, image_size: int, channels: int) -> np
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return crop_image(image, image_size, channels)
+            return _FITS[fit](image, image_size, channels)
     # All of these are what Pillow's plugins raise on damaged files; none is a bug of ours.
     except (
         OSError,
@@ -63,7 +66,28 @@ def crop_image(image: Image.Image, image_size: int, channels: int) -> np.ndarray
     Returns:
       uint8 [image_size, image_size, channels].
     """
-    array = np.asarray(center_crop(_to_mode(image, channels), image_size))
+    return _as_array(center_crop(_to_mode(image, channels), image_size))
+
+
+def squash_image(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """Converts an image to `channels` and resizes it to a square, whatever its proportions.
+
+    Returns:
+      uint8 [image_size, image_size, channels].
+
+    Source: transformers SiglipImageProcessor; spec encoder 6.
+    """
+    from PIL import Image
+
+    size = (image_size, image_size)
+    return _as_array(_to_mode(image, channels).resize(size, Image.Resampling.BILINEAR))
+
+
+_FITS = {"crop": crop_image, "squash": squash_image}
+
+
+def _as_array(image: Image.Image) -> np.ndarray:
+    array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
 
 

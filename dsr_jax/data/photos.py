@@ -1,0 +1,84 @@
+"""Images anywhere below a folder, without classes: what encoders are examined on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.folder import EXTENSIONS, read_file
+from dsr_jax.data.images import decode_image
+from dsr_jax.data.sources import Record
+
+
+class Photos:
+    """A random sample of the image files below a folder, however they are nested.
+
+    Args:
+      root: The folder.
+      image_size: Side of the square images.
+      count: Files to draw, without repetition; None, or more than there are, takes all.
+      seed: Fixes which.
+      fit: "squash" (as the encoders' own image processors do) or "crop"; see `images.decode_image`.
+
+    Raises:
+      DataError: If the folder is not there or holds no images.
+    """
+
+    num_classes = 1
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        *,
+        count: int | None = None,
+        seed: int = 0,
+        fit: str = "squash",
+    ) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise DataError(f"image folder {root!r} does not exist", "name an existing folder")
+        files = _walk(folder)
+        if not files:
+            raise DataError(
+                f"folder {root!r} holds no images", f"put {', '.join(EXTENSIONS)} there"
+            )
+        if count is not None and count < len(files):
+            chosen = np.random.default_rng(seed).choice(len(files), count, replace=False)
+            files = [files[i] for i in sorted(chosen)]
+        self._files = files
+        self._fit = fit
+        self.name = f"folder {folder}"
+        self.image_shape = (image_size, image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def path(self, index: int) -> Path:
+        """The file of image `index`."""
+        return self._files[index]
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one image; the label is 0.
+
+        Raises:
+          UnreadableRecord: If the content is no image, or cut short.
+          DataError: If the file cannot be read at all.
+        """
+        path = self._files[index]
+        size = self.image_shape[0]
+        image = decode_image(read_file(path), str(path), size, 3, fit=self._fit)
+        return {"image": image, "label": np.int32(0)}
+
+
+def _walk(root: Path) -> list[Path]:
+    """Image files below `root` in sorted order; names that begin with a dot are ignored."""
+    found = []
+    for folder, inner, files in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        names = (n for n in files if not n.startswith(".") and n.lower().endswith(EXTENSIONS))
+        found += [Path(folder) / name for name in names]
+    return sorted(found)
