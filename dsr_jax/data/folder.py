@@ -55,9 +55,13 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def path(self, index: int) -> Path:
-        """The file of record `index`."""
-        return self._root / self._files[index]
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Content of the file and label of record `index`.
+
+        Raises:
+          DataError: If the file cannot be read.
+        """
+        return read_file(self._root / self._files[index]), int(self._labels[index])
 
     def __getitem__(self, index: int) -> Record:
         """Reads one image.
@@ -66,12 +70,10 @@ class ImageFolder:
           UnreadableRecord: If the content is no image.
           DataError: If the file cannot be read at all.
         """
-        path = self.path(index)
+        content, label = self.encoded(index)
         size, _, channels = self.image_shape
-        return {
-            "image": decode_image(read_file(path), str(path), size, channels),
-            "label": self._labels[index],
-        }
+        image = decode_image(content, str(self._root / self._files[index]), size, channels)
+        return {"image": image, "label": np.int32(label)}
 
 
 def read_file(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,13 +21,13 @@ class ArrayRecords:
 
     Args:
       root: Folder of the files.
-      split: Files named `SPLIT*.array_record` are read, in sorted order; "all" reads all.
+      split: Files named `SPLIT-*.array_record` are read, in sorted order.
       image_size: Side of the square images (`images.center_crop`).
       channels: 3, or 1 for grey.
       num_classes: The files do not tell.
 
     Raises:
-      DataError: If there are no such files, or num_classes is missing.
+      DataError: If there are no such files, some are missing, or num_classes is.
     """
 
     def __init__(
@@ -34,11 +35,17 @@ class ArrayRecords:
     ) -> None:
         if num_classes is None:
             raise DataError("arrayrecord files do not tell their classes", "give num_classes")
-        pattern = "*.array_record" if split == "all" else f"{split}*.array_record"
+        pattern = f"{split}-*.array_record"
         files = sorted(str(path) for path in Path(root).glob(pattern))
         if not files:
             raise DataError(
                 f"no {pattern} in {root!r}", "set config.data.root and config.data.split"
+            )
+        shards = re.search(r"-of-(\d+)\.array_record$", files[0])
+        if shards and len(files) != int(shards[1]):
+            raise DataError(
+                f"{len(files)} files {pattern} in {root!r}, but {files[0]} is one of {shards[1]}",
+                "copy or pack them all, into an empty folder",
             )
         self._records = grain.sources.ArrayRecordDataSource(files)
         self.name = f"arrayrecord {Path(root) / pattern}"

@@ -22,7 +22,7 @@ def colours(size: int = 16, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "width,height,size", [(50, 37, 8), (37, 90, 16), (20, 13, 16), (16, 16, 16)]
+    "width,height,size", [(50, 37, 8), (37, 90, 16), (40, 32, 16), (20, 13, 16), (16, 16, 16)]
 )
 def test_crop_is_adms(width: int, height: int, size: int) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

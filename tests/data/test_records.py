@@ -12,6 +12,7 @@ from dsr_jax.data.images import UnreadableRecord
 from dsr_jax.data.pipeline import make_batches
 from dsr_jax.data.records import write_array_records
 from dsr_jax.data.sources import make_source
+from tools import pack_images
 
 
 @pytest.fixture
@@ -47,10 +48,34 @@ def test_array_records_that_do_not_fit(packed: Path) -> None:
     options = {"root": str(packed), "image_size": 4, "channels": 3}
     with pytest.raises(DataError, match="num_classes"):
         make_source("arrayrecord", **options)
-    with pytest.raises(DataError, match=r"no val\*.array_record"):
+    with pytest.raises(DataError, match=r"no val-\*.array_record"):
         make_source("arrayrecord", split="val", num_classes=6, **options)
     with pytest.raises(DataError, match="record 3 .* has label 3 of 2 classes"):
         make_source("arrayrecord", num_classes=2, **options)[3]
+
+
+def test_packing_a_folder(tmp_path: Path) -> None:
+    """The packed source is the folder, record by record."""
+    pytest.importorskip("array_record.python.array_record_module")
+    rng = np.random.default_rng(0)
+    for name, count in (("ant", 3), ("bee", 4)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (9, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.jpg")
+    pack_images.main([str(tmp_path / "images"), str(tmp_path / "packed"), "--shards=3"])
+    names = [path.name for path in sorted((tmp_path / "packed").iterdir())]
+    assert names == [f"train-{i:05d}-of-00003.array_record" for i in range(3)]
+    options = {"image_size": 4, "channels": 3, "num_classes": 2}
+    folder = make_source("folder", root=str(tmp_path / "images"), **options)
+    packed = make_source("arrayrecord", root=str(tmp_path / "packed"), **options)
+    assert len(folder) == len(packed) == 7
+    for i in range(7):
+        np.testing.assert_array_equal(folder[i]["image"], packed[i]["image"])
+        assert folder[i]["label"] == packed[i]["label"]
+    (tmp_path / "packed" / names[1]).unlink()
+    with pytest.raises(DataError, match="2 files .* is one of 00003"):
+        make_source("arrayrecord", root=str(tmp_path / "packed"), **options)
 
 
 def test_tfds(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Analytic floating-point operations, and the share of the hardware's peak that they reach.
+
+Counted are matrix products, two operations per multiply-accumulate; norms, softmax and
+element-wise work are not. XLA's own count cannot replace this: it counts a scanned block once.
+
+Source: paper, table of GFLOPs (reproduced exactly); spec denoiser 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+TIME_FEATURES = 512
+"""Width of the Fourier features that enter the time MLP."""
+
+PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
+    {
+        "TPU v4": 275e12,
+        "TPU v5 lite": 197e12,
+        "TPU v5e": 197e12,
+        "TPU v5p": 459e12,
+        "TPU v5": 459e12,
+        "TPU v6 lite": 918e12,
+        "TPU v6e": 918e12,
+        "NVIDIA A100": 312e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA H100 80GB": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA H200": 989e12,
+    }
+)
+"""Dense bfloat16 FLOP/s of one device, by the beginning of JAX's `device_kind`; the first that fits
+counts, so longer names stand before their beginnings. Source: the makers' data sheets."""
+
+
+def dit_forward_flops(
+    *,
+    hidden: int,
+    depth: int,
+    mlp_hidden: int,
+    tokens: int,
+    patch_inputs: int,
+    patch_outputs: int,
+    num_registers: int = 0,
+    register_start: int = 0,
+    use_swiglu: bool = True,
+    attn_kv_bias: bool = False,
+    time_features: int = TIME_FEATURES,
+) -> int:
+    """FLOPs of one network evaluation of LightningDiT on one sample.
+
+    The number of heads does not matter.
+
+    Args:
+      hidden: Width D.
+      depth: Blocks.
+      mlp_hidden: Hidden units M of the feed-forward.
+      tokens: Patch tokens N.
+      patch_inputs: Numbers p*p*C that make a token.
+      patch_outputs: Numbers p*p*C (twice that with learn_sigma) that come out of one.
+      num_registers: Register tokens R.
+      register_start: First block that sees the registers.
+      use_swiglu: Three matrices in the feed-forward, else two.
+      attn_kv_bias: One learned key and value more in every block.
+      time_features: Inputs of the time MLP.
+    """
+    matrices = 3 if use_swiglu else 2
+
+    def block(length: int) -> int:
+        keys = length + int(attn_kv_bias)
+        projections = length * (4 * hidden**2 + matrices * hidden * mlp_hidden)
+        return projections + 2 * length * keys * hidden + 6 * hidden**2
+
+    before = min(register_start, depth) if num_registers else depth
+    blocks = before * block(tokens) + (depth - before) * block(tokens + num_registers)
+    ends = tokens * hidden * (patch_inputs + patch_outputs) + 2 * hidden**2
+    time = time_features * hidden + hidden**2
+    return 2 * (blocks + ends + time)
+
+
+def train_step_flops(forward_flops: int, batch: int, *, recompute: bool = False) -> int:
+    """FLOPs of one training step: the backward pass costs two forward passes.
+
+    Args:
+      forward_flops: Of one sample.
+      batch: Samples per step.
+      recompute: Counts the forward pass that full rematerialisation repeats. MFU is defined
+        without it: recomputing is work of the hardware, not of the model.
+    """
+    return (4 if recompute else 3) * forward_flops * batch
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device, or None if it is not known."""
+    for beginning, peak in PEAK_FLOPS.items():
+        if device_kind.lower().startswith(beginning.lower()):
+            return peak
+    return None
+
+
+def mfu(step_flops: float, step_seconds: float, num_devices: int, device_kind: str) -> float | None:
+    """Model FLOPs utilisation: share of the devices' bfloat16 peak, 0 to 1.
+
+    Args:
+      step_flops: `train_step_flops` without recomputation, over the global batch.
+      step_seconds: Time of a step.
+      num_devices: Devices that share the step.
+      device_kind: Their `jax.Device.device_kind`.
+
+    Returns:
+      None if the device's peak is not known, as on a CPU.
+    """
+    peak = peak_flops(device_kind)
+    if peak is None or step_seconds <= 0:
+        return None
+    return step_flops / (step_seconds * num_devices * peak)

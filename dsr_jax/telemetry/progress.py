@@ -1,0 +1,126 @@
+"""One progress bar on a terminal, a bounded number of plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from dsr_jax.parallel.processes import is_primary
+from dsr_jax.telemetry.clock import Timing
+
+MAX_LINES = 200
+
+
+class Progress:
+    """Shows how far a run is: loss, step time, images/s, remaining time, MFU; a context manager.
+
+    Only the primary process shows anything.
+
+    Args:
+      total_steps: Step at which the run ends.
+      start_step: Step at which it starts or resumes.
+      stream: Where to; None for standard error.
+      max_lines: Where the stream is no terminal, at most about so many progress lines, evenly over
+        the run, however often `update` is called.
+      primary: Whether this process shows; None asks the runtime.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+        max_lines: int = MAX_LINES,
+        primary: bool | None = None,
+    ) -> None:
+        self._total = total_steps
+        self._max_lines = max_lines
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = is_primary() if primary is None else primary
+        self._bucket = -1
+        self._bar: tqdm | None = None
+        if self._shown and self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                # tqdm's own rate and remaining time would count compilation.
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        timing: Timing | None = None,
+        mfu: float | None = None,
+    ) -> None:
+        """Shows that `step` steps are done.
+
+        Args:
+          step: Steps done.
+          loss: Without it the bar moves and no line is written.
+          timing: Of the last lap.
+          mfu: Share of the devices' peak, 0 to 1.
+        """
+        if not self._shown:
+            return
+        text = _describe(loss, timing, mfu)
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        bucket = step * self._max_lines // max(self._total, 1)
+        if text and (bucket > self._bucket or step >= self._total):
+            self._bucket = bucket
+            self._print(f"step {step}/{self._total}, {text}")
+
+    def say(self, text: str) -> None:
+        """Writes a line without tearing the bar."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._print(text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+def _describe(loss: float | None, timing: Timing | None, mfu: float | None) -> str:
+    parts = []
+    if loss is not None:
+        parts.append(f"loss {loss:.4f}")
+    if timing is not None:
+        parts += [
+            f"{timing.step_seconds:.3g} s/step",
+            f"{timing.images_per_second:.4g} images/s",
+            f"ETA {tqdm.format_interval(timing.eta_seconds)}",
+        ]
+    if mfu is not None:
+        parts.append(f"MFU {100 * mfu:.1f} %")
+    return ", ".join(parts)

@@ -1,0 +1,141 @@
+"""Counts agree with the paper's table and with the matrix products in the model's own program."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsr_jax.models.dit import LightningDiT
+from dsr_jax.telemetry.flops import dit_forward_flops, mfu, peak_flops, train_step_flops
+
+PAPER = [
+    ("S", 384, 12, 1024, 4, 12.4, 13.7),
+    ("B", 768, 12, 2048, 4, 46.6, 51.2),
+    ("XL", 1152, 28, 3072, 8, 238.1, 262.9),
+]
+
+
+@pytest.mark.parametrize("name,hidden,depth,mlp_hidden,start,base,registers", PAPER)
+def test_the_papers_table(
+    name: str,
+    hidden: int,
+    depth: int,
+    mlp_hidden: int,
+    start: int,
+    base: float,
+    registers: float,
+) -> None:
+    def gflops(num_registers: int) -> float:
+        flops = dit_forward_flops(
+            hidden=hidden,
+            depth=depth,
+            mlp_hidden=mlp_hidden,
+            tokens=256,
+            patch_inputs=768,
+            patch_outputs=768,
+            num_registers=num_registers,
+            register_start=start,
+        )
+        return round(flops / 1e9, 1)
+
+    assert (gflops(0), gflops(36)) == (base, registers)
+
+
+def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """All equations of a program with how often each runs."""
+    for equation in jaxpr.eqns:
+        inner_times = times * equation.params.get("length", 1)
+        inner = [
+            leaf for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+        ]
+        for leaf in filter(_is_jaxpr, inner):
+            yield from equations(getattr(leaf, "jaxpr", leaf), inner_times)
+        yield equation, times
+
+
+def _is_jaxpr(value: object) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def matmul_flops(function: Any, *args: Any) -> int:
+    """Twice the multiply-accumulates of every matrix product, scans unrolled."""
+    total = 0
+    for equation, times in equations(jax.make_jaxpr(function)(*args).jaxpr):
+        assert "conv" not in equation.primitive.name
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * times * summed * math.prod(equation.outvars[0].aval.shape)
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_registers": 4, "register_start": 2},
+        {"num_registers": 9, "register_start": 0, "attn_kv_bias": True},
+        {"use_swiglu": False, "learn_sigma": True, "patch_size": 2},
+    ],
+)
+def test_the_models_own_matrix_products(changes: dict[str, Any]) -> None:
+    options = {"num_registers": 0, "register_start": 0, "use_swiglu": True, "patch_size": 1}
+    options |= changes
+    model = LightningDiT(
+        input_size=6, in_channels=5, hidden_size=48, depth=5, num_heads=4, num_classes=3, **options
+    )
+    inputs = (jnp.zeros((1, 6, 6, 5)), jnp.zeros(1), jnp.zeros(1, int))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    patch = options["patch_size"] ** 2 * 5
+    analytic = dit_forward_flops(
+        hidden=48,
+        depth=5,
+        mlp_hidden=128 if options["use_swiglu"] else 192,
+        tokens=36 // options["patch_size"] ** 2,
+        patch_inputs=patch,
+        patch_outputs=patch * (2 if options.get("learn_sigma") else 1),
+        num_registers=options["num_registers"],
+        register_start=options["register_start"],
+        use_swiglu=options["use_swiglu"],
+        attn_kv_bias=options.get("attn_kv_bias", False),
+    )
+    assert matmul_flops(model.apply, variables, *inputs) == analytic
+
+
+def test_the_compilers_count_of_one_product() -> None:
+    """Ties the unit, two operations per multiply-accumulate, to XLA's."""
+    a, b = np.zeros((8, 16), np.float32), np.zeros((16, 32), np.float32)
+    cost = jax.jit(jnp.matmul).lower(a, b).compile().cost_analysis()
+    assert cost["flops"] == matmul_flops(jnp.matmul, a, b) == 2 * 8 * 16 * 32
+
+
+def test_a_training_step_is_three_forward_passes() -> None:
+    """Counted in the gradient of a chain of products."""
+    assert train_step_flops(10, 4) == 120
+    assert train_step_flops(10, 4, recompute=True) == 160
+    x, weights = jnp.zeros((8, 16)), jnp.zeros((50, 16, 16))
+
+    def loss(weights: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, w: (h @ w, None), x, weights)[0].sum()
+
+    forward = matmul_flops(loss, weights)
+    assert matmul_flops(jax.grad(loss), weights) == train_step_flops(forward, 1)
+
+
+def test_known_and_unknown_devices() -> None:
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
+    assert peak_flops("TPU v6 lite") == 918e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None
+
+
+def test_mfu() -> None:
+    assert mfu(275e12, 2.0, 4, "TPU v4") == 0.125
+    assert mfu(275e12, 2.0, 4, "cpu") is None
