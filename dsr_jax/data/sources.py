@@ -127,6 +127,13 @@ def split_indices(num_records: int, split: str, name: str) -> np.ndarray:
     return splits[split]
 
 
+def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a small source into memory: images [N, H, W, C], uint8, and labels [N], int32."""
+    records = [source[index] for index in range(len(source))]
+    labels = np.array([record["label"] for record in records], np.int32)
+    return np.stack([record["image"] for record in records]), labels
+
+
 class SkipUnreadable:
     """Puts the next readable record, in index order, in the place of an unreadable one.
 

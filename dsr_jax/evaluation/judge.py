@@ -91,8 +91,14 @@ def judge_samples(
       images is biased upwards: compare only values of about equal counts.
 
     Raises:
-      EvaluationError: If shapes, types or counts do not fit.
+      EvaluationError: If shapes, types, counts or classes do not fit.
     """
+    unknown = np.setdiff1d(labels, train[1])
+    if len(unknown):
+        raise EvaluationError(
+            f"samples are labelled {unknown.tolist()}, which the judge's images do not show",
+            "score samples of the judge's own data set",
+        )
     judge = Judge(*train)
     reference = gaussian_moments(judge.features(train[0]))
 

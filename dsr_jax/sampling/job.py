@@ -288,12 +288,12 @@ def _by_primary(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarra
     Hosts may see a shared folder at different moments, so the primary's view counts; and an error
     that only one process raised would leave the others waiting for it.
     """
-    error, result, failed = None, like, np.bool_(False)
+    error, result, failed = None, like, np.zeros((), bool)
     if is_primary():
         try:
             result = action()
         except DsrError as caught:
-            error, failed = caught, np.bool_(True)
+            error, failed = caught, np.ones((), bool)
     if jax.process_count() > 1:
         failed, result = multihost_utils.broadcast_one_to_all((failed, result))
     if error is not None:

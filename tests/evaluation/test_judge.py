@@ -59,6 +59,8 @@ def test_judge_refuses_images_of_another_kind():
         judge.features(images[:, :, :2])
     with pytest.raises(EvaluationError, match="30 images, but 29 labels"):
         judge.accuracy(images, labels[:-1])
+    with pytest.raises(EvaluationError, match=r"labelled \[3\]"):
+        judge_samples(images, labels + 1, (images, labels), (images, labels))
     with pytest.raises(EvaluationError, match="at least two classes"):
         Judge(images, np.zeros(30, int))
 

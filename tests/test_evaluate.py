@@ -1,0 +1,62 @@
+"""The evaluate command: real digits score like real digits, and errors end it with a reason."""
+
+import numpy as np
+import pytest
+
+from dsr_jax import evaluate
+from dsr_jax.core.errors import DataError, EvaluationError
+from dsr_jax.core.files import file_digest, read_json, write_json
+from dsr_jax.data.sources import make_source, read_all
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def heldout():
+    return read_all(make_source("digits", split="heldout", image_size=8, channels=1))
+
+
+def test_scores_and_recipe_are_written_beside_the_samples(tmp_path, capsys, heldout):
+    images, labels = heldout
+    path = tmp_path / "samples.npz"
+    np.savez(path, images, labels=labels)
+    write_json(path.with_suffix(".json"), {"recipe": {"guidance": 1.5}})
+    evaluate.main([str(path), "--judge", "digits"])
+    written = read_json(tmp_path / "samples.judge-digits.json")
+    scores = written["scores"]
+    assert scores["judge_accuracy"] == scores["judge_accuracy_real"] > 0.97
+    assert scores["frechet_distance"] == scores["frechet_distance_real"] > 0
+    assert scores["num_samples"] == len(images)
+    assert written["samples"]["digest"] == file_digest(path)
+    assert written["samples"]["record"] == {"recipe": {"guidance": 1.5}}
+    assert written["provenance"]["packages"]["jax"]
+    assert f"{scores['judge_accuracy']:.5g}" in capsys.readouterr().out
+
+
+def test_noise_scores_worse_than_digits(tmp_path, heldout):
+    images, labels = heldout
+    noise = np.random.RandomState(0).randint(0, 256, images.shape).astype(np.uint8)
+    np.savez(tmp_path / "noise.npz", noise, labels=labels)
+    evaluate.main([str(tmp_path / "noise.npz"), "--out", str(tmp_path / "scores.json")])
+    scores = read_json(tmp_path / "scores.json")["scores"]
+    assert scores["judge_accuracy"] < 0.3
+    assert scores["frechet_distance"] > 10 * scores["frechet_distance_real"]
+
+
+def test_what_cannot_be_scored_ends_with_a_reason(tmp_path, heldout):
+    images, labels = heldout
+    np.savez(tmp_path / "nolabels.npz", images)
+    np.savez(tmp_path / "dark.npz", images // 128, labels=labels)
+    np.savez(tmp_path / "colour.npz", images.repeat(3, axis=-1)[:, :7, :7], labels=labels)
+    np.savez(tmp_path / "letters.npz", images, labels=labels + 5)
+    for name, reason in {
+        "nolabels": "holds no labels",
+        "dark": "no value above 1",
+        "letters": r"labelled \[10, 11, 12, 13, 14\]",
+        "none": "not found",
+    }.items():
+        with pytest.raises(EvaluationError, match=reason):
+            evaluate.main([str(tmp_path / f"{name}.npz")])
+    with pytest.raises(DataError, match="cannot be drawn at 7 pixels"):
+        evaluate.main([str(tmp_path / "colour.npz")])
+    assert not list(tmp_path.glob("*.json"))
