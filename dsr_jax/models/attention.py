@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
@@ -13,27 +14,56 @@ from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rotate
 from dsr_jax.parallel.axes import Constrain
 
+ATTENTION_RESIDUALS = "attention_residuals"
+"""Name under which rematerialisation may keep what attention's backward pass needs."""
+
 Rope = tuple[Array, Array]
 """Cosines and sines, each [L, K]."""
 
 
-def _attend_einsum(q: Array, k: Array, v: Array) -> Array:
-    """Divides by the softmax sum after the product with v.
+def _scores(q: Array, k: Array) -> Array:
+    return jnp.einsum("bhlk,bhmk->bhlm", q, k, preferred_element_type=jnp.float32)
 
-    XLA's CPU backend does not fuse softmax into products; dividing the [B, H, L, K] result
-    instead of the [B, H, L, L] weights saves a pass over the larger array, forward and backward.
+
+@jax.custom_vjp
+def _attend_einsum(q: Array, k: Array, v: Array) -> Array:
+    """Attention whose backward pass recomputes the weights, for platforms without a kernel.
+
+    Differentiating plain softmax attention keeps several [B, H, L, M] arrays; in a scan over
+    depth they are written to stacked buffers, which took a sixth of a training step on a CPU.
+    Kept here are the output and one log-sum per query, as in flash attention.
     """
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    scores = jnp.einsum("bhlk,bhmk->bhlm", q * scale, k, preferred_element_type=jnp.float32)
-    # The maximum cancels in the quotient, so no gradient needs to pass through it.
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    return _einsum_forward(q, k, v)[0]
+
+
+def _einsum_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    dtype = q.dtype
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
+    scores = _scores(q, k)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
-    mixed = jnp.einsum(
-        "bhlm,bhmk->bhlk", weights.astype(dtype), v, preferred_element_type=jnp.float32
-    )
-    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
-    return mixed.astype(dtype).transpose(0, 2, 1, 3)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Dividing the [B, H, L, K] result instead of the weights saves a pass over the larger array.
+    out = jnp.einsum("bhlm,bhmk->bhlk", weights.astype(dtype), v).astype(jnp.float32) / total
+    out = checkpoint_name(out.astype(dtype), ATTENTION_RESIDUALS)
+    log_sum = checkpoint_name(peak + jnp.log(total), ATTENTION_RESIDUALS)
+    return out.transpose(0, 2, 1, 3), (q, k, v, out, log_sum)
+
+
+def _einsum_backward(kept: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, log_sum = kept
+    grad = grad.transpose(0, 2, 1, 3)
+    weights = jnp.exp(_scores(q, k) - log_sum)
+    grad_v = jnp.einsum("bhlm,bhlk->bhmk", weights.astype(grad.dtype), grad)
+    along = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
+    grad_scores = (weights * (_scores(grad, v) - along)).astype(q.dtype)
+    grad_q = jnp.einsum("bhlm,bhmk->bhlk", grad_scores, k) * q.shape[-1] ** -0.5
+    grad_k = jnp.einsum("bhlm,bhlk->bhmk", grad_scores, q)
+    grads = (x.transpose(0, 2, 1, 3) for x in (grad_q, grad_k, grad_v))
+    return tuple(grads)  # type: ignore[return-value]
+
+
+_attend_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def _attend_xla(q: Array, k: Array, v: Array) -> Array:

@@ -10,7 +10,7 @@ import jax
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.attention import Attention, Rope
+from dsr_jax.models.attention import ATTENTION_RESIDUALS, Attention, Rope
 from dsr_jax.models.layers import Dense, LayerNorm, Mlp, RMSNorm, SwiGLU, zeros
 from dsr_jax.models.precision import Precision
 from dsr_jax.parallel.axes import Constrain
@@ -18,7 +18,10 @@ from dsr_jax.parallel.axes import Constrain
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS),
+    ),
 }
 """What the backward pass keeps of a block: everything, only its input, or products of weights."""
 

@@ -31,7 +31,9 @@ def flattened(init: Initializer, num_inputs: int) -> Initializer:
     return initialise
 
 
-def linear(x: Array, kernel: Array, bias: Array | None, num_inputs: int, policy: Precision) -> Array:
+def linear(
+    x: Array, kernel: Array, bias: Array | None, num_inputs: int, policy: Precision
+) -> Array:
     """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
 
     The product is of two matrices, and reshaped afterwards: the transposes that the backward pass

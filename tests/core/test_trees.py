@@ -22,6 +22,9 @@ def test_a_leaf_cannot_be_a_folder() -> None:
 
 
 def test_sizes_of_abstract_trees() -> None:
-    tree = {"a": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": jax.ShapeDtypeStruct((5,), jnp.int8)}
+    tree = {
+        "a": jax.ShapeDtypeStruct((3, 4), jnp.float32),
+        "b": jax.ShapeDtypeStruct((5,), jnp.int8),
+    }
     assert trees.count_params(tree) == 17
     assert trees.tree_bytes(tree) == 53

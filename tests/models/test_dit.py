@@ -75,7 +75,9 @@ def test_registers_change_the_function_from_their_block_on() -> None:
         return kept["intermediates"]
 
     one, two = layers(params), layers(moved)
-    np.testing.assert_array_equal(one["blocks_pre"]["block_out"][0], two["blocks_pre"]["block_out"][0])
+    np.testing.assert_array_equal(
+        one["blocks_pre"]["block_out"][0], two["blocks_pre"]["block_out"][0]
+    )
     assert one["blocks_pre"]["block_out"][0].shape == (1, 2, 16, 32)
     assert one["blocks_reg"]["block_out"][0].shape == (2, 2, 4 + 16, 32)
     patches = [kept["blocks_reg"]["block_out"][0][:, :, 4:] for kept in (one, two)]

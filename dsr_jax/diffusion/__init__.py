@@ -1,0 +1,1 @@
+"""Paths between data and noise, objectives, time sampling, guidance and samplers."""

@@ -1,0 +1,210 @@
+"""Time grids, and ODE and SDE samplers as scans on the device.
+
+Source: DSR stage2/transport/{transport,integrators}.py; spec denoiser 6.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.diffusion import solvers
+from dsr_jax.diffusion.objectives import Objective
+from dsr_jax.diffusion.paths import DIFFUSION_FORMS, expand
+from dsr_jax.diffusion.solvers import Velocity
+from dsr_jax.diffusion.time_sampling import shift_time, time_support
+
+ODE_METHODS = (*solvers.FIXED_STEP, "dopri5")
+SDE_METHODS = ("euler", "heun")
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
+
+
+def time_grid(
+    num_points: int,
+    path: str,
+    prediction: str,
+    shift: float = 1.0,
+    *,
+    last_step: float | None = None,
+    sample_eps: float | None = None,
+) -> Array:
+    """Sampling times from noise to data, shifted as in training.
+
+    Args:
+      num_points: Points n, so n - 1 solver steps.
+      path: Name of the path.
+      prediction: What the network predicts; velocity grids end just before the data.
+      shift: Factor on the odds of t.
+      last_step: For SDE samplers: unshifted time at which the grid ends, 0 for the data itself.
+      sample_eps: Distance from both ends for noise and score predictions.
+
+    Returns:
+      Decreasing times [n].
+
+    Raises:
+      ConfigError: If there are fewer than two points or the shift is below 1.
+    """
+    if num_points < 2:
+        raise ConfigError(f"config.sample.num_points={num_points}", "two points make one step")
+    if shift < 1:
+        raise ConfigError(f"config.objective.time_shift={shift}", "use 1 or more")
+    low, high = time_support(path, prediction, sample_eps)
+    if last_step is not None:
+        low, high = 0.0, 1 - last_step
+    return shift_time(1 - jnp.linspace(low, high, num_points), shift)
+
+
+def sample_ode(
+    velocity: Velocity,
+    noise: Array,
+    grid: Array,
+    method: str = "euler",
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    error_norm: str = "sample",
+    return_trajectory: bool = False,
+) -> Array:
+    """Integrates the probability flow along the grid.
+
+    Args:
+      velocity: `(x [B, ...], t [B]) -> dx/dt`.
+      noise: State [B, ...] at grid[0].
+      grid: Monotone times [n].
+      method: One of ODE_METHODS; "heun" is "heun2".
+      rtol: Relative tolerance of dopri5.
+      atol: Absolute tolerance of dopri5.
+      error_norm: Step control of dopri5, per "sample" or over the "batch" as in the original;
+        only the former makes a sample independent of its batch.
+      return_trajectory: Returns the states at all grid points.
+
+    Returns:
+      The last state [B, ...], or all [n, B, ...].
+
+    Raises:
+      ConfigError: If the method or the norm is unknown.
+    """
+    method = "heun2" if method == "heun" else method
+    if method not in ODE_METHODS:
+        raise ConfigError(
+            f"config.sample.method={method!r}", f"choose from {', '.join(ODE_METHODS)}"
+        )
+    if error_norm not in ("sample", "batch"):
+        raise ConfigError(f"error norm {error_norm!r}", "use 'sample' or 'batch'")
+    if method == "dopri5":
+        states = solvers.dopri5(velocity, noise, grid, rtol, atol, error_norm)
+        return states if return_trajectory else states[-1]
+
+    def step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Array | None]:
+        x = solvers.fixed_step(velocity, x, *times, method)
+        return x, x if return_trajectory else None
+
+    last, states = jax.lax.scan(step, noise, (grid[:-1], grid[1:]))
+    return jnp.concatenate([noise[None], states]) if return_trajectory else last
+
+
+def sample_sde(
+    predict: Velocity,
+    objective: Objective,
+    noise: Array,
+    grid: Array,
+    step_noise: Callable[[Array], Array],
+    *,
+    method: str = "euler",
+    form: str = "sigma",
+    norm: float = 1.0,
+    last_step: str = "mean",
+    last_step_size: float = 0.04,
+    return_trajectory: bool = False,
+) -> Array:
+    """Integrates the reverse SDE along the grid, then takes one noiseless last step.
+
+    Args:
+      predict: The network, `(x [B, ...], t [B]) -> out`, guided or not.
+      objective: Turns predictions into velocities and scores.
+      noise: State [B, ...] at grid[0].
+      grid: Decreasing times [n], from `time_grid(last_step=...)`.
+      step_noise: Standard normals shaped like the state for step index 0..n-2.
+      method: "euler" (Euler-Maruyama) or "heun" (stochastic Heun).
+      form: Diffusion coefficient, one of DIFFUSION_FORMS.
+      norm: Its scale.
+      last_step: One of LAST_STEPS.
+      last_step_size: Size of the last step. DSR-compat: it is taken at the unshifted time of that
+        value, although a shifted grid ends elsewhere.
+      return_trajectory: Returns the n solver states, the last one after the last step.
+
+    Returns:
+      The sample [B, ...], or [n, B, ...]: n - 1 solver states and the sample.
+
+    Raises:
+      ConfigError: For an unknown or unusable setting.
+    """
+    last_step = last_step.lower()
+    _check_sde(method, form, last_step)
+
+    def diffusion(x: Array, t: Array) -> Array:
+        return objective.path.diffusion(x, jnp.broadcast_to(t, x.shape[:1]), form, norm)
+
+    def drift(x: Array, t: Array) -> Array:
+        t = jnp.broadcast_to(t, x.shape[:1])
+        out = predict(x, t)
+        return objective.velocity(out, x, t) - diffusion(x, t) * objective.score(out, x, t)
+
+    def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+        start, end, index = inputs
+        dt = start - end
+        kick = jnp.sqrt(2 * diffusion(x, start) * dt) * step_noise(index)
+        if method == "euler":
+            x = x - drift(x, start) * dt + kick
+        else:
+            x = x + kick
+            first = drift(x, start)
+            x = x - 0.5 * dt * (first + drift(x - dt * first, end))
+        return x, x if return_trajectory else None
+
+    steps = (grid[:-1], grid[1:], jnp.arange(grid.shape[0] - 1))
+    x, states = jax.lax.scan(step, noise, steps)
+    final = x
+    if last_step != "none":
+        final = _last_step(predict, objective, x, drift, last_step, last_step_size)
+    return jnp.concatenate([states, final[None]]) if return_trajectory else final
+
+
+def _last_step(
+    predict: Velocity,
+    objective: Objective,
+    x: Array,
+    drift: Callable[[Array, Array], Array],
+    kind: str,
+    size: float,
+) -> Array:
+    """From time `size` to the data without noise."""
+    t = jnp.full(x.shape[:1], size)
+    if kind == "mean":
+        return x - drift(x, t) * size
+    out = predict(x, t)
+    if kind == "euler":
+        return x - objective.velocity(out, x, t) * size
+    at = expand(t, x)
+    alpha, sigma = objective.path.alpha(at), objective.path.sigma(at)
+    return x / alpha + sigma**2 / alpha * objective.score(out, x, t)
+
+
+def _check_sde(method: str, form: str, last_step: str) -> None:
+    """Raises ConfigError for settings with which the reverse SDE cannot be sampled."""
+    if method not in SDE_METHODS:
+        raise ConfigError(f"SDE method {method!r}", f"choose from {', '.join(SDE_METHODS)}")
+    if last_step not in LAST_STEPS:
+        raise ConfigError(f"SDE last step {last_step!r}", f"choose from {', '.join(LAST_STEPS)}")
+    if form == "SBDM":
+        raise ConfigError(
+            "diffusion form 'SBDM' is negative or infinite in this time direction",
+            f"choose from {', '.join(f for f in DIFFUSION_FORMS if f != 'SBDM')}",
+        )
+    if method == "heun" and last_step == "none":
+        raise ConfigError(
+            "stochastic Heun without a last step evaluates the score at t = 0, where it diverges",
+            "use last step 'mean', 'euler' or 'tweedie'",
+        )
