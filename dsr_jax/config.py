@@ -212,6 +212,15 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return found
 
 
+def architecture(config: ConfigDict) -> dict[str, Any]:
+    """The values that decide the parameters' names and shapes, by dotted key."""
+    return {
+        f"config.{key}": value
+        for key, value in _leaves(to_json(config))
+        if key.split(".")[0] in ARCHITECTURE_SECTIONS
+    }
+
+
 def check(config: ConfigDict) -> None:
     """Checks what can be checked without building anything.
 

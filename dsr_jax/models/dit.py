@@ -165,7 +165,7 @@ class LightningDiT(nn.Module):
         Returns:
           [B, h, w, C] in float32.
         """
-        self._check()
+        self.check_sizes()
         grid = self.input_size // self.patch_size
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.precision, name="x_embedder")(x)
         self.sow("intermediates", "x_embedder_out", tokens)
@@ -188,7 +188,8 @@ class LightningDiT(nn.Module):
         self.sow("intermediates", "final_tokens", out)
         return unpatchify(out, self.patch_size, channels)[..., : self.in_channels]
 
-    def _check(self) -> None:
+    def check_sizes(self) -> None:
+        """Raises ConfigError where sizes do not fit each other; see `check_sizes`."""
         check_sizes(
             input_size=self.input_size,
             patch_size=self.patch_size,
