@@ -1,0 +1,227 @@
+"""A tiny run for the tests of training: two dense layers on vectors drawn by step.
+
+As a script it is a whole run, for tests that need processes of their own:
+
+    python toy_training.py WORKDIR STEPS [--slow] [--accumulate=A]
+
+It writes the final parameters to WORKDIR/final.npz and prints `step N` after each step.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.trees import flatten_names
+from dsr_jax.diffusion.objectives import make_objective
+from dsr_jax.diffusion.time_sampling import TimeSampler
+from dsr_jax.parallel.axes import make_rules
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.shardings import (
+    batch_sharding,
+    fetch,
+    host_to_global,
+    make_shardings,
+    replicated,
+)
+from dsr_jax.telemetry.clock import StepClock
+from dsr_jax.telemetry.profiler import ProfileWindow
+from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.writers import MetricWriter
+from dsr_jax.training.checkpoints import Checkpoints
+from dsr_jax.training.loop import (
+    Instruments,
+    LoopSettings,
+    Summary,
+    start_or_resume,
+    train_loop,
+)
+from dsr_jax.training.optimizers import LearningRate, Optimizer
+from dsr_jax.training.state import TrainState, create_state
+from dsr_jax.training.step import make_train_step
+
+BATCH, SIZE, CLASSES = 16, 4, 3
+
+
+class Toy(nn.Module):
+    """Predicts from x, t and the label; width is the only architecture there is."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(0.3)
+        w1 = self.param(
+            "w1",
+            nn.with_logical_partitioning(init, ("channels", "embed")),
+            (SIZE * SIZE, self.width),
+        )
+        w2 = self.param(
+            "w2",
+            nn.with_logical_partitioning(init, ("embed", "channels")),
+            (self.width, SIZE * SIZE),
+        )
+        table = self.param(
+            "table",
+            nn.with_logical_partitioning(init, ("classes", "embed")),
+            (CLASSES + 1, self.width),
+        )
+        h = jnp.tanh(x.reshape(len(x), -1) @ w1 + table[labels] + t[:, None])
+        return (h @ w2).reshape(x.shape)
+
+
+def optimizer(**changes: Any) -> Optimizer:
+    """AdamW with everything switched on."""
+    rate = LearningRate(1e-2, "cosine", 1e-3, warmup_steps=3, decay_end_steps=20)
+    return Optimizer(rate, **{"weight_decay": 0.01, "clip_norm": 1.0, **changes})
+
+
+def train_step(model: nn.Module = Toy(), tx: Optimizer | None = None, **changes: Any) -> Any:  # noqa: B008
+    """The uncompiled step."""
+    return make_train_step(
+        lambda p, *args: model.apply({"params": p}, *args),
+        lambda variables, images, keys: images * 2 - 1,
+        make_objective("linear", "data"),
+        TimeSampler("logit-normal", shift=2.0),
+        tx or optimizer(),
+        **{"seed": 7, "null_label": CLASSES, "label_dropout": 0.3, "num_time_bins": 4, **changes},
+    )
+
+
+def host_batch(step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    """The rows of the global batch of one step."""
+    rng = np.random.default_rng(step)
+    batch = {
+        "image": rng.integers(0, 256, (BATCH, SIZE, SIZE, 1), np.uint8),
+        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        "index": step * BATCH + np.arange(BATCH),
+    }
+    return {name: value[rows] for name, value in batch.items()}
+
+
+class Run:
+    """Everything that a start of the toy run builds."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        mesh_shape: MeshShape = MeshShape(),  # noqa: B008
+        model: nn.Module = Toy(),  # noqa: B008
+        every_steps: int = 4,
+        ema_decays: tuple[float, ...] = (0.9, 0.5),
+        architecture: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> None:
+        self.workdir, self.every_steps = workdir, every_steps
+        self.architecture = architecture or {"model.width": getattr(model, "width", 0)}
+        rules = make_rules("fsdp")
+        self.mesh = make_mesh(mesh_shape)
+        self.batch_sharding = batch_sharding(self.mesh, rules)
+        tx = changes.pop("tx", None) or optimizer()
+
+        def init() -> TrainState:
+            example = jnp.zeros((1, SIZE, SIZE, 1)), jnp.zeros(1), jnp.zeros(1, int)
+            params = model.init(jax.random.key(0), *example)["params"]
+            return create_state(params, tx, ema_decays)
+
+        boxed = jax.eval_shape(init)
+        self.shardings = make_shardings(boxed, rules, self.mesh)
+        self.abstract = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            nn.unbox(boxed),
+            self.shardings,
+        )
+        self.init = jax.jit(lambda: nn.unbox(init()), out_shardings=self.shardings)
+        self.step = jax.jit(
+            train_step(model, tx, **changes),
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, replicated(self.mesh)),
+            donate_argnums=0,
+            # Compiling, not computing, is what these tests wait for.
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The global batch of one step."""
+        count, own = jax.process_count(), jax.process_index()
+        rows = slice(own * BATCH // count, (own + 1) * BATCH // count)
+        return host_to_global(host_batch(step, rows), self.batch_sharding)
+
+    def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        """Batches from one step on."""
+        while True:
+            yield self.batch(start)
+            start += 1
+
+    def checkpoints(self, **changes: Any) -> Checkpoints:
+        """Opens the run's checkpoints."""
+        settings = {"every_steps": self.every_steps, "architecture": self.architecture, **changes}
+        return Checkpoints(self.workdir / "checkpoints", **settings)
+
+    def train(
+        self, steps: int, *, step_fn: Any = None, log_every: int = 3, restore_step: int = -1,
+        hooks: Any = (), stop_after_steps: int = 0,
+    ) -> Summary:  # fmt: skip
+        """Starts or continues the run."""
+        with self.checkpoints() as checkpoints:
+            state, window = start_or_resume(checkpoints, self.init, self.abstract, restore_step)
+            with (
+                MetricWriter(self.workdir, first_step=int(state.step) + 1) as writer,
+                Progress(steps, start_step=int(state.step)) as progress,
+                ProfileWindow(self.workdir, 0, 0) as profile,
+            ):
+                out = Instruments(writer, progress, StepClock(BATCH, steps), profile)
+                return train_loop(
+                    state,
+                    step_fn or self.step,
+                    self.batches,
+                    checkpoints,
+                    LoopSettings(steps, log_every, stop_after_steps),
+                    out,
+                    hooks=hooks,
+                    window=window,
+                )
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    """Whole arrays by name, on every host."""
+    return {name: np.asarray(value) for name, value in flatten_names(fetch(tree)).items()}
+
+
+def main() -> int:
+    """Runs as a script; see the module's docstring."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--slow", action="store_true")
+    args = parser.parse_args()
+    start_processes()
+    run = Run(args.workdir, every_steps=1000)
+
+    def step_fn(state: TrainState, batch: Any) -> Any:
+        done = run.step(state, batch)
+        print(f"step {int(done[0].step)}", flush=True)
+        time.sleep(0.05 if args.slow else 0)
+        return done
+
+    summary = run.train(args.steps, step_fn=step_fn)
+    final = flat(summary.state)
+    if is_primary():
+        np.savez(args.workdir / "final.npz", **final)
+    return summary.exit_status
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_num_cpu_devices", int(os.environ.get("TOY_DEVICES", "2")))
+    sys.exit(run_main(main))
