@@ -3,6 +3,7 @@
 Entry points call these functions; nothing else does.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, architecture
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import stream_key
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
@@ -30,6 +31,7 @@ from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain, Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
+from dsr_jax.sampling.sampler import SampleFn, SamplerSettings, make_sample_fn
 from dsr_jax.spaces import InputSpace, PixelSpace
 from dsr_jax.telemetry import flops
 from dsr_jax.training.optimizers import LearningRate, Optimizer
@@ -224,9 +226,7 @@ def make_state(
     """
 
     def init() -> TrainState:
-        return create_state(
-            init_params(model, space, config.seed), optimizer, config.ema.decays
-        )
+        return create_state(init_params(model, space, config.seed), optimizer, config.ema.decays)
 
     abstract = _with_shardings(jax.eval_shape(init), rules, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -235,16 +235,53 @@ def make_state(
     return abstract, jax.jit(lambda: nn.unbox(init()), out_shardings=layout)
 
 
+def denoiser(model: nn.Module) -> Callable[[Params, Array, Array, Array], Array]:
+    """The model as a function `(params, x, t, labels) -> out`."""
+    return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
+
+
+def sampler_settings(config: ConfigDict) -> SamplerSettings:
+    """Solver and guidance, as config.sample says."""
+    section = config.sample
+    names = {field.name for field in dataclasses.fields(SamplerSettings)} - {"time_shift"}
+    return SamplerSettings(
+        time_shift=config.objective.time_shift, **{name: section[name] for name in names}
+    )
+
+
+def make_sampler(
+    config: ConfigDict, model: nn.Module, space: InputSpace, mesh: Mesh, rules: Rules
+) -> SampleFn:
+    """A compiled function from parameters, indices and labels to images."""
+    return make_sample_fn(
+        denoiser(model),
+        make_objective(config),
+        sampler_settings(config),
+        space.decode,
+        latent_shape=space.latent_shape,
+        null_label=config.data.num_classes,
+        sharding=shardings.batch_sharding(mesh, rules),
+    )
+
+
+def sampling_recipe(config: ConfigDict, step: int, ema: str) -> dict[str, Any]:
+    """What decides the images that a checkpoint gives, besides their indices and labels."""
+    return {
+        "step": step,
+        "ema": ema,
+        "sampler": sampler_settings(config).recipe(),
+        "objective": {key: config.objective[key] for key in ("path", "prediction")},
+        "precision": config.precision.to_dict(),
+        "architecture": architecture(config),
+    }
+
+
 def make_step(
     config: ConfigDict, model: nn.Module, space: InputSpace, optimizer: Optimizer
 ) -> TrainStep:
-    """The training step, to be compiled by `compile_step`."""
-
-    def apply_fn(params: Params, x: Array, t: Array, labels: Array) -> Array:
-        return model.apply({"params": params}, x, t, labels)
-
+    """The training step, to be compiled by `jit_step`."""
     return make_train_step(
-        apply_fn,
+        denoiser(model),
         space.encode,
         make_objective(config),
         make_time_sampler(config),
