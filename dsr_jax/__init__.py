@@ -1,0 +1,3 @@
+"""Diffusion transformers with Dual-Stage Registers, in JAX and Flax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,128 @@
+"""Who may import whom, and that importing stays cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dsr_jax"
+
+ALLOWED = {
+    "core": set(),
+    "parallel": {"core"},
+    "models": {"core", "parallel.axes"},
+    "registers": {"core", "parallel", "models"},
+    "spaces": {"core", "models", "registers"},
+    "diffusion": {"core"},
+    "data": {"core"},
+    "telemetry": {"core", "parallel"},
+    "sampling": {"core", "parallel", "diffusion"},
+    "training": {"core", "parallel", "diffusion", "data", "telemetry"},
+    "evaluation": {"core", "parallel", "models"},
+    "convert": {"core", "models"},
+}
+ENTRY_POINTS = {"train", "train_decoder", "sample", "evaluate", "encode", "compile"}
+ONLY_IN = {"orbax": "training/checkpoints.py", "grain": "data/", "torch": "convert/"}
+LAZY = {
+    "torch",
+    "matplotlib",
+    "wandb",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "transformers",
+    "huggingface_hub",
+    "sklearn",
+}
+
+
+def imports(tree: ast.AST) -> list[tuple[str, bool]]:
+    """Lists (module, inside a function) of all imports; names imported from a package count."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = child.module or ""
+                found.extend((f"{module}.{alias.name}", inside) for alias in child.names)
+            # What stands under `if TYPE_CHECKING` is never run.
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            deferred = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or typing_only
+            visit(child, inside or deferred)
+
+    visit(tree, False)
+    return found
+
+
+def violations(relative: str, source: str) -> list[str]:
+    """Lists the import rules that a file of the package breaks."""
+    room = relative.split("/")[0].removesuffix(".py")
+    problems = []
+    for module, inside in imports(ast.parse(source)):
+        top = module.split(".")[0]
+        if top in ONLY_IN and not relative.startswith(ONLY_IN[top]):
+            problems.append(f"{relative}: {top} belongs in {ONLY_IN[top]}")
+        if top in LAZY and not inside:
+            problems.append(f"{relative}: {top} must be imported inside a function")
+        if top != "dsr_jax":
+            continue
+        ours = module.removeprefix("dsr_jax.")
+        target = ours.split(".")[0]
+        if target in ENTRY_POINTS:
+            problems.append(f"{relative}: imports the entry point {target}")
+        elif room in ALLOWED and target != room:
+            if not any(ours == name or ours.startswith(name + ".") for name in ALLOWED[room]):
+                problems.append(f"{relative}: {room} may not import {ours}")
+        elif room == "config" and target != "core" and not ours.startswith("models.variants"):
+            problems.append(f"{relative}: config may not import {ours}")
+    return problems
+
+
+def test_every_file_keeps_the_rules() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    rooms = {path.relative_to(PACKAGE).parts[0] for path in files if path.parent != PACKAGE}
+    assert rooms <= set(ALLOWED), "a new room needs its line in ALLOWED"
+    problems = [
+        problem
+        for path in files
+        for problem in violations(path.relative_to(PACKAGE).as_posix(), path.read_text())
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_configs_import_the_config_module_only() -> None:
+    for path in (ROOT / "configs").glob("*.py"):
+        for module, _ in imports(ast.parse(path.read_text())):
+            assert module.startswith(("ml_collections", "dsr_jax.config", "dsr_jax.models.variants"))
+
+
+@pytest.mark.parametrize(
+    ("relative", "source", "problem"),
+    [
+        ("models/a.py", "from dsr_jax.parallel.mesh import make_mesh", "models may not import"),
+        ("diffusion/a.py", "import dsr_jax.models.dit", "diffusion may not import models"),
+        ("training/a.py", "import orbax.checkpoint as ocp", "orbax belongs"),
+        ("convert/a.py", "import torch", "inside a function"),
+        ("models/a.py", "def f():\n    import torch", "torch belongs"),
+        ("sample.py", "from dsr_jax import train", "entry point train"),
+        ("config.py", "from dsr_jax import data", "config may not import data"),
+    ],
+)
+def test_the_check_finds_violations(relative: str, source: str, problem: str) -> None:
+    assert any(problem in found for found in violations(relative, source))
+
+
+def test_importing_the_package_loads_no_other_framework() -> None:
+    program = (
+        "import sys, dsr_jax, dsr_jax.build, dsr_jax.train\n"
+        "heavy = {'torch', 'tensorflow', 'matplotlib', 'transformers', 'sklearn'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
