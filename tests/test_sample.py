@@ -1,0 +1,164 @@
+"""The sample command on a run with random weights: exact jobs, invariance, errors."""
+
+import argparse
+
+import jax
+import numpy as np
+import pytest
+
+from dsr_jax import build, sample
+from dsr_jax import config as configs
+from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
+from dsr_jax.core.files import file_digest, read_json
+from dsr_jax.parallel.axes import Constrain
+from dsr_jax.training.checkpoints import Checkpoints
+
+
+def tiny_config():
+    config = configs.base_config()
+    config.model.update(hidden_size=16, depth=2, num_heads=2, mlp_ratio=2.0, patch_size=2)
+    config.registers.update(num=4, start=1)
+    config.ema.decays = (0.9,)
+    config.sample.update(ema="0.9", num_points=4, guidance=1.5, num=24, batch=8)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run's folder with checkpoints 1 and 2, whose weights are noise."""
+    config, folder = tiny_config(), tmp_path_factory.mktemp("run")
+    configs.write_run_files(config, folder)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    space, _ = build.make_space(config)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    optimizer = build.make_optimizer(config)
+    abstract, _ = build.make_state(config, model, space, optimizer, mesh, rules)
+    random = np.random.RandomState(0)
+
+    def noise(leaf):
+        return jax.device_put(
+            (0.2 * random.standard_normal(leaf.shape)).astype(leaf.dtype), leaf.sharding
+        )
+
+    with Checkpoints(folder / "checkpoints", every_steps=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, jax.tree.map(noise, abstract))
+    return folder
+
+
+def run(workdir, out, *arguments):
+    """Runs the command; returns images, labels and record."""
+    name = f"samples{len(list(out.glob('*.npz')))}"
+    sample.main([f"--workdir={workdir}", f"--out={out}", f"--name={name}", *arguments])
+    with np.load(out / f"{name}.npz") as arrays:
+        record = read_json(out / f"{name}.json")
+        return arrays["arr_0"].astype(int), arrays["labels"], record
+
+
+@pytest.fixture(scope="module")
+def drawn(workdir, tmp_path_factory):
+    """Folder and result of the command with the run's own settings."""
+    out = tmp_path_factory.mktemp("out")
+    return out, run(workdir, out, "--grid")
+
+
+def test_samples_come_with_labels_picture_and_recipe(drawn):
+    out, (images, labels, record) = drawn
+    assert images.shape == (24, 8, 8, 1) and len(np.unique(images)) > 50
+    assert sorted(np.bincount(labels)) == [2] * 6 + [3] * 4
+    recipe = record["recipe"]
+    assert recipe["step"] == 2 and recipe["ema"] == "0.9"
+    assert recipe["sampler"]["guidance"] == 1.5 and recipe["sampler"]["num_points"] == 4
+    assert recipe["weights"].startswith("sha256:")
+    assert record["starts"][0]["packages"]["jax"] == jax.__version__
+    assert record["samples_digest"] == file_digest(out / "samples0.npz")
+    assert (out / "samples0.png").is_file()
+
+
+def test_batch_and_mesh_do_not_change_the_images(workdir, drawn, tmp_path):
+    _, (images, labels, record) = drawn
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    others, other_labels, other_record = run(workdir, tmp_path, "--batch=24", *mesh)
+    assert np.abs(others - images).max() <= 1 and (others != images).mean() < 0.01
+    assert (other_labels == labels).all()
+    assert other_record["recipe"] == record["recipe"]
+    assert [r["starts"][0]["batch"] for r in (record, other_record)] == [8, 24]
+
+
+def test_killed_command_is_finished_by_the_same_command(workdir, drawn, tmp_path, monkeypatch):
+    out, _ = drawn
+    build_sampler, calls = build.make_sampler, []
+
+    def mortal(*args):
+        sampler = build_sampler(*args)
+
+        def sample_or_die(*inputs):
+            calls.append(inputs)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return sampler(*inputs)
+
+        return sample_or_die
+
+    monkeypatch.setattr(build, "make_sampler", mortal)
+    command = [f"--workdir={workdir}", f"--out={tmp_path}", "--name=killed"]
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(command)
+    assert not (tmp_path / "killed.npz").exists()
+    sample.main(command)
+    assert len(calls) == 4  # Three batches, and the one that died.
+    assert file_digest(tmp_path / "killed.npz") == file_digest(out / "samples0.npz")
+    assert len(read_json(tmp_path / "killed.json")["starts"]) == 2
+    with pytest.raises(CheckpointError, match="sampler: .*'seed': 0.* -> .*'seed': 1"):
+        sample.main([*command, "--seed=1"])
+
+
+def test_weights_and_labels_are_those_asked_for(workdir, drawn, tmp_path):
+    _, (images, labels, record) = drawn
+    np.save(tmp_path / "labels.npy", labels)
+    digests = {record["recipe"]["weights"]}
+    for weights in ("--checkpoint-step=1", "--ema=none"):
+        others, same, record = run(
+            workdir, tmp_path, weights, f"--label-file={tmp_path / 'labels.npy'}"
+        )
+        assert (same == labels).all() and (others != images).mean() > 0.1
+        digests.add(record["recipe"]["weights"])
+    assert len(digests) == 3
+
+
+def test_labels_are_balanced_unless_asked_otherwise():
+    config = tiny_config()
+
+    def labels(label_file=None, classes=None, random_labels=False):
+        args = argparse.Namespace(
+            label_file=label_file, classes=classes, random_labels=random_labels
+        )
+        return sample.make_labels(args, config)
+
+    assert np.ptp(np.bincount(labels())) == 1
+    assert np.ptp(np.bincount(labels(random_labels=True), minlength=10)) > 1
+    assert labels(classes=[3, 7]).tolist() == [3, 7] * 12
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ("--ema=0.5", ConfigError, "sample.ema='0.5' .*\n.*none, 0.9"),
+        ("--method=leapfrog", ConfigError, "'leapfrog'"),
+        ("--num-samples=0", ConfigError, "config.sample.num=0"),
+        ("--guidance=much", ConfigError, "sample.guidance=much"),
+        ("--samples=4", ConfigError, "'--samples=4'"),
+        ("--checkpoint-step=7", CheckpointError, "step 7 .*\n.*steps there: 1, 2"),
+        ("--classes=3,10", DataError, "sample 1 has label 10"),
+        ("--label-file=none.npy", DataError, "'none.npy' not found"),
+    ],
+)
+def test_errors_name_what_is_wrong(workdir, tmp_path, argument, error, message):
+    with pytest.raises(error, match=message):
+        sample.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}", argument])
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_run(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        sample.main([f"--workdir={tmp_path}"])
