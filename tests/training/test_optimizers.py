@@ -49,7 +49,6 @@ def test_constant_rate_keeps_its_warm_up() -> None:
     np.testing.assert_allclose([rate(k) for k in (0, 1, 3, 4, 999)], [0.025, 0.05, 0.1, 0.1, 0.1])
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize(("clip", "decay", "b2"), [(0.0, 0.0, 0.95), (0.5, 0.1, 0.999)])
 def test_updates_are_those_of_torch(clip: float, decay: float, b2: float) -> None:
     torch = pytest.importorskip("torch")

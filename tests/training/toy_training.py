@@ -8,6 +8,7 @@ It writes the final parameters to WORKDIR/final.npz and prints `step N` after ea
 """
 
 import argparse
+import copy
 import os
 import sys
 import time
@@ -51,6 +52,8 @@ from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import make_train_step
 
 BATCH, SIZE, CLASSES = 16, 4, 3
+# Compiling, not computing, is what these tests wait for.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 class Toy(nn.Module):
@@ -120,12 +123,13 @@ class Run:
         every_steps: int = 4,
         ema_decays: tuple[float, ...] = (0.9, 0.5),
         architecture: dict[str, Any] | None = None,
+        devices: int | None = None,
         **changes: Any,
     ) -> None:
         self.workdir, self.every_steps = workdir, every_steps
         self.architecture = architecture or {"model.width": getattr(model, "width", 0)}
         rules = make_rules("fsdp")
-        self.mesh = make_mesh(mesh_shape)
+        self.mesh = make_mesh(mesh_shape, jax.devices()[:devices])
         self.batch_sharding = batch_sharding(self.mesh, rules)
         tx = changes.pop("tx", None) or optimizer()
 
@@ -147,9 +151,14 @@ class Run:
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, replicated(self.mesh)),
             donate_argnums=0,
-            # Compiling, not computing, is what these tests wait for.
-            compiler_options={"xla_backend_optimization_level": 0},
+            compiler_options=FAST_COMPILE,
         )
+
+    def elsewhere(self, workdir: Path) -> "Run":
+        """The same run in another folder, compiled already."""
+        run = copy.copy(self)
+        run.workdir = workdir
+        return run
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The global batch of one step."""

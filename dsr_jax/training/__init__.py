@@ -1,0 +1,1 @@
+"""State, optimizer, training step, checkpoints and the loop that joins them."""

@@ -1,0 +1,274 @@
+"""The training loop: start or resume, step, log, save, stop.
+
+Everything that the loop needs to know about a step is in the state and the batch's position, so N
+steps equal k steps, a restart and N - k steps, bit for bit.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsr_jax.core.errors import NumericsError
+from dsr_jax.core.typing import Batch, Metrics
+from dsr_jax.telemetry.clock import StepClock
+from dsr_jax.telemetry.profiler import ProfileWindow
+from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.writers import MetricWriter
+from dsr_jax.training.checkpoints import Checkpoints
+from dsr_jax.training.metrics import MetricWindow
+from dsr_jax.training.state import TrainState
+from dsr_jax.training.stopping import StopRequest
+
+RUN_AHEAD = 2
+"""Steps that may be under way before the host waits for the oldest one's metrics."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how often.
+
+    Attributes:
+      total_steps: Step at which the run is complete.
+      log_every: Steps between two log records.
+      stop_after_steps: Ends this start after so many steps, as if asked to stop; 0 for no limit.
+    """
+
+    total_steps: int
+    log_every: int = 100
+    stop_after_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something to do with the state now and then, such as drawing samples.
+
+    Attributes:
+      every_steps: How often; also after the last step of the run. 0 for never.
+      call: `call(step, state)`; it must not donate the state.
+    """
+
+    every_steps: int
+    call: Callable[[int, TrainState], None]
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether to call after `step`."""
+        return self.every_steps > 0 and (step % self.every_steps == 0 or step == total_steps)
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """Where the loop reports to.
+
+    Attributes:
+      writer: Takes the records.
+      progress: Shows the user.
+      clock: Measures the steps.
+      profile: Traces some steps.
+      mfu: Share of the devices' peak from the seconds per step; None if unknown.
+    """
+
+    writer: MetricWriter
+    progress: Progress
+    clock: StepClock
+    profile: ProfileWindow
+    mfu: Callable[[float], float | None] = field(default=lambda step_seconds: None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a start ended.
+
+    Attributes:
+      state: The last state; saved.
+      step: Steps done over all starts.
+      steps_here: Steps done by this start.
+      stopped: Why it ended before the run was complete, "" if it is complete.
+      exit_status: 0, or 128 plus the number of the signal that ended it.
+      last_record: The last log record written by this start.
+    """
+
+    state: TrainState
+    step: int
+    steps_here: int
+    stopped: str
+    exit_status: int
+    last_record: Mapping[str, float | None]
+
+
+def start_or_resume(
+    checkpoints: Checkpoints,
+    init: Callable[[], TrainState],
+    abstract: TrainState,
+    restore_step: int = -1,
+) -> tuple[TrainState, MetricWindow]:
+    """Returns the newest checkpoint's state, or a fresh one where there is none.
+
+    Args:
+      checkpoints: Of this run.
+      init: Makes the state before the first step.
+      abstract: Its shapes and shardings.
+      restore_step: Goes back to this step and sets later checkpoints aside; -1 for the newest.
+
+    Returns:
+      The state, and the log window that was open when it was saved.
+
+    Raises:
+      CheckpointError: If a checkpoint is there but cannot be used: nothing starts from scratch
+        because of that.
+    """
+    if restore_step < 0 and checkpoints.latest_step() is None:
+        return init(), MetricWindow()
+    state, extra = checkpoints.restore(abstract, None if restore_step < 0 else restore_step)
+    if restore_step >= 0:
+        checkpoints.set_aside_after(restore_step)
+    return state, MetricWindow(extra.get("window"))
+
+
+def train_loop(
+    state: TrainState,
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    make_batches: Callable[[int], Iterator[Batch]],
+    checkpoints: Checkpoints,
+    settings: LoopSettings,
+    instruments: Instruments,
+    *,
+    hooks: Sequence[Hook] = (),
+    window: MetricWindow | None = None,
+) -> Summary:
+    """Trains from the state's step to the end, or until something stops it; saves at the end.
+
+    Args:
+      state: From `start_or_resume`; its buffers are donated to `step_fn`.
+      step_fn: The compiled step.
+      make_batches: `make_batches(first step)` yields global batches for ever.
+      checkpoints: Where to save.
+      settings: How long and how often.
+      instruments: Where to report.
+      hooks: What else to do, after the save of the same step.
+      window: The open log window, from `start_or_resume`.
+
+    Raises:
+      NumericsError: After a step whose loss, gradients or parameters are not finite. That step's
+        state is not saved.
+      CheckpointError: If a save fails.
+    """
+    start = step = int(state.step)
+    total = settings.total_steps
+    end = min(total, start + settings.stop_after_steps) if settings.stop_after_steps else total
+    log = _Log(instruments, settings.log_every, window or MetricWindow(), checkpoints)
+    metrics: Metrics = {}
+    if step >= total:
+        instruments.progress.say(f"the run is complete: step {step} of {total}")
+    with StopRequest() as stop, contextlib.closing(_batches(make_batches, start)) as batches:
+        stopping = False
+        while step < end and not stopping:
+            batch = next(batches)
+            with instruments.profile.step(step, wait_for=metrics):
+                state, metrics = step_fn(state, batch)
+            step += 1
+            # The first step compiles; waiting for it starts the clock after that.
+            log.add(step, metrics, wait=step == start + 1)
+            checkpoints.raise_errors()
+            stopping = stop.reached(step)
+            ending = stopping or step == end
+            if stopping:
+                instruments.progress.say(f"{stop.name}: saving step {step} ...")
+            if ending or checkpoints.due(step):
+                # A state is saved only after its own metrics were seen to be finite.
+                log.drain()
+                with instruments.clock.pause(state):
+                    checkpoints.save(step, state, extra={"window": log.window.to_json()})
+            due = [hook for hook in hooks if hook.due(step, total) and not stopping]
+            if due:
+                log.drain()
+                with instruments.clock.pause(state):
+                    for hook in due:
+                        hook.call(step, state)
+        checkpoints.wait()
+        stopped = "" if step >= total else stop.name if stopping else "stop_after_steps"
+        if stopped:
+            instruments.progress.say(
+                f"stopped by {stopped} after step {step} of {total}; the same command continues"
+            )
+        status = stop.exit_status if stopping and stopped else 0
+    return Summary(state, step, step - start, stopped, status, log.last_record)
+
+
+def _batches(
+    make_batches: Callable[[int], Iterator[Batch]], start: int
+) -> Generator[Batch, None, None]:
+    """Makes any iterator a generator, which can be closed."""
+    yield from make_batches(start)
+
+
+class _Log:
+    """Takes each step's metrics a little later, so that the device never waits for the host."""
+
+    def __init__(
+        self, out: Instruments, every: int, window: MetricWindow, checkpoints: Checkpoints
+    ) -> None:
+        self.window = window
+        self.last_record: dict[str, float | None] = {}
+        self._out, self._every, self._checkpoints = out, every, checkpoints
+        self._pending: deque[tuple[int, Metrics]] = deque()
+
+    def add(self, step: int, metrics: Metrics, *, wait: bool) -> None:
+        """Notes a step that was just dispatched; `wait` starts the clock after it."""
+        self._pending.append((step, metrics))
+        while self._pending and (wait or len(self._pending) > RUN_AHEAD):
+            self._take()
+        if wait:
+            self._out.clock.lap(step)
+
+    def drain(self) -> None:
+        """Waits for all steps noted so far.
+
+        Raises:
+          NumericsError: If one was not finite.
+        """
+        while self._pending:
+            self._take()
+
+    def _take(self) -> None:
+        step, metrics = self._pending.popleft()
+        host: dict[str, Any] = {name: np.asarray(v) for name, v in jax.device_get(metrics).items()}
+        self.window.add(host)
+        if not host["finite"]:
+            self._out.writer.write(step, self.window.flush())
+            raise self._not_finite(step, host)
+        if step % self._every == 0:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        record = self.window.flush()
+        timing = self._out.clock.lap(step)
+        mfu = None
+        if timing is not None:
+            mfu = self._out.mfu(timing.step_seconds)
+            record["step_seconds"] = timing.step_seconds
+            record["images_per_second"] = timing.images_per_second
+            record["mfu"] = mfu
+        self.last_record = record
+        self._out.writer.write(step, self.last_record)
+        self._out.progress.update(step, loss=record["loss"], timing=timing, mfu=mfu)
+
+    def _not_finite(self, step: int, host: Mapping[str, Any]) -> NumericsError:
+        values = ", ".join(
+            f"{name} {float(host[name]):g}"
+            for name in ("loss", "grad_norm", "param_norm", "learning_rate")
+        )
+        self._checkpoints.wait()
+        good = self._checkpoints.latest_step()
+        kept = (
+            "there is no checkpoint yet" if good is None else f"the newest is step {good}, finite"
+        )
+        return NumericsError(
+            f"step {step} is not finite: {values}; its state was not saved ({kept})",
+            "lower config.optim.lr, set config.optim.clip_norm, warm up longer, or check the data; "
+            "the same command continues from the newest checkpoint",
+        )

@@ -1,0 +1,68 @@
+"""What a run carries from step to step: arrays and nothing else."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array, Params, PyTree
+from dsr_jax.training.optimizers import Optimizer
+
+
+@flax.struct.dataclass(kw_only=True)
+class TrainState:
+    """All arrays that a step reads and writes; model, optimizer and config are closed over.
+
+    Attributes:
+      step: Updates done, int32.
+      params: Parameters, float32.
+      ema: Their exponential moving averages, by decay as in `str(0.9999)`.
+      opt_state: Moments of the optimizer.
+    """
+
+    step: Array
+    params: Params
+    ema: dict[str, Params]
+    opt_state: PyTree
+
+
+def create_state(
+    params: Params, optimizer: Optimizer, ema_decays: Sequence[float] = ()
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      params: Initial parameters, also inside Flax's logical-axis boxes: averages and moments take
+        the boxes over, and with them the shardings.
+      optimizer: Makes the moments.
+      ema_decays: One average per decay. Each starts as a copy of the parameters (a true copy: the
+        step donates its state, and no buffer may be donated twice).
+
+    Raises:
+      ConfigError: For a decay outside [0, 1) or given twice.
+    """
+    for decay in ema_decays:
+        if not 0 <= decay < 1 or list(ema_decays).count(decay) > 1:
+            raise ConfigError(
+                f"config.ema.decays={tuple(ema_decays)}", "use different decays in [0, 1)"
+            )
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
+        opt_state=optimizer.init(params),
+    )
+
+
+def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:
+    """Moves every average towards `params`: `ema <- d * ema + (1 - d) * params`.
+
+    From the first step on, without warm-up or bias correction. Source: DSR train.py (update_ema);
+    spec denoiser 8.
+    """
+    return {
+        name: jax.tree.map(lambda e, p, d=float(name): d * e + (1 - d) * p, average, params)
+        for name, average in ema.items()
+    }

@@ -1,0 +1,224 @@
+"""One training step: draws, loss, gradients, update, averages, metrics.
+
+Source: DSR train.py; spec denoiser 8.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
+from dsr_jax.core.typing import Array, Batch, Metrics, Params, PyTree
+from dsr_jax.diffusion.guidance import drop_labels
+from dsr_jax.diffusion.objectives import Objective, bin_losses
+from dsr_jax.training.optimizers import Optimizer
+from dsr_jax.training.state import TrainState, update_ema
+
+ApplyFn = Callable[[Params, Array, Array, Array], Array]
+"""`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`."""
+
+
+class Encode(Protocol):
+    """Images to latents, as `InputSpace.encode` does."""
+
+    def __call__(self, variables: PyTree, images: Array, keys: Array, /) -> Array:
+        """Maps images [B, H, W, C] in [0, 1] to latents [B, h, w, C], with a key per sample."""
+        ...
+
+
+class Draws(NamedTuple):
+    """What a step draws for a batch.
+
+    Attributes:
+      t: Times [B].
+      x0: Noise [B, h, w, C].
+      labels: Labels [B], some of them replaced by the null label.
+    """
+
+    t: Array
+    x0: Array
+    labels: Array
+
+
+TrainStep = Callable[[TrainState, Batch, PyTree], tuple[TrainState, Metrics]]
+
+
+def loss_and_grads(
+    apply_fn: ApplyFn, objective: Objective, params: Params, x1: Array, draws: Draws
+) -> tuple[Array, PyTree]:
+    """Computes losses and the gradient of their mean; draws nothing.
+
+    Args:
+      apply_fn: The network.
+      objective: Path, prediction and weights.
+      params: Where to differentiate.
+      x1: Data [B, h, w, C].
+      draws: Times, noise and labels.
+
+    Returns:
+      Losses [B], float32, and gradients like `params`.
+    """
+
+    def mean_loss(p: Params) -> tuple[Array, Array]:
+        network = lambda x, t: apply_fn(p, x, t, draws.labels)  # noqa: E731
+        loss = objective.loss(network, x1, draws.x0, draws.t).loss.astype(jnp.float32)
+        return jnp.mean(loss), loss
+
+    grads, loss = jax.grad(mean_loss, has_aux=True)(params)
+    return loss, grads
+
+
+def apply_gradients(state: TrainState, grads: PyTree, optimizer: Optimizer) -> TrainState:
+    """Returns the state after one update: parameters, moments, then averages, then the count."""
+    params, opt_state = optimizer.apply(grads, state.opt_state, state.params, state.step)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        ema=update_ema(state.ema, params),
+        opt_state=opt_state,
+    )
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    encode: Encode,
+    objective: Objective,
+    time_sampler: Callable[[Array], Array],
+    optimizer: Optimizer,
+    *,
+    seed: int,
+    null_label: int,
+    label_dropout: float = 0.1,
+    accumulate: int = 1,
+    num_time_bins: int = 8,
+) -> TrainStep:
+    """Builds the step that the caller compiles, with shardings and donation of the state.
+
+    Whatever is random is a function of (seed, step, the sample's index in the run), so that mesh,
+    hosts and accumulation do not change it. The global batch has one row per sample: "image",
+    uint8 or float in [0, 1], "label" and "index".
+
+    Args:
+      apply_fn: The network.
+      encode: Images to latents, not differentiated; within the step so that it, too, works on one
+        micro-batch at a time.
+      objective: Path, prediction and weights.
+      time_sampler: Uniform draws [B] to times [B].
+      optimizer: Parameters' update.
+      seed: The run's seed.
+      null_label: Label of "no class".
+      label_dropout: Share of labels replaced by it.
+      accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
+      num_time_bins: Equal intervals of t for which losses are reported.
+
+    Returns:
+      `step(state, batch, variables) -> (state, metrics)`, with the encoder's frozen arrays in
+      `variables` (arguments, since captured arrays become constants of the program). Metrics:
+      "loss", "grad_norm" before clipping, "param_norm" after the update, "learning_rate",
+      "dropped_labels" (share), "bin_loss" and "bin_count" [num_time_bins] (sum and count), and
+      "finite", False where any of these or of the parameters is no number: such a state must not
+      be kept.
+
+    Raises:
+      ConfigError: For a share outside [0, 1] or counts below 1.
+    """
+    if not 0 <= label_dropout <= 1:
+        raise ConfigError(f"config.objective.label_dropout={label_dropout}", "use 0 to 1")
+    if accumulate < 1 or num_time_bins < 1:
+        raise ConfigError(
+            f"config.optim.accumulate={accumulate}, config.objective.time_bins={num_time_bins}",
+            "both must be at least 1",
+        )
+
+    def draw(step: Array, batch: Batch, variables: PyTree) -> tuple[Array, Draws]:
+        """Returns latents and what goes with them."""
+
+        def keys(stream: str) -> Array:
+            return sample_keys(stream_key(seed, stream, step), batch["index"])
+
+        x1 = encode(variables, _to_unit_range(batch["image"]), keys("encode"))
+        x1 = jax.lax.stop_gradient(x1.astype(jnp.float32))
+        u = uniform_per_sample(keys("label_dropout"))
+        labels = drop_labels(batch["label"], u, label_dropout, null_label)
+        t = time_sampler(uniform_per_sample(keys("time")))
+        return x1, Draws(t, normal_per_sample(keys("noise"), x1.shape[1:]), labels)
+
+    def micro_step(
+        state: TrainState, batch: Batch, variables: PyTree
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Returns gradients and sums over one micro-batch."""
+        x1, draws = draw(state.step, batch, variables)
+        trained = lambda p, *args: apply_fn(optimizer.freeze_params(p), *args)  # noqa: E731
+        loss, grads = loss_and_grads(trained, objective, state.params, x1, draws)
+        bin_loss, bin_count = bin_losses(loss, draws.t, num_time_bins)
+        sums = {
+            "loss": jnp.sum(loss),
+            "dropped_labels": jnp.sum(draws.labels != batch["label"], dtype=jnp.float32),
+            "bin_loss": bin_loss,
+            "bin_count": bin_count,
+        }
+        return grads, sums
+
+    def train_step(
+        state: TrainState, batch: Batch, variables: PyTree = None
+    ) -> tuple[TrainState, Metrics]:
+        if accumulate == 1:
+            grads, sums = micro_step(state, batch, variables)
+        else:
+
+            def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
+                return jax.tree.map(jnp.add, total, micro_step(state, micro, variables)), None
+
+            micro_batches = split_batch(batch, accumulate)
+            first = jax.tree.map(lambda rows: rows[0], micro_batches)
+            shapes = jax.eval_shape(micro_step, state, first, variables)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
+            grads = jax.tree.map(lambda g: g / accumulate, grads)
+        new_state = apply_gradients(state, grads, optimizer)
+        size = batch["label"].shape[0]
+        metrics = {
+            **sums,
+            "loss": sums["loss"] / size,
+            "dropped_labels": sums["dropped_labels"] / size,
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(new_state.params),
+            "learning_rate": optimizer.learning_rate(state.step),
+        }
+        norms = jnp.stack([metrics["loss"], metrics["grad_norm"], metrics["param_norm"]])
+        return new_state, {**metrics, "finite": jnp.all(jnp.isfinite(norms))}
+
+    return train_step
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """Deals the rows [B, ...] out to micro-batches [parts, B / parts, ...]: row b to b % parts.
+
+    Each device holds a contiguous range of rows. Dealt out this way, its rows spread evenly over
+    the micro-batches, which therefore lie on all devices without any communication; cut into
+    contiguous pieces, each micro-batch would lie on a few devices only.
+
+    Raises:
+      ConfigError: If the batch is no multiple of `parts`.
+    """
+
+    def split(rows: Array) -> Array:
+        if rows.shape[0] % parts:
+            raise ConfigError(
+                f"config.data.global_batch={rows.shape[0]} is no multiple of "
+                f"config.optim.accumulate={parts}",
+                "change either",
+            )
+        return rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, dict(batch))
+
+
+def _to_unit_range(images: Array) -> Array:
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    return images

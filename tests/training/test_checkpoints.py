@@ -1,0 +1,252 @@
+"""Saving, restoring onto other meshes, and the errors of checkpoints that cannot be used."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_training import Run, Toy, flat
+
+from dsr_jax.core.errors import CheckpointError
+from dsr_jax.parallel.mesh import MeshShape
+from dsr_jax.training.checkpoints import (
+    Checkpoints,
+    checksums,
+    list_steps,
+    read_meta,
+    restore_params,
+)
+
+WIDE = 256
+"""Width at which arrays are stored in files of their own, not inside the index."""
+
+
+def equal(got: Any, want: dict[str, np.ndarray]) -> None:
+    got = flat(got)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, np.ndarray]]:
+    """A run on mesh (2, 4, 1) with checkpoints of steps 2, 3 and 5, and the arrays of step 5."""
+    run = Run(tmp_path_factory.mktemp("run"), MeshShape(2, 4, 1), Toy(WIDE))
+    state = run.init()
+    with run.checkpoints(keep_latest=9) as checkpoints:
+        for step in range(1, 6):
+            state, _ = run.step(state, run.batch(step))
+            if step in (2, 3, 5):
+                checkpoints.save(step, state, extra={"note": step})
+    return run, flat(state)
+
+
+@pytest.fixture
+def copy(saved: Any, tmp_path: Path) -> Path:
+    """A checkpoint folder that a test may damage."""
+    shutil.copytree(saved[0].workdir / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("shape", [MeshShape(8, 1, 1), MeshShape(1, 4, 2)])
+def test_restores_onto_another_mesh(saved: Any, shape: MeshShape) -> None:
+    run = Run(saved[0].workdir, shape, Toy(WIDE))
+    with run.checkpoints() as checkpoints:
+        state, extra = checkpoints.restore(run.abstract)
+    equal(state, saved[1])
+    assert extra == {"note": 5}
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(run.shardings), strict=True):
+        assert leaf.sharding == sharding
+
+
+@pytest.mark.parametrize("ema", [None, "0.9"])
+def test_parameters_or_an_average_are_restored_alone(saved: Any, ema: str | None) -> None:
+    run, arrays = saved
+    params, meta = restore_params(run.workdir / "checkpoints", run.abstract.params, ema=ema)
+    prefix = "params/" if ema is None else f"ema/{ema}/"
+    equal(params, {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
+    assert meta["step"] == 5 and meta["architecture"] == {"model.width": WIDE}
+    assert meta["packages"]["jax"] == jax.__version__
+
+
+def test_a_save_is_not_touched_by_the_steps_that_follow(tmp_path: Path) -> None:
+    """The arrays are copied before `save` returns, though written later."""
+    run = Run(tmp_path, MeshShape(8, 1, 1), Toy(WIDE))
+    state = run.init()
+    with run.checkpoints() as checkpoints:
+        want = {name: value.copy() for name, value in flat(state).items()}
+        checkpoints.save(0, state)
+        for step in range(3):
+            state, _ = run.step(state, run.batch(step))
+        checkpoints.wait()
+        equal(checkpoints.restore(run.abstract)[0], want)
+        checkpoints.save(0, state)  # There already: left as it is.
+        checkpoints.wait()
+        equal(checkpoints.restore(run.abstract)[0], want)
+
+
+def test_latest_and_round_steps_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    state = run.init()
+    with run.checkpoints(every_steps=2, keep_latest=2, keep_every=6) as checkpoints:
+        assert [step for step in range(1, 7) if checkpoints.due(step)] == [2, 4, 6]
+        assert checkpoints.latest_step() is None
+        for step in range(2, 17, 2):
+            checkpoints.save(step, state)
+        checkpoints.wait()
+        assert checkpoints.steps() == [6, 12, 14, 16]
+    assert list_steps(tmp_path / "checkpoints") == [6, 12, 14, 16]
+    assert list_steps(tmp_path / "absent") == []
+
+
+def test_a_killed_save_leaves_nothing_behind(copy: Path) -> None:
+    leftover = copy / "7.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
+    assert list_steps(copy) == [2, 3, 5]
+    with Checkpoints(copy, every_steps=1):
+        assert not leftover.exists()
+
+
+def test_earlier_step_sets_later_ones_aside(saved: Any, copy: Path) -> None:
+    run = saved[0]
+    with Checkpoints(copy, every_steps=1) as checkpoints:
+        state, extra = checkpoints.restore(run.abstract, step=2)
+        assert extra == {"note": 2}
+        assert checkpoints.set_aside_after(2) == [3, 5]
+        assert checkpoints.steps() == [2]
+        checkpoints.save(3, state)
+        checkpoints.wait()
+        checkpoints.set_aside_after(2)
+    aside = copy.with_name("checkpoints_set_aside")
+    assert sorted(path.name for path in aside.iterdir()) == ["3", "3.1", "5"]
+    assert read_meta(aside, 5)["extra"] == {"note": 5}
+
+
+# Errors
+
+
+def files_of(step: Path) -> Iterator[Path]:
+    return (path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
+def test_damage_of_any_file_is_named_or_harmless(
+    saved: Any, copy: Path, damage: Callable[[Path], Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Restores the right numbers or raises; never other numbers, never another step."""
+    run, arrays = saved
+    named = []
+    for path in list(files_of(copy / "5")):
+        backup = path.read_bytes()
+        damage(path)
+        try:
+            with Checkpoints(copy, every_steps=1) as checkpoints:
+                equal(checkpoints.restore(run.abstract)[0], arrays)
+        except CheckpointError as error:
+            assert f"{copy / '5'} is damaged" in error.problem
+            assert "other steps there: 2, 3" in error.remedy
+            assert "--config.checkpoint.restore_step=3" in error.remedy
+            named.append(path.relative_to(copy / "5").parts)
+        path.write_bytes(backup)
+    assert any(parts[-2:-1] == ("d",) for parts in named), "the arrays' own files are not noticed"
+    assert ("meta", "metadata") in named
+    assert "Event loop" not in capfd.readouterr().err
+
+
+def test_a_flipped_bit_in_an_array_is_found_by_checksum(saved: Any, copy: Path) -> None:
+    """The storage format itself does not notice this one."""
+    largest = max(files_of(copy / "5"), key=lambda path: path.stat().st_size)
+    flip_bit(largest)
+    with pytest.raises(CheckpointError, match="the checksum of .* does not agree"):
+        Checkpoints(copy, every_steps=1).restore(saved[0].abstract)
+
+
+def test_checksums_depend_on_value_and_place_but_not_on_mesh(saved: Any) -> None:
+    run = saved[0]
+    rows = np.arange(48, dtype=np.float32).reshape(8, 6)
+    trees = [rows, rows[:, ::-1], rows[::-1], rows.T.copy(), rows + 1]
+    sums = [checksums({"a": jnp.asarray(tree)})["a"] for tree in trees]
+    assert len(set(sums)) == 5
+    spread = jax.device_put(rows, run.shardings.params["w2"])
+    assert checksums({"a": spread}) == checksums({"a": jnp.asarray(rows)})
+    for dtype in (jnp.bfloat16, jnp.int8, bool, jnp.int32):
+        one, two = (checksums([jnp.asarray(v, dtype)]) for v in ([0, 1, 1], [1, 0, 1]))
+        assert one != two
+    assert checksums({"a": jnp.float32(0.0)}) != checksums({"a": jnp.float32(-0.0)})
+
+
+def test_another_architecture_is_shown_by_key_and_shape(saved: Any) -> None:
+    other = Run(saved[0].workdir, MeshShape(8, 1, 1), Toy(WIDE + 64))
+    with other.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(other.abstract)
+    text = str(caught.value)
+    assert "is of another architecture" in text
+    assert f"config.model.width: {WIDE} -> {WIDE + 64}" in text
+    assert f"params/w1: float32(16, {WIDE}) -> float32(16, {WIDE + 64})" in text
+    assert len(text.splitlines()) < 24
+    with pytest.raises(CheckpointError, match="another architecture"):
+        restore_params(saved[0].workdir / "checkpoints", other.abstract.params)
+
+
+def test_absent_arrays_are_named_on_both_sides(saved: Any) -> None:
+    run = saved[0]
+    renamed = dict(run.abstract.params)
+    renamed["w9"] = renamed.pop("w2")
+    with pytest.raises(CheckpointError) as caught:
+        restore_params(run.workdir / "checkpoints", renamed)
+    assert f"params/w2: float32({WIDE}, 16) -> absent" in str(caught.value)
+    assert f"params/w9: absent -> float32({WIDE}, 16)" in str(caught.value)
+
+
+def test_other_averages_are_told_from_another_architecture(saved: Any) -> None:
+    other = Run(saved[0].workdir, MeshShape(8, 1, 1), Toy(WIDE), ema_decays=(0.9, 0.75))
+    with other.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(other.abstract)
+    assert "fits the model, but not the training state" in str(caught.value)
+    assert "ema/0.75/w1: absent" in str(caught.value)
+    with pytest.raises(CheckpointError, match="no average of decay 0.75.*\n.*0.5, 0.9"):
+        restore_params(saved[0].workdir / "checkpoints", other.abstract.params, ema="0.75")
+
+
+def test_missing_steps_and_folders_are_named(saved: Any, tmp_path: Path) -> None:
+    run = saved[0]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4 .*\n.*2, 3, 5"):
+        restore_params(run.workdir / "checkpoints", run.abstract.params, step=4)
+    with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}/x"):
+        read_meta(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        Checkpoints(tmp_path / "y", every_steps=1).restore(run.abstract)
+
+
+def test_foreign_folders_are_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_text("x")
+    with pytest.raises(CheckpointError, match="no checkpoints: holiday.jpg"):
+        Checkpoints(tmp_path, every_steps=1)
+    with pytest.raises(CheckpointError, match="is a file"):
+        Checkpoints(tmp_path / "holiday.jpg", every_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_numbered_folder_of_something_else_is_no_checkpoint(saved: Any, tmp_path: Path) -> None:
+    (tmp_path / "12").mkdir()
+    (tmp_path / "12" / "notes.json").write_text(json.dumps({}))
+    with pytest.raises(CheckpointError, match="12 is damaged"):
+        restore_params(tmp_path, saved[0].abstract.params)

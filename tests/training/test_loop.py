@@ -1,0 +1,171 @@
+"""The loop: exact resume, log records, hooks, and stopping at numbers that are none."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_training import Run, flat, optimizer
+
+from dsr_jax.core.errors import CheckpointError, NumericsError
+from dsr_jax.parallel.mesh import MeshShape
+from dsr_jax.telemetry.writers import read_metrics
+from dsr_jax.training.checkpoints import list_steps
+from dsr_jax.training.loop import Hook
+from dsr_jax.training.metrics import MetricWindow
+
+STEPS = 10
+
+
+def equal(got: Any, want: dict[str, np.ndarray]) -> None:
+    got = flat(got)
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    """Log records without the timings, the only thing that differs between runs."""
+    timings = ("step_seconds", "images_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in timings} for r in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, np.ndarray]]:
+    """A run of all steps without interruption, and its last state."""
+    run = Run(tmp_path_factory.mktemp("whole"), MeshShape(8, 1, 1))
+    return run, flat(run.train(STEPS).state)
+
+
+@pytest.fixture
+def again(whole: Any, tmp_path: Path) -> Run:
+    """The same run in a new folder, already compiled."""
+    return whole[0].elsewhere(tmp_path)
+
+
+@pytest.mark.parametrize("pieces", [(4,), (1, 1, 5), (7,)])
+def test_pieces_equal_the_whole_bit_for_bit(
+    whole: Any, again: Run, pieces: tuple[int, ...]
+) -> None:
+    """Also where a piece ends inside a log window or between two checkpoints."""
+    for steps in pieces:
+        summary = again.train(STEPS, stop_after_steps=steps)
+        assert summary.stopped == "stop_after_steps" and summary.exit_status == 0
+        assert summary.steps_here == steps
+    summary = again.train(STEPS)
+    assert (summary.step, summary.stopped) == (STEPS, "")
+    equal(summary.state, whole[1])
+    assert records(again.workdir) == records(whole[0].workdir)
+
+
+def test_a_complete_run_is_left_as_it_is(whole: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before = records(whole[0].workdir)
+    summary = whole[0].train(STEPS)
+    assert summary.steps_here == 0
+    equal(summary.state, whole[1])
+    assert records(whole[0].workdir) == before
+    assert "the run is complete" in capsys.readouterr().err
+
+
+def test_checkpoints_come_at_their_cadence_and_at_the_end(whole: Any) -> None:
+    assert list_steps(whole[0].workdir / "checkpoints") == [8, 10]
+
+
+def test_records_come_at_their_cadence(whole: Any) -> None:
+    written = records(whole[0].workdir)
+    assert [record["step"] for record in written] == [3, 6, 9]
+    assert sum(v for k, v in written[0].items() if k.startswith("count_t/")) == 3 * 16
+    assert {"loss", "grad_norm", "param_norm", "learning_rate", "dropped_labels"} <= set(written[0])
+    rate = optimizer().learning_rate(8)
+    np.testing.assert_allclose(written[2]["learning_rate"], rate, rtol=1e-6)
+
+
+def test_an_earlier_step_can_be_gone_back_to(whole: Any, again: Run) -> None:
+    again.train(STEPS)
+    summary = again.train(STEPS, restore_step=8)
+    assert summary.steps_here == 2
+    equal(summary.state, whole[1])
+    assert list_steps(again.workdir / "checkpoints_set_aside") == [10]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        again.train(STEPS, restore_step=3)
+
+
+def test_hooks_are_called_at_their_cadence_with_the_state(again: Run) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def note(name: str) -> Callable[[int, Any], None]:
+        return lambda step, state: seen.append((name, step, int(state.step)))
+
+    hooks = [Hook(4, note("a")), Hook(0, note("never")), Hook(5, note("b"))]
+    again.train(STEPS, hooks=hooks)
+    assert seen == [("a", 4, 4), ("b", 5, 5), ("a", 8, 8), ("a", 10, 10), ("b", 10, 10)]
+
+
+def test_resume_refuses_a_damaged_checkpoint(again: Run) -> None:
+    """It neither starts from scratch nor takes an older one by itself."""
+    again.train(STEPS, stop_after_steps=6)
+    (again.workdir / "checkpoints" / "6" / "state" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="6 is damaged"):
+        again.train(STEPS)
+    assert list_steps(again.workdir / "checkpoints") == [4, 6]
+    assert again.train(STEPS, restore_step=4).step == STEPS
+
+
+@pytest.mark.parametrize("bad_step", [6, 7, 8, 10])
+def test_bad_numbers_stop_the_run_and_are_never_saved(again: Run, bad_step: int) -> None:
+    """Also at step 8, where a save is due, and at the last step."""
+
+    def poisoned(state: Any, batch: Any) -> Any:
+        if int(state.step) == bad_step - 1:
+            params = dict(state.params)
+            params["w1"] = jax.device_put(
+                jnp.full_like(params["w1"], np.nan), params["w1"].sharding
+            )
+            state = state.replace(params=params)
+        return again.step(state, batch)
+
+    with pytest.raises(NumericsError) as caught:
+        again.train(STEPS, step_fn=poisoned)
+    good = 4 if bad_step <= 8 else 8
+    assert f"step {bad_step} is not finite: loss nan" in caught.value.problem
+    assert f"the newest is step {good}" in caught.value.problem
+    assert max(list_steps(again.workdir / "checkpoints")) == good
+    with again.checkpoints() as checkpoints:
+        state, _ = checkpoints.restore(again.abstract)
+    assert all(np.isfinite(value).all() for value in flat(state).values())
+    last = records(again.workdir)[-1]
+    assert last["step"] == bad_step and last["loss"] is None
+
+
+def test_a_bad_number_in_the_first_step_leaves_no_checkpoint(again: Run) -> None:
+    def poisoned(state: Any, batch: Any) -> Any:
+        image = batch["image"].astype(jnp.float32) * jnp.nan
+        return again.step(state, {**batch, "image": jax.device_put(image, again.batch_sharding)})
+
+    with pytest.raises(NumericsError, match="step 1 is not finite.*there is no checkpoint yet"):
+        again.train(STEPS, step_fn=poisoned)
+    assert list_steps(again.workdir / "checkpoints") == []
+
+
+def test_an_open_window_survives_json() -> None:
+    def metrics(step: int) -> dict[str, Any]:
+        rng = np.random.default_rng(step)
+        scalars = {name: np.float32(rng.normal()) for name in ("loss", "param_norm")}
+        bins = {"bin_loss": rng.normal(size=3).astype("f"), "bin_count": np.float32([1, step, 0])}
+        return {**scalars, **bins, "finite": np.bool_(True)}
+
+    one = MetricWindow()
+    for step in range(3):
+        one.add(metrics(step))
+    two = MetricWindow(json.loads(json.dumps(one.to_json())))
+    one.add(metrics(3))
+    two.add(metrics(3))
+    record = one.flush()
+    assert two.flush() == record
+    np.testing.assert_allclose(record["loss"], np.mean([metrics(s)["loss"] for s in range(4)]))
+    assert record["param_norm"] == metrics(3)["param_norm"]
+    assert record["count_t/0.33-0.67"] == 6 and record["loss_t/0.67-1.00"] is None
+    assert one.to_json() == MetricWindow().to_json()
