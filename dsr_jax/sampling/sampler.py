@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key
@@ -19,7 +19,6 @@ from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.diffusion.guidance import classifier_free
 from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.samplers import ODE_METHODS, SDE_METHODS, sample_ode, sample_sde, time_grid
-from dsr_jax.parallel.shardings import replicated
 from dsr_jax.sampling.images import UINT8_MODES, to_uint8
 from dsr_jax.sampling.job import Samples
 
@@ -144,11 +143,12 @@ def make_sample_fn(
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3)) & jnp.isfinite(images).all(
             axis=(1, 2, 3)
         )
-        samples = Samples(to_uint8(images, settings.uint8), finite)
+        pixels = to_uint8(images, settings.uint8)
         if sharding is None:
-            return samples
-        whole = replicated(sharding.mesh)
-        return jax.lax.with_sharding_constraint(samples, Samples(sharding, whole))
+            return Samples(pixels, finite)
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        constrain = jax.lax.with_sharding_constraint
+        return Samples(constrain(pixels, sharding), constrain(finite, whole))
 
     def sample(
         params: Params, variables: PyTree, indices: np.ndarray, labels: np.ndarray
