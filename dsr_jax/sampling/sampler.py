@@ -158,18 +158,19 @@ def make_sample_fn(
     return sample
 
 
-def _grid(objective: Objective, settings: SamplerSettings) -> Array:
-    """The times that the solver passes."""
+def _grid(objective: Objective, settings: SamplerSettings) -> np.ndarray:
+    """The times that the solver passes, on the host: a constant of the program."""
     last_step = None
     if settings.is_sde:
         last_step = 0.0 if settings.last_step == "none" else settings.last_step_size
-    return time_grid(
+    times = time_grid(
         settings.num_points,
         objective.path.name,
         objective.prediction,
         settings.time_shift,
         last_step=last_step,
     )
+    return np.asarray(times)
 
 
 def _integrate(
@@ -177,10 +178,11 @@ def _integrate(
     objective: Objective,
     settings: SamplerSettings,
     noise: Array,
-    grid: Array,
+    times: np.ndarray,
     indices: Array,
 ) -> Array:
     """Runs the solver from noise [B, ...] to latents [B, ...]."""
+    grid = jnp.asarray(times)
     if not settings.is_sde:
         return sample_ode(
             lambda x, t: objective.velocity(predict(x, t), x, t),
