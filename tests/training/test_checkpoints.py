@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_training import Run, Toy, flat
 
 from dsr_jax.core.errors import CheckpointError
 from dsr_jax.parallel.mesh import MeshShape
 from dsr_jax.training.checkpoints import (
     Checkpoints,
-    checksums,
     list_steps,
     read_meta,
     restore_params,
 )
+from dsr_jax.training.checksums import checksums
+from tests.training.toy_training import Run, Toy, flat
 
 WIDE = 256
 """Width at which arrays are stored in files of their own, not inside the index."""

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_training import Run, flat, optimizer
 
 from dsr_jax.core.errors import CheckpointError, NumericsError
 from dsr_jax.parallel.mesh import MeshShape
@@ -17,6 +16,7 @@ from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
 from dsr_jax.training.metrics import MetricWindow
+from tests.training.toy_training import Run, flat, optimizer
 
 STEPS = 10
 

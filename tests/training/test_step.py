@@ -8,17 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_training import (
-    BATCH,
-    CLASSES,
-    FAST_COMPILE,
-    SIZE,
-    Run,
-    Toy,
-    host_batch,
-    optimizer,
-    train_step,
-)
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
@@ -30,6 +19,17 @@ from dsr_jax.parallel.shardings import fetch
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state, update_ema
 from dsr_jax.training.step import split_batch
+from tests.training.toy_training import (
+    BATCH,
+    CLASSES,
+    FAST_COMPILE,
+    SIZE,
+    Run,
+    Toy,
+    host_batch,
+    optimizer,
+    train_step,
+)
 
 
 @functools.cache

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_training import Run, flat
 
 from dsr_jax.training.checkpoints import list_steps
+from tests.training.toy_training import Run, flat
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("toy_training.py")
