@@ -19,6 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base_config()
 
     config.model.hidden_size = 64
+    config.model.patch_size = 2
     config.model.depth = 4
     config.model.num_heads = 4
     config.registers.num = 0 if args.noregisters else 4

@@ -14,8 +14,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dsr_jax.config import ConfigDict, architecture
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.convert.files import load_converted
+from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.rng import stream_key
+from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.pipeline import make_batches
 from dsr_jax.data.sources import Source
@@ -240,6 +242,52 @@ def denoiser(model: nn.Module) -> Callable[[Params, Array, Array, Array], Array]
     return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
 
 
+def restore_converted(
+    folder: str, model: LightningDiT, abstract: Params
+) -> tuple[Params, dict[str, Any]]:
+    """Reads weights that `dsr_jax.convert` wrote onto the devices.
+
+    Args:
+      folder: The converted model.
+      model: The config's model.
+      abstract: Its parameters' shapes and shardings.
+
+    Returns:
+      Parameters, and the record of the conversion.
+
+    Raises:
+      ConversionError: If they are of other sizes than the config's model.
+    """
+    params, record = load_converted(folder)
+    # Other ratios can give the same widths, and without registers their start means nothing.
+    ignored = {"mlp_ratio"} | (set() if model.num_registers else {"register_start"})
+    differing = [
+        f"{name}: {value} -> {getattr(model, name)}"
+        for name, value in record["model"].items()
+        if name not in ignored and value != getattr(model, name)
+    ]
+    shapes, wanted = (
+        {name: leaf.shape for name, leaf in flatten_names(tree).items()}
+        for tree in (params, abstract)
+    )
+    differing += [
+        f"{name}: {shapes.get(name, 'absent')} -> {wanted.get(name, 'absent')}"
+        for name in {**shapes, **wanted}
+        if shapes.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ConversionError(
+            f"{folder} holds a model of other sizes than the config (converted -> config):\n    "
+            + "\n    ".join(differing[:8]),
+            "use the config of that model, or set keys with --config.model.KEY=VALUE",
+        )
+
+    def place(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
+        return jax.device_put(leaf.astype(like.dtype), like.sharding)
+
+    return jax.tree.map(place, params, abstract), record
+
+
 def sampler_settings(config: ConfigDict) -> SamplerSettings:
     """Solver and guidance, as config.sample says."""
     section = config.sample
@@ -264,7 +312,7 @@ def make_sampler(
     )
 
 
-def sampling_recipe(config: ConfigDict, step: int, ema: str) -> dict[str, Any]:
+def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> dict[str, Any]:
     """What decides the images that a checkpoint gives, besides their indices and labels."""
     return {
         "step": step,

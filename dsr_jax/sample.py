@@ -9,7 +9,6 @@ is an .npz (arr_0: uint8 images, labels) with a .json beside it that holds all t
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from dsr_jax.core.typing import Params
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_primary, say, start_processes
 from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
@@ -48,14 +47,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.ConfigDict:
-    """Returns the run's config with the command line's changes.
+    """Returns the config of the run, or of --config, with the command line's changes.
 
     Raises:
-      ConfigError: If there is no run, or a key or value cannot be.
+      ConfigError: If there is no run, or arguments, keys or values cannot be.
     """
-    config = configs.load_run(args.workdir)
-    # The mesh is this machine's, not the one that trained.
-    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    if args.converted:
+        if args.ema or args.checkpoint_step is not None or not args.config:
+            raise ConfigError(
+                "--converted needs --config and goes without --ema and --checkpoint-step",
+                "name the config of the same sizes; converted weights are a single set",
+            )
+        config = configs.load_file(args.config)
+    elif args.config:
+        raise ConfigError("--config goes with --converted", "a run has its own config")
+    else:
+        config = configs.load_run(args.workdir)
+        # The mesh is this machine's, not the one that trained.
+        config.mesh.update(data=-1, fsdp=1, tensor=1)
     section = config.sample
     shortcuts = [
         f"--config.sample.{key}={value}"
@@ -96,29 +105,30 @@ def draw(args: argparse.Namespace, config: configs.ConfigDict, labels: np.ndarra
     space, variables = build.make_space(config)
     model = build.make_model(config, space, Constrain(rules, mesh))
     sample = build.make_sampler(config, model, space, mesh, rules)
-    params, meta = restore_params(
-        Path(args.workdir) / "checkpoints",
-        build.abstract_params(model, space, mesh, rules),
-        args.checkpoint_step,
-        None if section.ema == "none" else section.ema,
-    )
-    step = meta["step"]
-    recipe = build.sampling_recipe(config, step, section.ema)
-    name = args.name or (
-        f"step{step:08d}-ema{section.ema}-{section.method}{section.num_points}"
-        f"-cfg{section.guidance:g}-seed{section.seed}-n{section.num}"
-    )
+    abstract = build.abstract_params(model, space, mesh, rules)
+    if args.converted:
+        params, record = build.restore_converted(args.converted, model, abstract)
+        recipe, name = build.sampling_recipe(config, None, None), "converted"
+        recipe["converted"] = {key: record[key] for key in ("source", "source_digest", "entry")}
+    else:
+        ema = None if section.ema == "none" else section.ema
+        params, meta = restore_params(
+            Path(args.workdir) / "checkpoints", abstract, args.checkpoint_step, ema
+        )
+        recipe = build.sampling_recipe(config, meta["step"], section.ema)
+        name = f"step{meta['step']:08d}-ema{section.ema}"
+    name += f"-{section.method}{section.num_points}-cfg{section.guidance:g}"
     latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
     job = SampleJob(
-        Path(args.out or Path(args.workdir) / "samples"),
-        name,
+        Path(args.out or Path(args.workdir or args.converted) / "samples"),
+        args.name or f"{name}-seed{section.seed}-n{section.num}",
         labels,
         jax.eval_shape(space.decode, variables, latents).shape[1:],
         {"weights": weights_digest(params), **recipe},
     )
     # The batch does not decide the images, so it may grow to divide over the devices.
     batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size
-    say(f"drawing {section.num} images from step {step} (ema {section.ema}) in {args.workdir}")
+    say(f"drawing {section.num} images: {job.name}")
     return job.run(
         lambda indices, labels: sample(params, variables, indices, labels), batch, report=say
     )
@@ -128,12 +138,6 @@ def weights_digest(params: Params) -> str:
     """Names the weights themselves, whichever checkpoint or file they came from."""
     sums = json.dumps(checksums(params), sort_keys=True)
     return "sha256:" + hashlib.sha256(sums.encode()).hexdigest()
-
-
-def say(text: str) -> None:
-    """Shows a line to the user, on the primary process."""
-    if is_primary():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _class_list(text: str) -> list[int]:
@@ -147,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="the run's folder")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--workdir", help="the run's folder")
+    weights.add_argument("--converted", help="folder that python -m dsr_jax.convert wrote")
+    add("--config", help="with --converted: config file of the same sizes")
     add("--checkpoint-step", type=int, help="which checkpoint; default: the newest")
     add("--ema", help="decay of the averaged weights, or none for the weights themselves")
     add("--num-samples", dest="num", help="how many images")
@@ -163,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--random-labels", action="store_true", help="independent labels; default: balanced ones"
     )
-    add("--out", help="folder of the files; default: samples/ of the run")
+    add("--out", help="folder of the files; default: samples/ in the run's")
     add("--name", help="their name; default: made from the settings")
     add("--grid", action="store_true", help=f"also a .png of the first {GRID_IMAGES} images")
     return parser

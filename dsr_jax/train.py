@@ -27,7 +27,7 @@ from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_primary, say, start_processes
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
 from dsr_jax.sampling.labels import balanced_labels, cycled_labels
@@ -246,12 +246,6 @@ class Run:
         samples = open_samples(path)
         train, heldout = (read_all(build.make_source(config, name)) for name in JUDGE_SPLITS)
         return judge_samples(samples.images(), samples.require_labels("judge"), train, heldout)
-
-
-def say(text: str) -> None:
-    """Shows a line to the user, on the primary process."""
-    if is_primary():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -97,7 +97,9 @@ def test_every_file_keeps_the_rules() -> None:
 def test_configs_import_the_config_module_only() -> None:
     for path in (ROOT / "configs").glob("*.py"):
         for module, _ in imports(ast.parse(path.read_text())):
-            assert module.startswith(("ml_collections", "dsr_jax.config", "dsr_jax.models.variants"))
+            assert module.startswith(
+                ("ml_collections", "dsr_jax.config", "dsr_jax.models.variants")
+            )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Start-up of JAX's multi-controller runtime."""
 
 import os
+import sys
 
 import jax
 
@@ -45,3 +46,9 @@ def _in_cluster() -> bool:
 def is_primary() -> bool:
     """True in the process that writes shared files and talks to the user."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Shows a line to the user, on the primary process."""
+    if is_primary():
+        print(text, file=sys.stderr, flush=True)

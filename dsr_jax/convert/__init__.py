@@ -1,0 +1,1 @@
+"""PyTorch state dicts to Flax parameter trees and back, strictly and without loss."""

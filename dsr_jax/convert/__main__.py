@@ -1,0 +1,119 @@
+"""Converts checkpoints: `python -m dsr_jax.convert lightningdit --source ep-0000080.pt --out DIR`.
+
+The folder then holds params.safetensors and conversion.json, which python -m dsr_jax.sample reads.
+`export` goes the other way, to a torch state dict under the original's names.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsr_jax.convert.files import load_converted, save_converted
+from dsr_jax.convert.lightningdit import infer_model, lightningdit_rules
+from dsr_jax.convert.readers import read_state
+from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.files import file_digest, write_atomic
+from dsr_jax.core.trees import count_params
+from dsr_jax.models.dit import LightningDiT
+
+_NOT_SIZES = ("parent", "name", "precision", "constrain", "remat", "attention")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's); returns the exit status."""
+    args = _parser().parse_args(argv)
+    args.run(args)
+    return 0
+
+
+def convert_lightningdit(args: argparse.Namespace) -> None:
+    """Reads an official LightningDiT file into our format."""
+    state = read_state(args.source, args.entry)
+    model = infer_model(state, num_heads=args.num_heads, register_start=args.register_start)
+    params = torch_to_flax(state, lightningdit_rules(model))
+    save_converted(
+        args.out,
+        params,
+        {
+            "family": "lightningdit",
+            "model": model_sizes(model),
+            "entry": args.entry,
+            **source_record(args.source),
+        },
+    )
+    print(f"{args.source}: LightningDiT with {count_params(params):,} parameters -> {args.out}")
+
+
+def source_record(source: str) -> dict[str, Any]:
+    """What a conversion writes down about its source."""
+    path = Path(source)
+    return {
+        "source": path.name,
+        "source_digest": file_digest(path) if path.is_file() else None,
+    }
+
+
+def model_sizes(model: LightningDiT) -> dict[str, Any]:
+    """The constructor arguments that a checkpoint fixes."""
+    names = [field.name for field in dataclasses.fields(model) if field.name not in _NOT_SIZES]
+    return {name: getattr(model, name) for name in names}
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a converted model as a torch or safetensors state dict."""
+    params, record = load_converted(args.source)
+    if record["family"] != "lightningdit":
+        raise ConversionError(f"no export for the family {record['family']!r}", "lightningdit only")
+    state = flax_to_torch(params, lightningdit_rules(LightningDiT(**record["model"])))
+    out = Path(args.out)
+    if out.exists():
+        raise ConversionError(f"{out} exists", "name a new file; nothing was written")
+    if out.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        write_atomic(out, save(state))
+    else:
+        _save_torch(out, state)
+    print(f"{args.source} -> {out}: {len(state)} tensors")
+
+
+def _save_torch(out: Path, state: dict[str, Any]) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"writing {out} needs torch",
+            "pip install 'dsr_jax[torch]', or name a .safetensors file",
+        ) from error
+    temporary = out.with_name(f".{out.name}.part")
+    torch.save({"ema": {name: torch.from_numpy(x) for name, x in state.items()}}, temporary)
+    temporary.rename(out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsr_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    families = parser.add_subparsers(required=True, metavar="FAMILY")
+    dit = families.add_parser("lightningdit", help="DSR's and RAE's denoiser")
+    dit.add_argument("--source", required=True, help="ep-*.pt or a safetensors file")
+    dit.add_argument("--out", required=True, help="new folder")
+    dit.add_argument("--entry", help="state dict inside the file; default ema, else model")
+    dit.add_argument("--num-heads", type=int, default=0, help="default: read off the rope table")
+    dit.add_argument("--register-start", type=int, default=-1, help="first block with registers")
+    dit.set_defaults(run=convert_lightningdit)
+    back = families.add_parser("export", help="a converted folder back to the original's names")
+    back.add_argument("--source", required=True, help="converted folder")
+    back.add_argument("--out", required=True, help="new .pt or .safetensors file")
+    back.set_defaults(run=export)
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,61 @@
+"""Converted models on disk: `params.safetensors` and `conversion.json` in one folder."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.files import file_digest, read_json, write_atomic, write_json
+from dsr_jax.core.trees import flatten_names, unflatten_names
+
+_PARAMS, _RECORD = "params.safetensors", "conversion.json"
+
+
+def save_converted(
+    folder: str | os.PathLike[str], params: Mapping[str, Any], record: Mapping[str, Any]
+) -> None:
+    """Writes a parameter tree and what it came from; nothing is overwritten.
+
+    Args:
+      folder: A new or empty folder.
+      params: The tree.
+      record: JSON values: family, model sizes, source and its digest.
+
+    Raises:
+      ConversionError: If the folder is not empty.
+    """
+    from safetensors.numpy import save
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConversionError(f"{folder} is not empty", "name a new folder; nothing was written")
+    flat = {
+        name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in flatten_names(params).items()
+    }
+    write_atomic(folder / _PARAMS, save(flat))
+    write_json(folder / _RECORD, {**record, "params_digest": file_digest(folder / _PARAMS)})
+
+
+def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what `save_converted` wrote: the parameter tree and the record.
+
+    Raises:
+      ConversionError: If the folder holds no converted model, or a damaged one.
+    """
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    if not (folder / _RECORD).is_file():
+        raise ConversionError(
+            f"{folder} holds no converted model: {_RECORD} is missing",
+            "make one with python -m dsr_jax.convert",
+        )
+    record = read_json(folder / _RECORD)
+    if file_digest(folder / _PARAMS) != record["params_digest"]:
+        raise ConversionError(
+            f"{folder / _PARAMS} is not what was written", "convert again into a new folder"
+        )
+    return unflatten_names(load_file(folder / _PARAMS)), record

@@ -1,0 +1,133 @@
+"""State dicts from files: safetensors without torch, `.pt` files without pickled code."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsr_jax.core.errors import ConversionError
+
+_WRAPPERS = ("module.", "_orig_mod.")
+_NO_TENSORS = "it holds no tensors"
+
+
+def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict[str, np.ndarray]:
+    """Reads a state dict.
+
+    Args:
+      source: A `.safetensors` file, a snapshot folder that holds one (or several with an index),
+        or a torch file.
+      entry: Of a torch file that holds several state dicts ("ema", "model"); None takes "ema" if
+        there is one, else "model", else the file itself.
+
+    Returns:
+      Arrays by name, without the prefixes that DDP and torch.compile add.
+
+    Raises:
+      ConversionError: If the source is missing, damaged, would run code, or lacks the entry.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist", "give a file or a snapshot folder")
+    if path.is_dir():
+        return _strip(_read_snapshot(path))
+    if path.suffix == ".safetensors":
+        return _strip(_read_safetensors(path))
+    return _strip(_read_torch(path, entry))
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(
+            f"{path} cannot be read as safetensors: {error}", "it is incomplete; copy it again"
+        ) from error
+
+
+def _read_snapshot(folder: Path) -> dict[str, np.ndarray]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        torch_files = sorted(path.name for path in folder.glob("*.bin"))
+        if not names and len(torch_files) == 1:
+            return _read_torch(folder / torch_files[0], None)
+        if len(names) != 1:
+            raise ConversionError(
+                f"{folder} holds {names or 'no .safetensors file'}", "name the one file to read"
+            )
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ConversionError(f"{folder} lacks {absent}, which its index names", "copy them, too")
+    state: dict[str, np.ndarray] = {}
+    for name in names:
+        state |= _read_safetensors(folder / name)
+    return state
+
+
+def _read_torch(path: Path, entry: str | None) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"reading {path} needs torch", "pip install 'dsr_jax[torch]', or use safetensors"
+        ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} is refused: {str(error).splitlines()[0]}",
+            "only tensors and plain values are read, never pickled code; save it again without the "
+            "other objects",
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ConversionError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            "it is incomplete; copy it again",
+        ) from error
+    tensors = _choose_entry(path, content, entry)
+    return {
+        name: _to_numpy(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+    }
+
+
+def _choose_entry(path: Path, content: Any, entry: str | None) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{path} holds a {type(content).__name__}", "give a state dict")
+    entries = [key for key, value in content.items() if isinstance(value, Mapping)]
+    if entry is None:
+        entry = next((name for name in ("ema", "model") if name in entries), None)
+        return content if entry is None else content[entry]
+    if entry not in entries:
+        raise ConversionError(
+            f"{path} has no entry {entry!r}",
+            f"entries are {', '.join(map(str, entries)) or 'none: it is a bare state dict'}",
+        )
+    return content[entry]
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    """A CPU tensor's values; NumPy has no bfloat16, and float32 holds it exactly."""
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
+def _strip(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if not state:
+        raise ConversionError(_NO_TENSORS, "give a file of weights")
+    stripped = {}
+    for name, value in state.items():
+        while name.startswith(_WRAPPERS):
+            name = name.split(".", 1)[1]
+        stripped[name] = value
+    return stripped

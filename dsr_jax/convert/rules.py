@@ -1,0 +1,302 @@
+"""The rule engine: one declarative table per model serves both directions.
+
+A rule names a PyTorch tensor, the Flax parameter it becomes, and the change of layout between
+them. Layers that Flax keeps stacked along a scan are one rule with `{i}` in the source's name, for
+however many stacks the depth is cut into. Nothing is guessed: every source key is used by a rule
+or named as dropped, every parameter of the model is set, every shape is checked.
+"""
+
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.trees import flatten_names, unflatten_names
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An invertible change of layout: permute the axes, then split some of them.
+
+    Attributes:
+      permute: Source axes in the target's order; () leaves them as they are.
+      split: For each permuted axis the target axes it becomes, () for one axis unchanged.
+    """
+
+    permute: tuple[int, ...] = ()
+    split: tuple[tuple[int, ...], ...] = ()
+
+    def to_flax(self, x: np.ndarray) -> np.ndarray:
+        """PyTorch's layout to Flax's.
+
+        Raises:
+          ValueError: If an axis does not split as asked.
+        """
+        x = x.transpose(self.permute) if self.permute else x
+        shape: list[int] = []
+        for axis, size in enumerate(x.shape):
+            parts = self._parts(axis)
+            if parts and math.prod(parts) != size:
+                raise ValueError(f"axis of {size} does not split into {parts}")
+            shape += parts or (size,)
+        return x.reshape(shape)
+
+    def to_torch(self, x: np.ndarray) -> np.ndarray:
+        """Flax's layout to PyTorch's."""
+        shape: list[int] = []
+        rest = list(x.shape)
+        axis = 0
+        while rest:
+            count = len(self._parts(axis)) or 1
+            shape.append(math.prod(rest[:count]))
+            rest, axis = rest[count:], axis + 1
+        x = x.reshape(shape)
+        return x.transpose(np.argsort(self.permute)) if self.permute else x
+
+    def _parts(self, axis: int) -> tuple[int, ...]:
+        return self.split[axis] if axis < len(self.split) else ()
+
+
+SAME = Layout()
+LINEAR = Layout((1, 0))
+"""[out, in] -> [in, out]."""
+CONV = Layout((2, 3, 1, 0))
+"""[out, in, h, w] -> [h, w, in, out]."""
+
+
+def linear(inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> Layout:
+    """[out, in] -> [*inputs, *outputs]; () keeps that side as one axis."""
+    return Layout((1, 0), (tuple(inputs), tuple(outputs)))
+
+
+def vector(*parts: int) -> Layout:
+    """[n] -> [*parts]."""
+    return Layout((), (parts,))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A scanned run of layers.
+
+    Attributes:
+      name: Path of the stack in the parameter tree.
+      first: Number of its first layer in the source.
+      end: Number behind its last.
+    """
+
+    name: str
+    first: int
+    end: int
+
+
+def cut_stacks(depth: int, num_registers: int, register_start: int) -> tuple[Stack, ...]:
+    """The stacks of a denoiser whose registers join before block `register_start`."""
+    if not num_registers:
+        return (Stack("blocks", 0, depth),)
+    before = (Stack("blocks_pre", 0, register_start),) if register_start else ()
+    return (*before, Stack("blocks_reg", register_start, depth))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor, or one of every layer.
+
+    Attributes:
+      source: PyTorch name, with `{i}` for the layer's number in rules of a stack.
+      target: Flax path; below the stack's in rules of a stack.
+      layout: Change of layout of one layer.
+      stacks: Where the layers go; () for a tensor outside any stack.
+    """
+
+    source: str
+    target: str
+    layout: Layout = SAME
+    stacks: tuple[Stack, ...] = ()
+
+    def pieces(self) -> Iterator[tuple[str, list[str]]]:
+        """Yields (Flax path, PyTorch names), one name per layer of a stack."""
+        if not self.stacks:
+            yield self.target, [self.source]
+        for stack in self.stacks:
+            names = [self.source.replace("{i}", str(i)) for i in range(stack.first, stack.end)]
+            yield f"{stack.name}/{self.target}", names
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """All rules of a model.
+
+    Attributes:
+      rules: One per tensor, or per layer's tensor.
+      shapes: Shape of every parameter of the model, by Flax path.
+      dropped: Patterns of source keys that have no place in our tree, and are constants or unused.
+    """
+
+    rules: tuple[Rule, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    dropped: tuple[str, ...] = field(default=())
+
+    def is_dropped(self, key: str) -> bool:
+        """Whether a source key is named as dropped."""
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.dropped)
+
+
+def shapes_of(abstract: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by Flax path of a tree of arrays or `ShapeDtypeStruct`s."""
+    return {name: tuple(leaf.shape) for name, leaf in flatten_names(abstract).items()}
+
+
+def torch_to_flax(state: Mapping[str, np.ndarray], rules: RuleSet) -> dict[str, Any]:
+    """Converts a state dict.
+
+    Half-precision floats become float32, which holds them exactly.
+
+    Args:
+      state: Arrays by PyTorch name.
+      rules: The model's table.
+
+    Returns:
+      The parameter tree, of new arrays.
+
+    Raises:
+      ConversionError: Listing all keys that are missing, left over or of another shape.
+    """
+    flat: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    missing: list[str] = []
+    misshaped: list[str] = []
+    for rule in rules.rules:
+        for target, names in rule.pieces():
+            used.update(names)
+            absent = [name for name in names if name not in state]
+            missing += absent
+            if absent:
+                continue
+            try:
+                layers = [rule.layout.to_flax(_widened(state[name])) for name in names]
+                value = np.stack(layers) if rule.stacks else np.array(layers[0])
+            except ValueError as error:
+                misshaped.append(f"{names[0]} {list(state[names[0]].shape)}: {error}")
+                continue
+            expected = rules.shapes.get(target)
+            if expected is not None and value.shape != expected:
+                misshaped.append(
+                    f"{names[0]} {list(state[names[0]].shape)}: {target} would be "
+                    f"{list(value.shape)}, the model has {list(expected)}"
+                )
+            flat[target] = value
+    extra = [key for key in state if key not in used and not rules.is_dropped(key)]
+    unset = (
+        [name for name in rules.shapes if name not in flat] if not (missing or misshaped) else []
+    )
+    unknown = [name for name in flat if name not in rules.shapes]
+    _raise_unless_empty(
+        "the state dict does not fit the model",
+        {
+            "missing from the state dict": missing,
+            "not known to the model": extra,
+            "of another shape": misshaped,
+            "parameters that no rule sets": unset,
+            "rules for parameters that the model lacks": unknown,
+        },
+    )
+    return unflatten_names(flat)
+
+
+def flax_to_torch(params: Any, rules: RuleSet) -> dict[str, np.ndarray]:
+    """Converts a parameter tree back; the exact inverse of `torch_to_flax`.
+
+    Args:
+      params: The tree, of arrays.
+      rules: The model's table.
+
+    Returns:
+      Arrays by PyTorch name, without the dropped ones.
+
+    Raises:
+      ConversionError: Listing all parameters that are missing, left over or of another shape.
+    """
+    flat = {name: np.asarray(leaf) for name, leaf in flatten_names(params).items()}
+    state: dict[str, np.ndarray] = {}
+    missing: list[str] = []
+    targets: set[str] = set()
+    misshaped = [
+        f"{name} {list(flat[name].shape)}, the model has {list(shape)}"
+        for name, shape in rules.shapes.items()
+        if name in flat and flat[name].shape != shape
+    ]
+    for rule in rules.rules:
+        for target, names in rule.pieces():
+            targets.add(target)
+            if target not in flat:
+                missing.append(target)
+                continue
+            layers = flat[target] if rule.stacks else [flat[target]]
+            for name, layer in zip(names, layers, strict=True):
+                state[name] = np.ascontiguousarray(rule.layout.to_torch(layer))
+    _raise_unless_empty(
+        "the parameters do not fit the table",
+        {
+            "missing parameters": missing,
+            "parameters without a rule": [name for name in flat if name not in targets],
+            "of another shape": misshaped,
+        },
+    )
+    return state
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    """Float32 for half-precision floats (bfloat16 is a void type to NumPy's own checks)."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else x
+
+
+def _raise_unless_empty(problem: str, lists: Mapping[str, Sequence[str]]) -> None:
+    lines = []
+    for title, names in lists.items():
+        if names:
+            lines.append(f"  {title} ({len(names)}):")
+            lines += [f"    {name}" for name in list(names)[:_SHOWN]]
+            if len(names) > _SHOWN:
+                lines.append(f"    ... and {len(names) - _SHOWN} more")
+    if lines:
+        raise ConversionError(
+            "\n".join([problem, *lines]),
+            "check that the file is of the model you named, and its sizes (heads, register start, "
+            "registers), and that you chose the right entry of the file",
+        )
+
+
+def unstack_layers(tree: Mapping[str, Any], stacks: Sequence[Stack]) -> list[dict[str, Any]]:
+    """Per-layer trees of scanned stacks, in the source's order of layers."""
+    layers: list[dict[str, Any]] = []
+    for stack in stacks:
+        flat = flatten_names(tree[stack.name])
+        for i in range(stack.end - stack.first):
+            layers.append(unflatten_names({name: leaf[i] for name, leaf in flat.items()}))
+    return layers
+
+
+def stack_layers(layers: Sequence[Any], stacks: Sequence[Stack]) -> dict[str, Any]:
+    """Scanned stacks of per-layer trees: the inverse of `unstack_layers`, for any cut.
+
+    Raises:
+      ConversionError: If the stacks do not cover the layers.
+    """
+    if sum(stack.end - stack.first for stack in stacks) != len(layers):
+        raise ConversionError(f"{len(layers)} layers do not fill the stacks {list(stacks)}")
+    flat = [flatten_names(layer) for layer in layers]
+    return {
+        stack.name: unflatten_names(
+            {
+                name: np.stack([np.asarray(layer[name]) for layer in flat[stack.first : stack.end]])
+                for name in flat[0]
+            }
+        )
+        for stack in stacks
+    }

@@ -1,0 +1,163 @@
+"""Golden cases, comparisons, and the one table of tolerances."""
+
+import fnmatch
+import functools
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOLERANCES: Mapping[str, float] = {
+    "exact": 0.0,
+    "forward": 5e-5,
+    "loss": 5e-5,
+    "gradient": 2e-4,
+    "trajectory": 2e-4,
+    "train_loss": 2e-5,
+    "train_params": 2e-4,
+    # What the encoder specification names (section 15).
+    "encoder": 2e-4,
+}
+"""Largest error as a share of the reference's largest magnitude, float32 at highest precision."""
+
+RUNNER_MODULES = ("denoiser", "diffusion")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder of golden numbers."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Sizes and settings."""
+        return json.loads((self.path / "config.json").read_text())
+
+    @functools.cached_property
+    def io(self) -> dict[str, np.ndarray]:
+        """Inputs and outputs; empty where the case has none."""
+        path = self.path / "io.npz"
+        if not path.is_file():
+            return {}
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def weights(self, name: str = "weights") -> dict[str, np.ndarray]:
+        """Tensors of `<name>.safetensors`, under the original's names."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path / f"{name}.safetensors")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+      label: What is compared.
+      got: Our array.
+      want: The original's.
+      kind: A row of TOLERANCES.
+      tolerance: Replaces the row's value where the case's own config.json names one.
+    """
+
+    label: str
+    got: Any
+    want: Any
+    kind: str
+    tolerance: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """The tolerance that holds."""
+        return TOLERANCES[self.kind] if self.tolerance is None else self.tolerance
+
+    @property
+    def error(self) -> float:
+        """Largest difference over the reference's largest magnitude; infinite for other shapes."""
+        got, want = np.asarray(self.got), np.asarray(self.want)
+        if got.shape != want.shape:
+            return float("inf")
+        if not want.size:
+            return 0.0
+        difference = np.max(np.abs(got.astype(np.float64) - want.astype(np.float64)))
+        scale = np.max(np.abs(want.astype(np.float64)))
+        error = float(difference / scale) if scale else float(difference)
+        return error if np.isfinite(error) else float("inf")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit."""
+        return self.error <= self.limit
+
+
+Runner = Callable[[Case], Sequence[Check]]
+Supports = Callable[[Mapping[str, Any]], bool]
+
+
+@functools.cache
+def runners() -> dict[str, tuple[Runner, Supports]]:
+    """All runners by pattern of folder names; each says by a case's config if it can run it."""
+    table: dict[str, tuple[Runner, Supports]] = {}
+    for name in RUNNER_MODULES:
+        table |= importlib.import_module(f"tools.golden.{name}").RUNNERS
+    return table
+
+
+def find_runner(case: Case) -> Runner | None:
+    """The runner of the longest matching pattern that supports the case, None if there is none."""
+    matching = [p for p in runners() if fnmatch.fnmatchcase(case.name, p)]
+    for pattern in sorted(matching, key=len, reverse=True):
+        run, supports = runners()[pattern]
+        if supports(case.config):
+            return run
+    return None
+
+
+def find_cases(folder: Path) -> list[Case]:
+    """All case folders below `folder`, by name."""
+    return [Case(path.parent) for path in sorted(folder.rglob("config.json"))]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running a case gave.
+
+    Attributes:
+      case: The case.
+      status: "pass", "FAIL" or "unsupported".
+      detail: Worst error, or why it failed.
+    """
+
+    case: Case
+    status: str
+    detail: str
+
+
+def run_case(case: Case) -> Outcome:
+    """Runs a case; whatever goes wrong is its failure.
+
+    The case's worst comparison is the one nearest to its limit, or farthest beyond it.
+    """
+    run = find_runner(case)
+    if run is None:
+        return Outcome(case, "unsupported", "")
+    try:
+        checks = list(run(case))
+    except Exception as error:  # noqa: BLE001  a golden case may fail in any way
+        return Outcome(case, "FAIL", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    if not checks:
+        return Outcome(case, "FAIL", "nothing was compared")
+    worst = max(checks, key=lambda check: (not check.passed, check.error / (check.limit or 1e-30)))
+    detail = f"{worst.error:.2e} of {worst.limit:.0e} ({worst.label}; {len(checks)} arrays)"
+    return Outcome(case, "pass" if all(check.passed for check in checks) else "FAIL", detail)
