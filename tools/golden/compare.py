@@ -19,12 +19,18 @@ TOLERANCES: Mapping[str, float] = {
     "trajectory": 2e-4,
     "train_loss": 2e-5,
     "train_params": 2e-4,
+    # With a rate of 1e-2, Adam's sign-like first step turns the rounding of a gradient near zero
+    # into a whole step; the specification (denoiser 15) therefore names an absolute bound.
+    "stress_params": 1e-3,
     # What the encoder specification names (section 15).
     "encoder": 2e-4,
 }
 """Largest error as a share of the reference's largest magnitude, float32 at highest precision."""
 
-RUNNER_MODULES = ("denoiser", "diffusion")
+ABSOLUTE = frozenset({"stress_params"})
+"""Rows that bound the difference itself."""
+
+RUNNER_MODULES = ("denoiser", "diffusion", "training")
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,14 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Largest difference over the reference's largest magnitude; infinite for other shapes."""
+        """Largest difference, over the reference's largest magnitude; infinite for other shapes."""
         got, want = np.asarray(self.got), np.asarray(self.want)
         if got.shape != want.shape:
             return float("inf")
         if not want.size:
             return 0.0
         difference = np.max(np.abs(got.astype(np.float64) - want.astype(np.float64)))
-        scale = np.max(np.abs(want.astype(np.float64)))
+        scale = 0.0 if self.kind in ABSOLUTE else np.max(np.abs(want.astype(np.float64)))
         error = float(difference / scale) if scale else float(difference)
         return error if np.isfinite(error) else float("inf")
 
