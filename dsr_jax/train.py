@@ -8,29 +8,19 @@ metrics.jsonl, checkpoints/, samples/ and, at the end, summary.json.
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from absl import flags
 
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.core.cli import run_main
-from dsr_jax.core.files import write_json
 from dsr_jax.core.trees import count_params
-from dsr_jax.core.typing import Params
-from dsr_jax.data.sources import read_all
-from dsr_jax.evaluation.judge import judge_samples
-from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.processes import is_primary, say, start_processes
-from dsr_jax.sampling.images import save_png_grid
-from dsr_jax.sampling.job import SampleJob
-from dsr_jax.sampling.labels import balanced_labels, cycled_labels
+from dsr_jax.results import Results
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
@@ -38,6 +28,7 @@ from dsr_jax.telemetry.progress import Progress
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.loop import (
+    Carried,
     Hook,
     Instruments,
     LoopSettings,
@@ -45,10 +36,7 @@ from dsr_jax.training.loop import (
     start_or_resume,
     train_loop,
 )
-from dsr_jax.training.metrics import MetricWindow
 from dsr_jax.training.state import TrainState
-
-JUDGE_SPLITS = ("train", "heldout")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +71,8 @@ class Run:
         self.model = build.make_model(config, self.space, Constrain(self.rules, self.mesh))
         self.optimizer = build.make_optimizer(config)
         self.source = build.make_source(config)
-        self.draw = build.make_sampler(config, self.model, self.space, self.mesh, self.rules)
+        draw = build.make_sampler(config, self.model, self.space, self.mesh, self.rules)
+        self.results = Results(config, workdir, draw, self.variables, self.mesh.size)
 
     def train(self) -> int:
         """Trains to the end or until stopped; returns the exit status."""
@@ -99,17 +88,16 @@ class Run:
             keep_every=section.keep_every,
             architecture=configs.architecture(config),
         ) as checkpoints:
-            state, window = start_or_resume(checkpoints, init, abstract, section.restore_step)
-            began = time.monotonic()
-            summary = self._loop(state, window, checkpoints, abstract)
+            state, carried = start_or_resume(checkpoints, init, abstract, section.restore_step)
+            summary = self._loop(state, carried, checkpoints, abstract)
         if not summary.stopped:
-            self._finish(summary, time.monotonic() - began)
+            self.results.finish(summary)
         return summary.exit_status
 
     def _loop(
         self,
         state: TrainState,
-        window: MetricWindow,
+        carried: Carried,
         checkpoints: Checkpoints,
         abstract: TrainState,
     ) -> Summary:
@@ -129,8 +117,8 @@ class Run:
                     config.train.steps, config.log.every_steps, config.train.stop_after_steps
                 ),
                 instruments,
-                hooks=[Hook(config.sample.every_steps, self._draw_grid)],
-                window=window,
+                hooks=[Hook(config.sample.every_steps, self.results.draw_grid)],
+                carried=carried,
             )
 
     def _card(self, num_params: int) -> str:
@@ -177,75 +165,6 @@ class Run:
                     step_flops, seconds, len(devices), devices[0].device_kind
                 ),
             )
-
-    def _weights(self, state: TrainState) -> Params:
-        """The parameters, or the average of them, that config.sample.ema names."""
-        name = self.config.sample.ema
-        return state.params if name == "none" else state.ema[name]
-
-    def _draw_grid(self, step: int, state: TrainState) -> None:
-        """Writes a picture of samples, row by row of the same class."""
-        section = self.config.sample
-        batch = self._batch_for(section.num)
-        indices = np.arange(batch, dtype=np.uint32)
-        labels = cycled_labels(range(self.config.data.num_classes), batch)
-        samples = self.draw(self._weights(state), self.variables, indices, labels)
-        images = shardings.fetch(samples.images)[: section.num]
-        if is_primary():
-            path = self.workdir / "samples" / f"step_{step:08d}.png"
-            save_png_grid(path, images, columns=self.config.data.num_classes)
-
-    def _batch_for(self, count: int) -> int:
-        """The smallest batch of at least `count` that divides over the mesh."""
-        shards = self.mesh.devices.size
-        return -(-count // shards) * shards
-
-    def _finish(self, summary: Summary, seconds: float) -> None:
-        """Draws and judges samples where the config asks for it; writes summary.json."""
-        config, record = self.config, {}
-        if config.eval.num_samples and config.eval.judge:
-            record = self._judge(summary)
-        if not is_primary():
-            return
-        write_json(
-            self.workdir / "summary.json",
-            {
-                **record,
-                "steps": summary.step,
-                "train_seconds": round(seconds, 1),
-                "loss": summary.last_record.get("loss"),
-            },
-        )
-        if record:
-            say(
-                f"judge accuracy {record['judge_accuracy']:.1%} on {record['num_samples']} samples "
-                f"(real held-out images {record['judge_accuracy_real']:.1%}); Frechet distance "
-                f"{record['frechet_distance']:.3g} (real {record['frechet_distance_real']:.3g})"
-            )
-        say(
-            f"pictures: {self.workdir / 'samples'}; summary: {self.workdir / 'summary.json'}\n"
-            "next, draw your own: python -m dsr_jax.sample "
-            f"--workdir={self.workdir} --num-samples=100 --guidance=2.0"
-        )
-
-    def _judge(self, summary: Summary) -> dict[str, Any]:
-        config, weights = self.config, self._weights(summary.state)
-        job = SampleJob(
-            self.workdir / "samples",
-            f"final_{summary.step:08d}",
-            balanced_labels(config.eval.num_samples, config.data.num_classes, config.sample.seed),
-            (config.data.image_size, config.data.image_size, config.data.channels),
-            build.sampling_recipe(config, summary.step, config.sample.ema),
-        )
-        path = job.run(
-            lambda indices, labels: self.draw(weights, self.variables, indices, labels),
-            self._batch_for(config.sample.batch),
-        )
-        if not is_primary():
-            return {}
-        samples = open_samples(path)
-        train, heldout = (read_all(build.make_source(config, name)) for name in JUDGE_SPLITS)
-        return judge_samples(samples.images(), samples.require_labels("judge"), train, heldout)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,10 +5,11 @@ steps equal k steps, a restart and N - k steps, bit for bit.
 """
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -90,6 +91,7 @@ class Summary:
       stopped: Why it ended before the run was complete, "" if it is complete.
       exit_status: 0, or 128 plus the number of the signal that ended it.
       last_record: The last log record written by this start.
+      seconds: Time spent training over all starts, without what a crash lost.
     """
 
     state: TrainState
@@ -98,6 +100,19 @@ class Summary:
     stopped: str
     exit_status: int
     last_record: Mapping[str, float | None]
+    seconds: float
+
+
+class Carried(NamedTuple):
+    """What a run carries from start to start beside its state.
+
+    Attributes:
+      window: The log window that is open.
+      seconds: Time spent training so far.
+    """
+
+    window: MetricWindow
+    seconds: float = 0.0
 
 
 def start_or_resume(
@@ -105,7 +120,7 @@ def start_or_resume(
     init: Callable[[], TrainState],
     abstract: TrainState,
     restore_step: int = -1,
-) -> tuple[TrainState, MetricWindow]:
+) -> tuple[TrainState, Carried]:
     """Returns the newest checkpoint's state, or a fresh one where there is none.
 
     Args:
@@ -115,18 +130,18 @@ def start_or_resume(
       restore_step: Goes back to this step and sets later checkpoints aside; -1 for the newest.
 
     Returns:
-      The state, and the log window that was open when it was saved.
+      The state, and what was saved with it.
 
     Raises:
       CheckpointError: If a checkpoint is there but cannot be used: nothing starts from scratch
         because of that.
     """
     if restore_step < 0 and checkpoints.latest_step() is None:
-        return init(), MetricWindow()
+        return init(), Carried(MetricWindow())
     state, extra = checkpoints.restore(abstract, None if restore_step < 0 else restore_step)
     if restore_step >= 0:
         checkpoints.set_aside_after(restore_step)
-    return state, MetricWindow(extra.get("window"))
+    return state, Carried(MetricWindow(extra.get("window")), extra.get("seconds", 0.0))
 
 
 def train_loop(
@@ -138,7 +153,7 @@ def train_loop(
     instruments: Instruments,
     *,
     hooks: Sequence[Hook] = (),
-    window: MetricWindow | None = None,
+    carried: Carried | None = None,
 ) -> Summary:
     """Trains from the state's step to the end, or until something stops it; saves at the end.
 
@@ -150,7 +165,7 @@ def train_loop(
       settings: How long and how often.
       instruments: Where to report.
       hooks: What else to do, after the save of the same step.
-      window: The open log window, from `start_or_resume`.
+      carried: From `start_or_resume`; None for a fresh run.
 
     Raises:
       NumericsError: After a step whose loss, gradients or parameters are not finite. That step's
@@ -160,7 +175,13 @@ def train_loop(
     start = step = int(state.step)
     total = settings.total_steps
     end = min(total, start + settings.stop_after_steps) if settings.stop_after_steps else total
-    log = _Log(instruments, settings.log_every, window or MetricWindow(), checkpoints)
+    window, seconds_before = carried or Carried(MetricWindow())
+    log = _Log(instruments, settings.log_every, window, checkpoints)
+    began = time.monotonic()
+
+    def seconds() -> float:
+        return seconds_before + (time.monotonic() - began if step > start else 0.0)
+
     metrics: Metrics = {}
     if step >= total:
         instruments.progress.say(f"the run is complete: step {step} of {total}")
@@ -182,7 +203,8 @@ def train_loop(
                 # A state is saved only after its own metrics were seen to be finite.
                 log.drain()
                 with instruments.clock.pause(state):
-                    checkpoints.save(step, state, extra={"window": log.window.to_json()})
+                    extra = {"window": log.window.to_json(), "seconds": seconds()}
+                    checkpoints.save(step, state, extra=extra)
             due = [hook for hook in hooks if hook.due(step, total) and not stopping]
             if due:
                 log.drain()
@@ -196,7 +218,7 @@ def train_loop(
                 f"stopped by {stopped} after step {step} of {total}; the same command continues"
             )
         status = stop.exit_status if stopping and stopped else 0
-    return Summary(state, step, step - start, stopped, status, log.last_record)
+    return Summary(state, step, step - start, stopped, status, log.last_record, seconds())
 
 
 def _batches(

@@ -183,7 +183,7 @@ class Run:
     ) -> Summary:  # fmt: skip
         """Starts or continues the run."""
         with self.checkpoints() as checkpoints:
-            state, window = start_or_resume(checkpoints, self.init, self.abstract, restore_step)
+            state, carried = start_or_resume(checkpoints, self.init, self.abstract, restore_step)
             with (
                 MetricWriter(self.workdir, first_step=int(state.step) + 1) as writer,
                 Progress(steps, start_step=int(state.step)) as progress,
@@ -198,7 +198,7 @@ class Run:
                     LoopSettings(steps, log_every, stop_after_steps),
                     out,
                     hooks=hooks,
-                    window=window,
+                    carried=carried,
                 )
 
 
