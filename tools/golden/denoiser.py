@@ -75,7 +75,7 @@ def run_network(case: Case) -> list[Check]:
         out, kept = model.apply({"params": p}, x, t, labels, mutable=["intermediates"])
         return jnp.sum(out * nhwc(io["grad_w"])), (out, kept["intermediates"])
 
-    grad_fn = jax.grad(forward, argnums=(0, 1), has_aux=True)
+    grad_fn = jax.jit(jax.grad(forward, argnums=(0, 1), has_aux=True))
     (grad_p, grad_x), (out, kept) = grad_fn(params, jnp.asarray(nhwc(io["x"])))
     checks = [Check("out", nchw(out), io["out"], "forward")]
     checks += _intermediates(model, kept, params, io)
@@ -131,9 +131,11 @@ def run_guidance(case: Case) -> list[Check]:
     off = [tuple(pair) for pair in config["interval"]]
     scale, off_scale = config["cfg_scale"], config["interval_cfg"]
 
+    @jax.jit
     def plain(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         return model.apply(strong, x, t, y)
 
+    @jax.jit
     def guided_by(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         return guide.apply(weak, x, t, y)
 

@@ -27,7 +27,7 @@ Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 def _network(case: Case) -> Network:
     model = build_lightningdit(case.config["params"])
     variables = {"params": load_lightningdit(model, case.weights())}
-    return lambda x, t, labels: model.apply(variables, x, t, labels)
+    return jax.jit(lambda x, t, labels: model.apply(variables, x, t, labels))
 
 
 def run_loss(case: Case) -> list[Check]:
