@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsr_jax.convert.files import load_converted, save_converted
+from dsr_jax.convert.encoders import FAMILIES, encoder_rules
+from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.hub import add_encoder_commands, config_of_record
 from dsr_jax.convert.lightningdit import infer_model, lightningdit_rules
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import file_digest, write_atomic
+from dsr_jax.core.files import write_atomic
 from dsr_jax.core.trees import count_params
 from dsr_jax.models.dit import LightningDiT
 
@@ -48,15 +50,6 @@ def convert_lightningdit(args: argparse.Namespace) -> None:
     print(f"{args.source}: LightningDiT with {count_params(params):,} parameters -> {args.out}")
 
 
-def source_record(source: str) -> dict[str, Any]:
-    """What a conversion writes down about its source."""
-    path = Path(source)
-    return {
-        "source": path.name,
-        "source_digest": file_digest(path) if path.is_file() else None,
-    }
-
-
 def model_sizes(model: LightningDiT) -> dict[str, Any]:
     """The constructor arguments that a checkpoint fixes."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in _NOT_SIZES]
@@ -66,9 +59,11 @@ def model_sizes(model: LightningDiT) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> None:
     """Writes a converted model as a torch or safetensors state dict."""
     params, record = load_converted(args.source)
-    if record["family"] != "lightningdit":
-        raise ConversionError(f"no export for the family {record['family']!r}", "lightningdit only")
-    state = flax_to_torch(params, lightningdit_rules(LightningDiT(**record["model"])))
+    if record["family"] in FAMILIES:
+        rules = encoder_rules(config_of_record(record))
+    else:
+        rules = lightningdit_rules(LightningDiT(**record["model"]))
+    state = flax_to_torch(params, rules)
     out = Path(args.out)
     if out.exists():
         raise ConversionError(f"{out} exists", "name a new file; nothing was written")
@@ -108,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     dit.add_argument("--num-heads", type=int, default=0, help="default: read off the rope table")
     dit.add_argument("--register-start", type=int, default=-1, help="first block with registers")
     dit.set_defaults(run=convert_lightningdit)
+    add_encoder_commands(families)
     back = families.add_parser("export", help="a converted folder back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")
     back.add_argument("--out", required=True, help="new .pt or .safetensors file")

@@ -59,3 +59,12 @@ def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
             f"{folder / _PARAMS} is not what was written", "convert again into a new folder"
         )
     return unflatten_names(load_file(folder / _PARAMS)), record
+
+
+def source_record(source: str) -> dict[str, Any]:
+    """What a conversion writes down about its source: name, and digest if it is a file."""
+    path = Path(source)
+    return {
+        "source": path.name if path.exists() else source,
+        "source_digest": file_digest(path) if path.is_file() else None,
+    }

@@ -39,3 +39,34 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
     return x * cos[:, None] + turned * sin[:, None]
+
+
+def centred_rope_tables(
+    head_dim: int, rows: int, columns: int, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of a row-major grid whose patch centres span (-1, 1) along each side.
+
+    Source: transformers modeling_dinov3_vit.py; spec encoder 4 (DINOv3).
+
+    Args:
+      head_dim: Channels K of one head, a multiple of 4.
+      rows: Patches from top to bottom.
+      columns: Patches from left to right.
+      theta: Base of the frequencies.
+
+    Returns:
+      Two float32 arrays [rows * columns, K] for `rotate_halves`.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim // 4) * 4 / head_dim)
+    sides = [2 * (np.arange(n) + 0.5) / n - 1 for n in (rows, columns)]
+    centres = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    angles = (2 * np.pi * centres * frequencies).reshape(len(centres), -1)
+    angles = np.tile(angles, 2)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates channel k of [B, L, H, K] with channel k + K/2, by tables of shape [L, K]."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return x * cos[:, None] + turned * sin[:, None]

@@ -5,6 +5,7 @@ Source: spec denoiser 1.13 (S, B and L are the standard widths; only XL was rele
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
@@ -18,3 +19,71 @@ DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
 REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
 """First block with diffusion registers: XL released; S and B follow from the paper's GFLOPs; L is
 JiT-L's, which has the same depth."""
+
+IMAGENET_STATISTICS: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
+)
+
+_BASE = {"hidden_size": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072}
+
+_DINOV2 = {
+    **_BASE,
+    **IMAGENET_STATISTICS,
+    "family": "dinov2",
+    "image_size": 518,
+    "patch_size": 14,
+    "use_cls": True,
+    "use_layer_scale": True,
+}
+
+ENCODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "siglip2-base-patch16-256": {
+            **_BASE,
+            "family": "siglip",
+            "image_size": 256,
+            "patch_size": 16,
+            "activation": "gelu_tanh",
+        },
+        "siglip2-so400m-patch14-224": {
+            "family": "siglip",
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_size": 1152,
+            "depth": 27,
+            "num_heads": 16,
+            "mlp_dim": 4304,
+            "activation": "gelu_tanh",
+        },
+        "dinov2-base": _DINOV2,
+        "dinov2-with-registers-base": {
+            **_DINOV2,
+            "num_registers": 4,
+            "position_resampling": "bicubic-antialias",
+        },
+        "dinov3-vitb16": {
+            **_BASE,
+            **IMAGENET_STATISTICS,
+            "family": "dinov3",
+            "image_size": 256,
+            "patch_size": 16,
+            "layer_norm_eps": 1e-5,
+            "use_cls": True,
+            "num_registers": 4,
+            "use_layer_scale": True,
+            "key_bias": False,
+            "position_resampling": "",
+            "rope_theta": 100.0,
+        },
+        "mae-base": {
+            **_BASE,
+            **IMAGENET_STATISTICS,
+            "family": "mae",
+            "image_size": 224,
+            "patch_size": 16,
+            "layer_norm_eps": 1e-12,
+            "use_cls": True,
+        },
+    }
+)
+"""Fields of `models.vit.ViTConfig` by name.  Source: spec encoder 1."""

@@ -1,0 +1,157 @@
+"""Frozen encoders from snapshots, hub ids and checkpoints of RAE, and from our own folders."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsr_jax.convert.encoders import (
+    FAMILIES,
+    config_from_hub,
+    encoder_rules,
+    pixel_statistics,
+    take_encoder,
+)
+from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.readers import read_state
+from dsr_jax.convert.rules import torch_to_flax
+from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.files import read_json
+from dsr_jax.core.trees import count_params
+from dsr_jax.core.typing import Params
+from dsr_jax.models.vit import ViTConfig
+
+_FILES = ("*.json", "*.safetensors")
+
+
+def fetch_snapshot(source: str) -> Path:
+    """A local file or folder as it is; a hub id as the folder of its files in the hub's cache.
+
+    Raises:
+      ConversionError: If it is neither, or the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if source.count("/") != 1 or source.startswith(("/", ".")) or path.suffix:
+        raise ConversionError(
+            f"{source} does not exist and is no hub id", "give a folder, a file or OWNER/NAME"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConversionError(
+            f"fetching {source} needs huggingface_hub",
+            f"pip install 'dsr_jax[hub]', or {_fetch_elsewhere(source)}",
+        ) from error
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+    # The client's errors for no network, no such repository and no permission are all OSErrors;
+    # an id that cannot be one is a ValueError.
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"{source} is no local folder and cannot be fetched from the hub: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            _fetch_elsewhere(source),
+        ) from error
+
+
+def _fetch_elsewhere(source: str) -> str:
+    name = source.split("/")[1]
+    return (
+        f"on a machine with a network run `hf download {source} --local-dir {name}`, copy the "
+        f"folder here and give --source {name} (gated models need `hf auth login` there first)"
+    )
+
+
+def read_encoder(
+    source: str | Path, *, config: str | Path | None = None, entry: str | None = None
+) -> tuple[ViTConfig, Params]:
+    """Reads an encoder's sizes and parameters.
+
+    Args:
+      source: Snapshot folder, hub id, or a file of weights: also a checkpoint of RAE, whose
+        encoder is taken out.
+      config: Folder or hub id whose config.json describes a bare file of weights.
+      entry: State dict inside a torch file; default "ema", else "model".
+
+    Raises:
+      ConversionError: If anything is missing, unknown or does not fit.
+    """
+    path = fetch_snapshot(str(source))
+    folder = path if path.is_dir() else path.parent
+    if config is not None:
+        folder = fetch_snapshot(str(config))
+    if not (folder / "config.json").is_file():
+        raise ConversionError(
+            f"{folder} holds no config.json, which says what encoder this is",
+            "give --config with the encoder's snapshot folder or hub id",
+        )
+    processor = folder / "preprocessor_config.json"
+    sizes = dataclasses.replace(
+        config_from_hub(read_json(folder / "config.json")),
+        **pixel_statistics(read_json(processor)) if processor.is_file() else {},
+    )
+    state = take_encoder(read_state(path, entry), sizes.family)
+    return sizes, torch_to_flax(state, encoder_rules(sizes))
+
+
+def convert_encoder(args: argparse.Namespace) -> None:
+    """Reads an encoder into our format."""
+    config, params = read_encoder(args.source, config=args.config, entry=args.entry)
+    if config.family != FAMILIES[args.family]:
+        raise ConversionError(
+            f"{args.source} is of the family {config.family}, not {args.family}",
+            f"use python -m dsr_jax.convert {names_of(config.family)}",
+        )
+    save_converted(
+        args.out,
+        params,
+        {
+            "family": args.family,
+            "model": dataclasses.asdict(config),
+            "entry": args.entry,
+            **source_record(args.source),
+        },
+    )
+    print(f"{args.source}: {args.family} with {count_params(params):,} parameters -> {args.out}")
+
+
+def names_of(family: str) -> str:
+    """The command's names of one of our families."""
+    return " or ".join(name for name, ours in FAMILIES.items() if ours == family)
+
+
+def load_encoder(folder: str | Path) -> tuple[ViTConfig, Params]:
+    """Reads an encoder that was converted into a folder.
+
+    Raises:
+      ConversionError: If there is none, or a model of another kind.
+    """
+    params, record = load_converted(folder)
+    if record["family"] not in FAMILIES:
+        raise ConversionError(
+            f"{folder} holds a {record['family']}, not an encoder",
+            f"convert one of {', '.join(FAMILIES)}",
+        )
+    return config_of_record(record), params
+
+
+def config_of_record(record: Mapping[str, Any]) -> ViTConfig:
+    """Sizes and flags that a conversion of an encoder wrote down."""
+    model = record["model"].items()
+    return ViTConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in model})
+
+
+def add_encoder_commands(families: Any) -> None:
+    """Adds the encoders to the command line's families (argparse subparsers)."""
+    for family in FAMILIES:
+        parser = families.add_parser(family, help="frozen encoder")
+        parser.add_argument(
+            "--source", required=True, help="snapshot folder, hub id, or a checkpoint of RAE"
+        )
+        parser.add_argument("--out", required=True, help="new folder")
+        parser.add_argument("--config", help="snapshot or hub id that describes a bare file")
+        parser.add_argument("--entry", help="state dict inside a torch file; default ema")
+        parser.set_defaults(run=convert_encoder, family=family)

@@ -1,0 +1,124 @@
+"""Test-time registers as a pure function of a block's hidden MLP units.
+
+A few hidden units, the *register neurons*, write the outlier tokens of a pretrained ViT. Moving
+their activations from the patches to an extra token that is dropped at the end takes the outliers
+away, without training. Nothing is hooked or mutated: a mask goes in, one row per block.
+
+Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers"; DSR ttreg; spec
+encoder 5.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+
+NORMAL_VALUES = ("zero", "mean", "only_outliers", "same")
+
+
+@flax.struct.dataclass(kw_only=True)
+class Intervention:
+    """Which units move to the registers, and how. The defaults are the published setting.
+
+    Attributes:
+      mask: True for register neurons: [L, M], or [M] of one block inside the scan over depth. One
+        mask serves the recursive case, too: it marks the units of all rounds.
+      num_registers: Test-time registers R: zeros behind the patches, without position.
+      scale: Factor on the value that registers get; a tuple has one factor per register.
+      normal_values: What patches keep of these units: "zero"; "mean" over the patches of an image;
+        "only_outliers" (the mean in place of what exceeds mean + standard deviation); or "same".
+      shared_maximum: All units of a block give the registers one value, the signed maximum over all
+        of them and all tokens (as published); else each unit its own (the original test-time
+        registers).
+      spare_first_token: Token 0 keeps its activations, as published. It is the class token where
+        there is one; for SigLIP it is the top left patch, whose outliers therefore survive.
+      append: False overwrites the last R patches instead of appending registers, which is what the
+        second pass of the released search does (spec encoder 14.2); for imitation only.
+    """
+
+    mask: Array
+    num_registers: int = flax.struct.field(pytree_node=False, default=1)
+    scale: float | tuple[float, ...] = flax.struct.field(pytree_node=False, default=1.0)
+    normal_values: str = flax.struct.field(pytree_node=False, default="zero")
+    shared_maximum: bool = flax.struct.field(pytree_node=False, default=True)
+    spare_first_token: bool = flax.struct.field(pytree_node=False, default=True)
+    append: bool = flax.struct.field(pytree_node=False, default=True)
+
+    def __post_init__(self) -> None:
+        if self.num_registers < 1:
+            raise ConfigError(f"num_registers={self.num_registers}", "use 1 or more")
+        if self.normal_values not in NORMAL_VALUES:
+            raise ConfigError(
+                f"normal_values={self.normal_values!r}", f"choose from {', '.join(NORMAL_VALUES)}"
+            )
+        if isinstance(self.scale, tuple) and len(self.scale) != self.num_registers:
+            raise ConfigError(
+                f"scale={self.scale} for num_registers={self.num_registers}",
+                "give one factor per register, or one for all",
+            )
+
+    @property
+    def appended(self) -> int:
+        """Rows that the intervention adds to the sequence."""
+        return self.num_registers if self.append else 0
+
+    def append_registers(self, tokens: Array) -> Array:
+        """Puts the registers behind tokens [B, S, D]."""
+        if not self.append:
+            return tokens
+        return jnp.pad(tokens, ((0, 0), (0, self.num_registers), (0, 0)))
+
+    def __call__(self, activations: Array) -> Array:
+        """Moves the units' activations to the registers.
+
+        Args:
+          activations: Hidden MLP units of one block after the nonlinearity [B, S, M]; the last R
+            rows are the registers. `mask` must be that block's [M].
+
+        Returns:
+          What the block's output projection reads [B, S, M]. Unmarked units are untouched.
+        """
+        rows = activations.shape[1]
+        place = jnp.arange(rows)[:, None]
+        moved = _signed_maximum(activations, self.mask, self.shared_maximum)
+        scale = jnp.asarray(self.scale, activations.dtype)
+        # [B, 1, M] or, with a factor for each register, [B, S, M] whose last R rows are used.
+        if scale.ndim:
+            scale = jnp.pad(scale, (rows - self.num_registers, 0))[:, None]
+        kept = self._normal(activations)
+        changed = jnp.where(place < rows - self.num_registers, kept, moved * scale)
+        touched = jnp.broadcast_to(self.mask, (rows, self.mask.shape[0]))
+        if self.spare_first_token:
+            touched = touched & (place > 0)
+        return jnp.where(touched, changed, activations)
+
+    def _normal(self, activations: Array) -> Array:
+        """What the patches get, broadcast over [B, S, M]."""
+        if self.normal_values == "zero":
+            return jnp.zeros((), activations.dtype)
+        if self.normal_values == "same":
+            return activations
+        first = int(self.spare_first_token)
+        patches = activations[:, first : activations.shape[1] - self.num_registers]
+        mean = patches.mean(axis=1, keepdims=True)
+        if self.normal_values == "mean":
+            return mean
+        spread = patches.std(axis=1, keepdims=True, ddof=1)
+        return jnp.where(activations > mean + spread, mean, activations)
+
+
+def _signed_maximum(activations: Array, mask: Array, shared: bool) -> Array:
+    """The value of greatest magnitude with its sign, over all tokens of an image [B, 1, M or 1].
+
+    The positive one wins a tie. Where no unit is marked, the result is not used.
+    """
+    if not shared:
+        high, low = (f(activations, axis=1, keepdims=True) for f in (jnp.max, jnp.min))
+    else:
+        # Zero is a neutral element only for a maximum of positives and a minimum of negatives.
+        infinity = jnp.asarray(jnp.inf, activations.dtype)
+        marked = mask[None, None]
+        high = jnp.max(jnp.where(marked, activations, -infinity), axis=(1, 2), keepdims=True)
+        low = jnp.min(jnp.where(marked, activations, infinity), axis=(1, 2), keepdims=True)
+    return jnp.where(jnp.abs(high) >= jnp.abs(low), high, low)

@@ -1,0 +1,322 @@
+"""One Vision Transformer for every frozen encoder: SigLIP2, DINOv2, DINOv3 and MAE.
+
+Source: DSR and RAE stage1/encoders, transformers' modeling files; spec encoder 4 and 5.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.attention import Rope, attend
+from dsr_jax.models.embeddings import patchify
+from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.layers import Dense, LayerNorm, ones
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.resample import resample
+from dsr_jax.models.rope import centred_rope_tables, rotate_halves
+from dsr_jax.parallel.axes import Constrain
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes and flags of an encoder.
+
+    Attributes:
+      family: "siglip", "dinov2", "dinov3" or "mae": whose checkpoints it reads.
+      image_size: Side of the images that the position table was made for, in pixels.
+      patch_size: Side P of a patch.
+      hidden_size: Width D.
+      depth: Blocks L.
+      num_heads: Attention heads H.
+      mlp_dim: Hidden MLP units M.
+      layer_norm_eps: Epsilon of every norm, the final one included.
+      activation: "gelu" (exact) or "gelu_tanh".
+      use_cls: A class token comes first; its output is dropped.
+      num_registers: Trained registers behind the class token; dropped.
+      use_layer_scale: Learned factors on both branches of a block.
+      key_bias: The key projection has a bias.
+      gated_mlp: `fc2(act(gate(x)) * fc1(x))`.
+      position_resampling: Method of `resample` for the position table; "" for no table.
+      rope_theta: Base of the rotary position of patches; 0 for none.
+      pixel_mean: Mean of each channel that images are normalised by, for values in [0, 1].
+      pixel_std: Standard deviation likewise.
+    """
+
+    family: str
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    layer_norm_eps: float = 1e-6
+    activation: str = "gelu"
+    use_cls: bool = False
+    num_registers: int = 0
+    use_layer_scale: bool = False
+    key_bias: bool = True
+    gated_mlp: bool = False
+    position_resampling: str = "bicubic"
+    rope_theta: float = 0.0
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation={self.activation!r}", f"choose from {', '.join(ACTIVATIONS)}"
+            )
+
+    @property
+    def num_prefix(self) -> int:
+        """Rows before the patches: class token and trained registers."""
+        return self.use_cls + self.num_registers
+
+
+def resample_positions(config: ViTConfig, table: Array, rows: int, columns: int) -> Array:
+    """Resamples a position table to another grid; the class token's row stays as it is.
+
+    Args:
+      config: Whose table it is.
+      table: [1, T, D], or [1, 1+T, D] with a class token, of the config's image size.
+      rows: Patches from top to bottom.
+      columns: Patches from left to right.
+
+    Returns:
+      [1, rows * columns, D], or one row more with a class token.
+    """
+    native = config.image_size // config.patch_size
+    front, width = int(config.use_cls), table.shape[-1]
+    grid = table[:, front:].reshape(native, native, width)
+    grid = resample(grid, rows, columns, config.position_resampling)
+    return jnp.concatenate([table[:, :front], grid.reshape(1, rows * columns, width)], axis=1)
+
+
+class EncoderOutput(NamedTuple):
+    """Patch tokens alone, row-major, in float32.
+
+    Attributes:
+      tokens: After the final norm, which has no scale or bias [B, T, D]; each has norm sqrt(D).
+      pre_norm: Before it [B, T, D].
+    """
+
+    tokens: Array
+    pre_norm: Array
+
+
+class ViTBlock(nn.Module):
+    """A pre-norm block: attention and MLP, each added to the stream."""
+
+    config: ViTConfig
+    attention: str
+    precision: Precision
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self, x: Array, intervention: Intervention | None, rope: Rope | None
+    ) -> tuple[Array, None]:
+        """Maps tokens [B, S, D] to [B, S, D]; returned as a scan's (carry, output)."""
+        x = self.constrain(x, "act_batch", "act_len", "act_embed")
+        attn = ViTAttention(
+            self.config, self.attention, self.precision, self.constrain, name="attn"
+        )
+        x = x + self._branch(1, attn(self._norm("norm1")(x), rope))
+        mlp = ViTMlp(self.config, self.precision, name="mlp")
+        x = x + self._branch(2, mlp(self._norm("norm2")(x), intervention))
+        self.sow("intermediates", "block_out", x)
+        return x, None
+
+    def _norm(self, name: str) -> nn.Module:
+        epsilon = self.config.layer_norm_eps
+        return LayerNorm(epsilon, affine=True, precision=self.precision, name=name)
+
+    def _branch(self, number: int, y: Array) -> Array:
+        y = self.precision.island("residual", y)
+        if not self.config.use_layer_scale:
+            return y
+        init = nn.with_logical_partitioning(ones, ("embed",))
+        return y * self.param(f"ls{number}", init, y.shape[-1:])
+
+
+class ViTAttention(nn.Module):
+    """Full self-attention; rotary position where the tables say so."""
+
+    config: ViTConfig
+    attention: str
+    precision: Precision
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x: Array, rope: Rope | None) -> Array:
+        """Maps [B, S, D] to [B, S, D]."""
+        config = self.config
+        heads = (config.num_heads, config.hidden_size // config.num_heads)
+
+        def project(name: str, use_bias: bool = True) -> Array:
+            axes = ("embed", "heads", "head_dim")
+            return Dense(heads, axes, use_bias=use_bias, precision=self.precision, name=name)(x)
+
+        q, k, v = project("q"), project("k", config.key_bias), project("v")
+        if rope is not None:
+            q, k = (rotate_halves(self.precision.island("rope", y), *rope) for y in (q, k))
+        names = ("act_batch", "act_len", "act_heads", "act_head_dim")
+        q, k, v = (self.constrain(self.precision.product(y), *names) for y in (q, k, v))
+        return Dense(
+            x.shape[-1:],
+            ("heads", "head_dim", "embed"),
+            num_inputs=2,
+            precision=self.precision,
+            name="out",
+        )(attend(q, k, v, self.attention))
+
+
+class ViTMlp(nn.Module):
+    """The MLP, whose hidden units the intervention may move."""
+
+    config: ViTConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Array, intervention: Intervention | None) -> Array:
+        """Maps [B, S, D] to [B, S, D]."""
+        activate = ACTIVATIONS[self.config.activation]
+        hidden = self._into("fc1")(x)
+        if self.config.gated_mlp:
+            hidden = activate(self._into("gate")(x)) * hidden
+        else:
+            hidden = activate(hidden)
+        if intervention is not None:
+            self.sow("intermediates", "mlp_act_before", hidden)
+            hidden = intervention(hidden)
+        self.sow("intermediates", "mlp_act", hidden)
+        return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="fc2")(hidden)
+
+    def _into(self, name: str) -> nn.Module:
+        return Dense((self.config.mlp_dim,), ("embed", "mlp"), precision=self.precision, name=name)
+
+
+class ViT(nn.Module):
+    """A frozen image encoder; its depth is one scan.
+
+    Under `mutable=["intermediates"]` it keeps "embeddings" [B, S, D], and by block, stacked,
+    "block_out" [L, B, S, D] and "mlp/mlp_act" [L, B, S, M] (with an intervention also
+    "mlp/mlp_act_before"). Rows S are class token, trained registers, patches, test-time registers.
+
+    Attributes:
+      config: Sizes and flags.
+      attention: Attention kernel, see `models.attention.attend`.
+      precision: Dtype policy.
+      constrain: Layout of activations.
+    """
+
+    config: ViTConfig
+    attention: str = "auto"
+    precision: Precision = Precision()
+    constrain: Constrain = Constrain()
+
+    @nn.compact
+    def __call__(self, pixels: Array, intervention: Intervention | None = None) -> EncoderOutput:
+        """Encodes images.
+
+        Args:
+          pixels: [B, H, W, 3], normalised by the config's mean and standard deviation. Other sizes
+            than the position table's resample the table.
+          intervention: Test-time registers, with a mask [L, M].
+
+        Raises:
+          ConfigError: If the image does not divide into patches, or the mask is of other sizes.
+        """
+        config = self.config
+        self._check(pixels, intervention)
+        rows, columns = (side // config.patch_size for side in pixels.shape[1:3])
+        tokens = self._embed(pixels, rows, columns)
+        if intervention is not None:
+            tokens = intervention.append_registers(tokens)
+        self.sow("intermediates", "embeddings", tokens)
+        blocks = nn.scan(
+            ViTBlock,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, self.attention, self.precision, self.constrain, name="blocks")
+        tokens, _ = blocks(tokens, intervention, self._rope(rows, columns, tokens.shape[1]))
+        patches = tokens[:, config.num_prefix : config.num_prefix + rows * columns]
+        return EncoderOutput(LayerNorm(config.layer_norm_eps)(patches), patches)
+
+    def _check(self, pixels: Array, intervention: Intervention | None) -> None:
+        config = self.config
+        if pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise ConfigError(
+                f"images of shape {pixels.shape}", "the encoder takes [B, H, W, 3], normalised"
+            )
+        if any(side % config.patch_size for side in pixels.shape[1:3]):
+            raise ConfigError(
+                f"images of {pixels.shape[1]} x {pixels.shape[2]} pixels do not divide into "
+                f"patches of {config.patch_size}",
+                f"resize them, for example to {16 * config.patch_size}",
+            )
+        wanted = (config.depth, config.mlp_dim)
+        if intervention is not None and intervention.mask.shape != wanted:
+            raise ConfigError(
+                f"register neurons for {intervention.mask.shape} blocks and units, the encoder has "
+                f"{wanted}",
+                "use the neurons that were found for this very encoder",
+            )
+
+    def _embed(self, pixels: Array, rows: int, columns: int) -> Array:
+        """Patches with their positions, behind the prefix tokens [B, S, D], float32."""
+        config = self.config
+        width = config.hidden_size
+        patches = Dense(
+            (width,),
+            ("patch", "patch", "channels", "embed"),
+            num_inputs=3,
+            precision=self.precision,
+            name="patch_embed",
+        )(patchify(pixels, config.patch_size))
+        patches = self.precision.island("residual", patches)
+        prefix = [self._token("cls_token", 1)] if config.use_cls else []
+        if config.position_resampling:
+            native = config.image_size // config.patch_size
+            table = self._token("pos_embed", config.use_cls + native**2)
+            table = resample_positions(config, table, rows, columns)
+            if config.use_cls:
+                prefix = [prefix[0] + table[:, :1]]
+            patches = patches + table[:, config.use_cls :]
+        if config.num_registers:
+            prefix.append(self._token("register_tokens", config.num_registers))
+        batch = patches.shape[0]
+        front = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in prefix]
+        return jnp.concatenate([*front, patches], axis=1)
+
+    def _token(self, name: str, rows: int) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "tokens", "embed"))
+        return self.param(name, init, (1, rows, self.config.hidden_size))
+
+    def _rope(self, rows: int, columns: int, length: int) -> Rope | None:
+        """Tables [S, K] that leave everything but the patches where it is."""
+        config = self.config
+        if not config.rope_theta:
+            return None
+        head_dim = config.hidden_size // config.num_heads
+        cos, sin = centred_rope_tables(head_dim, rows, columns, config.rope_theta)
+        around = ((config.num_prefix, length - config.num_prefix - rows * columns), (0, 0))
+        return jnp.pad(cos, around, constant_values=1.0), jnp.pad(sin, around)

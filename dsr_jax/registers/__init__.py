@@ -1,0 +1,1 @@
+"""Register neurons and test-time registers: finding them, planting them, applying them."""
