@@ -1,0 +1,212 @@
+"""What a search for register neurons found and did, as JSON, figures and one page."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsr_jax.core.files import write_atomic, write_json
+from dsr_jax.registers.search import Round, SearchResult, rank_neurons
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
+_TOP_SCORES = 200
+_PICTURES = 6
+
+
+def summarise(result: SearchResult) -> dict[str, Any]:
+    """The search in numbers, as JSON values."""
+    neurons = result.neurons
+    return {
+        "ended": result.ended,
+        "neurons": {str(block): units for block, units in neurons.items()},
+        "distinct_neurons": sum(len(set(units)) for units in neurons.values()),
+        "rounds": [_summarise_round(found, result.rounds[0]) for found in result.rounds],
+    }
+
+
+def _summarise_round(found: Round, first: Round) -> dict[str, Any]:
+    chosen = {(block, unit) for block, units in found.chosen.items() for unit in units}
+    top = rank_neurons(found.scores)[: max(_TOP_SCORES, 2 * len(chosen))]
+    normal = found.cosine[first.norms <= first.threshold]
+    return {
+        "threshold": found.threshold,
+        "images": len(found.norms),
+        "images_with_outliers": found.counted,
+        "outlier_patches_before": int((found.norms > found.threshold).sum()),
+        "outlier_patches_after": int((found.norms_after > found.threshold).sum()),
+        "of_these_in_the_first_patch": int((found.norms_after[:, 0] > found.threshold).sum()),
+        "norm_quantiles_before": norm_quantiles(found.norms),
+        "norm_quantiles_after": norm_quantiles(found.norms_after),
+        "cosine_of_normal_patches": {
+            "mean": float(normal.mean()),
+            "quantile_0.01": float(np.quantile(normal, 0.01)),
+            "least": float(normal.min()),
+        },
+        "neurons": {str(block): units for block, units in found.chosen.items()},
+        "top_scores": [
+            {
+                "block": block,
+                "unit": unit,
+                "score": float(found.scores[block, unit]),
+                "chosen": (block, unit) in chosen,
+            }
+            for block, unit in top
+        ],
+    }
+
+
+def norm_quantiles(norms: np.ndarray) -> dict[str, float]:
+    """Quantiles of token norms, by their names."""
+    return {f"{q:g}": float(np.quantile(norms, q)) for q in QUANTILES}
+
+
+def write_report(
+    folder: Path,
+    result: SearchResult,
+    picture: Callable[[int], np.ndarray],
+    details: Mapping[str, Any],
+) -> None:
+    """Writes `report.json`, `norms.png`, `maps.png`, `scores.png` and `report.html`.
+
+    Args:
+      folder: Where to; made if it is not there.
+      result: What was found.
+      picture: Image by index, uint8 [H, W, 3].
+      details: What else the JSON should say: encoder, images, settings, provenance.
+    """
+    summary = {**details, **summarise(result)}
+    figures = {
+        "norms.png": norm_figure(result),
+        "maps.png": map_figure(result, picture),
+        "scores.png": score_figure(result),
+    }
+    for name, figure in figures.items():
+        encoded = io.BytesIO()
+        figure.savefig(encoded, format="png", dpi=110)
+        write_atomic(folder / name, encoded.getvalue())
+    write_json(folder / "report.json", summary)
+    write_atomic(folder / "report.html", _page(summary, list(figures)))
+
+
+def norm_figure(result: SearchResult) -> Figure:
+    """Histograms of the patch norms before and after each round."""
+    figure, axes = _figure(len(result.rounds), 1, 6.5, 3.0)
+    for number, found in enumerate(result.rounds):
+        axis = axes[number, 0]
+        low = min(found.norms.min(), found.norms_after.min())
+        high = max(found.norms.max(), found.norms_after.max())
+        bins = np.geomspace(max(low, 1e-6), high * 1.001, 80)
+        for norms, label in ((found.norms, "before"), (found.norms_after, "after")):
+            axis.hist(norms.ravel(), bins, histtype="step", label=label)
+        axis.axvline(found.threshold, color="black", linestyle="--", label="threshold")
+        axis.set(xscale="log", yscale="log", xlabel="patch norm", ylabel="patches")
+        axis.set_title(f"round {number + 1}")
+        axis.legend()
+    return figure
+
+
+def map_figure(result: SearchResult, picture: Callable[[int], np.ndarray]) -> Figure:
+    """The images with the most outliers: picture, norms before, norms after each round.
+
+    All maps share one colour scale, so that a cured map looks even.
+    """
+    first = result.rounds[0]
+    outliers = (first.norms > first.threshold).sum(axis=1)
+    chosen = np.argsort(-outliers, kind="stable")[:_PICTURES]
+    side = math.isqrt(first.norms.shape[1])
+    columns = [("before", first.norms)]
+    columns += [(f"after round {i + 1}", r.norms_after) for i, r in enumerate(result.rounds)]
+    figure, axes = _figure(len(chosen), 1 + len(columns), 2.4, 2.2)
+    scale = {"vmin": 0.0, "vmax": float(first.norms[chosen].max())}
+    for row, index in enumerate(chosen.tolist()):
+        axes[row, 0].imshow(picture(index))
+        axes[row, 0].set_title(f"image {index}", fontsize=8)
+        for axis, (label, norms) in zip(axes[row, 1:], columns, strict=True):
+            shown = axis.imshow(norms[index].reshape(side, side), **scale)
+            above = int((norms[index] > first.threshold).sum())
+            axis.set_title(f"{label}: {above} outliers", fontsize=8)
+        figure.colorbar(shown, ax=axes[row, 1:].tolist(), shrink=0.8)
+        for axis in axes[row]:
+            axis.set_axis_off()
+    return figure
+
+
+def score_figure(result: SearchResult) -> Figure:
+    """Sorted scores with the chosen units marked, and how many were chosen in each block."""
+    figure, axes = _figure(len(result.rounds), 2, 4.5, 3.0)
+    for number, found in enumerate(result.rounds):
+        ranked = rank_neurons(found.scores)
+        chosen = {(block, unit) for block, units in found.chosen.items() for unit in units}
+        shown = ranked[: max(_TOP_SCORES, 2 * len(chosen))]
+        values = np.array([found.scores[pair] for pair in shown])
+        marked = np.array([pair in chosen for pair in shown])
+        places = np.arange(1, len(shown) + 1)
+        curve, bars = axes[number]
+        curve.plot(places, values, ".", color="grey", label="other")
+        curve.plot(places[marked], values[marked], ".", color="red", label="chosen")
+        curve.set(xscale="log", xlabel="rank", ylabel="mean |activation| on outliers")
+        curve.set_title(f"round {number + 1}")
+        curve.legend()
+        depth = len(found.scores)
+        bars.bar(range(depth), [len(found.chosen.get(block, [])) for block in range(depth)])
+        bars.set(xlabel="block", ylabel="units chosen")
+    return figure
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure outside pyplot, whose global state would outlive the report."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _page(summary: Mapping[str, Any], figures: list[str]) -> str:
+    """One page that shows the numbers and the figures beside it."""
+    rows = []
+    for number, found in enumerate(summary["rounds"]):
+        units = ", ".join(f"block {b}: {u}" for b, u in found["neurons"].items())
+        cells = [
+            number + 1,
+            f"{found['threshold']:.4g}",
+            f"{found['images_with_outliers']} of {found['images']}",
+            found["outlier_patches_before"],
+            f"{found['outlier_patches_after']} ({found['of_these_in_the_first_patch']})",
+            f"{found['cosine_of_normal_patches']['mean']:.4f}",
+            units,
+        ]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
+    head = (
+        "round",
+        "threshold",
+        "images with outliers",
+        "outlier patches before",
+        "after (in the first patch)",
+        "cosine of normal patches",
+        "units",
+    )
+    details = {key: summary[key] for key in summary if key not in ("rounds", "neurons")}
+    return "\n".join(
+        [
+            "<!doctype html><meta charset='utf-8'><title>Register neurons</title>",
+            "<style>body{font-family:sans-serif;margin:2em}td,th{border:1px solid #999;"
+            "padding:.3em;text-align:left}table{border-collapse:collapse}img{max-width:100%}</style>",
+            "<h1>Register neurons</h1>",
+            f"<p>{summary['distinct_neurons']} units; {html.escape(summary['ended'])}.</p>",
+            "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>",
+            *rows,
+            "</table>",
+            *(f"<h2>{name[:-4]}</h2><img src='{name}' alt='{name[:-4]}'>" for name in figures),
+            f"<pre>{html.escape(json.dumps(details, indent=2))}</pre>",
+        ]
+    )

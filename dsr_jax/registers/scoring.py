@@ -1,0 +1,121 @@
+"""How strongly each hidden MLP unit fires on outlier tokens: one image, and sums over many.
+
+Source: test-time-registers shared/algorithms.py find_register_neurons; DSR ttreg; spec encoder 6.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.typing import Array
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Drops units that are active on most tokens of an image.
+
+    Attributes:
+      level: A unit is idle on a token where its signed activation is below this.
+      fraction: Share of tokens on which it must be idle.
+    """
+
+    level: float = 0.5
+    fraction: float = 0.5
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Which tokens are outliers, and which units may score.
+
+    Attributes:
+      threshold: Outliers are tokens whose norm is greater.
+      mean_token: Adds the mean over the sequence as a row of its own, of the outputs and of the
+        activations. The original code was written for encoders with a class token in row 0 and
+        puts this row there for SigLIP2; it can be an outlier like any other.
+      num_prefix: Rows (class token, trained registers) before the patches that cannot be outliers.
+      num_suffix: Rows (test-time registers) behind the patches that cannot be outliers.
+      sparsity: The filter, or None.
+    """
+
+    threshold: float
+    mean_token: bool = True
+    num_prefix: int = 0
+    num_suffix: int = 0
+    sparsity: Sparsity | None = None
+
+
+def token_norms(outputs: Array, mean_token: bool) -> Array:
+    """Norms [B, T] of token vectors [B, T, D]; with the mean token [B, 1+T], that one first."""
+    if mean_token:
+        outputs = jnp.concatenate([outputs.mean(axis=1, keepdims=True), outputs], axis=1)
+    return jnp.linalg.norm(outputs.astype(jnp.float32), axis=-1)
+
+
+def outlier_mask(norms: Array, criterion: Criterion) -> Array:
+    """Marks the outliers [B, rows], bool, among the rows of `token_norms`."""
+    rows = jnp.arange(norms.shape[1])
+    first = int(criterion.mean_token)
+    inner = (rows >= first + criterion.num_prefix) & (rows < len(rows) - criterion.num_suffix)
+    return (norms > criterion.threshold) & (inner | (rows < first))
+
+
+def score_images(activations: Array, outliers: Array, criterion: Criterion) -> Array:
+    """Means of |activation| over each image's outliers.
+
+    Args:
+      activations: Hidden MLP units after the nonlinearity and the intervention [L, B, T, M].
+      outliers: From `outlier_mask` [B, rows], rows = T, or 1+T with the mean token.
+      criterion: The same that made `outliers`.
+
+    Returns:
+      [B, L, M], float32; zeros for an image without outliers.
+    """
+    activations = activations.astype(jnp.float32)
+    marks = outliers.astype(jnp.float32)
+    rows = marks[:, 1:] if criterion.mean_token else marks
+    # A sum of products, not an einsum: it fuses, and |activations| is never an array of its own.
+    total = jnp.sum(jnp.abs(activations) * rows[..., None], axis=2).swapaxes(0, 1)
+    if criterion.mean_token:
+        mean = activations.mean(axis=2).swapaxes(0, 1)
+        total = total + marks[:, 0, None, None] * jnp.abs(mean)
+    scores = total / jnp.maximum(marks.sum(axis=1), 1)[:, None, None]
+    if criterion.sparsity is None:
+        return scores
+    idle = jnp.sum(activations < criterion.sparsity.level, axis=2).swapaxes(0, 1)
+    if criterion.mean_token:
+        idle = idle + (mean < criterion.sparsity.level)
+    return jnp.where(idle >= criterion.sparsity.fraction * marks.shape[1], scores, 0.0)
+
+
+class ScoreTable:
+    """Running mean of the score tables of the images that have outliers.
+
+    Attributes:
+      images: Images seen.
+      counted: Images that have outliers.
+    """
+
+    def __init__(self, depth: int, mlp_dim: int) -> None:
+        # float64, since hundreds of images are summed in an order that batches should not decide.
+        self._sum = np.zeros((depth, mlp_dim), np.float64)
+        self.images = self.counted = 0
+
+    def add(self, scores: np.ndarray, outliers: np.ndarray) -> None:
+        """Adds the tables [B, L, M] of a batch with the marks [B, rows] that they belong to."""
+        counted = outliers.any(axis=1)
+        self.images += len(counted)
+        self.counted += int(counted.sum())
+        self._sum += scores[counted].sum(axis=0, dtype=np.float64)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean scores [L, M], float64; zeros before any image was counted."""
+        return self._sum / max(self.counted, 1)
+
+
+def rank_neurons(scores: np.ndarray) -> list[tuple[int, int]]:
+    """All (block, unit) pairs of a table [L, M], highest score first, ties in index order."""
+    order = np.argsort(-scores, axis=None, kind="stable")
+    blocks, units = np.unravel_index(order, scores.shape)
+    return list(zip(blocks.tolist(), units.tolist(), strict=True))

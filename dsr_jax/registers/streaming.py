@@ -1,0 +1,111 @@
+"""Feeds images to a function batch by batch, sharded over the mesh, with progress."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsr_jax.core.typing import Array, Params, PyTree
+from dsr_jax.parallel.axes import make_rules
+from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
+
+REPORT_SECONDS = 10.0
+_READERS = 8
+
+
+class Images(Protocol):
+    """Normalised images by index: float32 [H, W, 3], the same in every process."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+class NormalisedImages:
+    """Records with a uint8 "image", scaled and shifted as an encoder expects.
+
+    Args:
+      source: Records by index.
+      mean: Mean of each channel, for values in [0, 1].
+      std: Standard deviation of each channel.
+    """
+
+    def __init__(self, source: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self._source = source
+        self._mean, self._std = np.float32(mean), np.float32(std)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        image = self._source[index]["image"]
+        return (image.astype(np.float32) / np.float32(255) - self._mean) / self._std
+
+
+class ImageStream:
+    """All images in order, `batch` at a time over all devices.
+
+    Args:
+      images: The images.
+      batch: Images at a time; rounded up to a multiple of the devices that share a batch.
+      mesh: Devices; the batch is split over all of its axes.
+      say: Takes lines about progress.
+    """
+
+    def __init__(
+        self, images: Images, batch: int, mesh: Mesh, say: Callable[[str], None] = print
+    ) -> None:
+        self.images = images
+        self.batch = -(-min(batch, len(images)) // mesh.size) * mesh.size
+        self._sharding = batch_sharding(mesh, make_rules("replicated"))
+        self._replicated = replicated(mesh)
+        self._say = say if jax.process_index() == 0 else _silent
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Copies arrays to every device."""
+        return jax.device_put(tree, self._replicated)
+
+    def map(
+        self, function: Callable[[Params, Array], PyTree], params: Params, what: str
+    ) -> Iterator[PyTree]:
+        """Yields `function(params, pixels [B, H, W, 3])` of each batch, as NumPy arrays.
+
+        Rows that only fill up the last batch are cut off. The next batch is read meanwhile; its
+        computation begins when the last one's results have been taken.
+
+        Args:
+          function: Compiled; every output has the batch in front.
+          params: Placed arrays.
+          what: What to call the pass in lines about progress.
+        """
+        total, start, told = len(self.images), monotonic(), monotonic()
+        with ThreadPoolExecutor(_READERS) as pool:
+            pending = self._read(pool, 0)
+            for first in range(0, total, self.batch):
+                pixels = np.stack([future.result() for future in pending])
+                pending = self._read(pool, first + self.batch)
+                placed = host_to_global({"pixels": pixels}, self._sharding)
+                outputs = fetch(function(params, placed["pixels"]))
+                done = min(first + self.batch, total)
+                yield jax.tree.map(lambda rows, n=done - first: rows[:n], outputs)
+                if monotonic() - told > REPORT_SECONDS or done == total:
+                    told = monotonic()
+                    rate = done / max(told - start, 1e-9)
+                    self._say(f"{what}: {done} of {total} images, {rate:.3g} images/s")
+
+    def _read(self, pool: ThreadPoolExecutor, first: int) -> list[Any]:
+        """Starts to read this process's rows of the batch that begins at image `first`."""
+        if first >= len(self.images):
+            return []
+        share = self.batch // jax.process_count()
+        rows = first + jax.process_index() * share + np.arange(share)
+        # The last batch is filled up by repetition, so that one program serves all of them.
+        return [pool.submit(self.images.__getitem__, int(row) % len(self.images)) for row in rows]
+
+
+def _silent(line: str) -> None:
+    del line

@@ -1,0 +1,190 @@
+"""Finds the register neurons of an encoder on your images.
+
+    python -m dsr_jax.convert siglip2 --source google/siglip2-base-patch16-256 --out enc/siglip2-b
+    python tools/find_registers.py enc/siglip2-b --root imagenet/val --out found/siglip2-b
+
+Writes `neurons.json` (blocks and their units, as test-time registers read them), `report.json` and
+`report.html` with figures into --out. Images come from a folder of any layout, from ArrayRecord
+files or from TFDS. If no token stands out, it says so, shows the quantiles of the norms, writes
+nothing and exits with status 2.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dsr_jax.convert.encoders import load_encoder
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.provenance import provenance
+from dsr_jax.data.photos import Photos
+from dsr_jax.data.sources import Record, Source, make_source
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.vit import ViT
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.registers.neurons import save_neurons
+from dsr_jax.registers.report import write_report
+from dsr_jax.registers.scoring import Sparsity
+from dsr_jax.registers.search import SearchSettings, find_registers
+from dsr_jax.registers.streaming import NormalisedImages
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv` (default: the process's)."""
+    args = _parser().parse_args(argv)
+    start_processes()
+    config, params = load_encoder(args.encoder)
+    if config.num_registers:
+        print(
+            f"warning: {args.encoder} was trained with {config.num_registers} registers, which "
+            "take up its outliers; test-time registers are for encoders without"
+        )
+    source = open_images(args, args.image_size or 16 * config.patch_size)
+    settings = _settings(args)
+    model = ViT(config, precision=Precision(args.compute))
+    images = NormalisedImages(source, config.pixel_mean, config.pixel_std)
+    result = find_registers(
+        model, params, images, settings, make_mesh(MeshShape()), batch=args.batch
+    )
+    if not is_primary():
+        return
+    details = {
+        "encoder": {"folder": str(args.encoder), **dataclasses.asdict(config)},
+        "images": {"source": source.name, "count": len(source), "seed": args.seed},
+        "settings": dataclasses.asdict(settings),
+        "provenance": provenance(),
+    }
+    write_report(args.out, result, lambda index: source[index]["image"], details)
+    save_neurons(args.out / "neurons.json", result.neurons)
+    print(f"written to {args.out}: neurons.json, report.html")
+
+
+def open_images(args: argparse.Namespace, image_size: int) -> Source:
+    """Opens the images that the command line names, at most `args.images` of them.
+
+    Raises:
+      DataError: If they cannot be read.
+    """
+    if args.source == "folder":
+        return Photos(args.root, image_size, count=args.images, seed=args.seed, fit=args.fit)
+    source = make_source(
+        args.source,
+        image_size=image_size,
+        channels=3,
+        root=args.root,
+        split=args.split,
+        # ArrayRecord files do not tell their classes; none is needed here.
+        num_classes=np.iinfo(np.int32).max if args.source == "arrayrecord" else None,
+    )
+    return Sample(source, args.images, args.seed)
+
+
+class Sample:
+    """Some records of a source, drawn without repetition.
+
+    Args:
+      source: The records.
+      count: How many; all if there are no more.
+      seed: Fixes which.
+    """
+
+    num_classes = 1
+
+    def __init__(self, source: Source, count: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self._source = source
+        self._rows = np.sort(rng.permutation(len(source))[:count])
+        self.name, self.image_shape = source.name, source.image_shape
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._rows[index])]
+
+
+def _settings(args: argparse.Namespace) -> SearchSettings:
+    sparsity = Sparsity(args.sparsity_level, args.sparsity_fraction)
+    return SearchSettings(
+        threshold=args.threshold,
+        detect_block=args.detect_block,
+        lowest_block=args.lowest_block,
+        highest_block=tuple(args.highest_block),
+        top_k=tuple(args.top_k),
+        rounds=args.rounds,
+        sparsity=sparsity if args.sparsity_filter else None,
+        mean_token=args.mean_token,
+        num_registers=args.num_registers,
+        exclude_registers=args.exclude_registers,
+        exclude_found=args.exclude_found,
+        as_released=args.as_released,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("encoder", type=Path, help="folder that dsr_jax.convert wrote")
+    add("--out", type=Path, required=True, help="folder for the neurons and the report")
+    add("--batch", type=int, default=8, help="images at a time over all devices")
+    add("--compute", default="float32", choices=["float32", "bfloat16"])
+    _add_images(parser)
+    _add_search(parser)
+    return parser
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("images").add_argument
+    add("--source", default="folder", help="folder, arrayrecord, tfds:NAME, synthetic")
+    add("--root", help="folder of the images or records; data_dir of TFDS")
+    add("--split", default="train", help="of arrayrecord and tfds")
+    add("--images", type=int, default=500, help="how many to draw")
+    add("--seed", type=int, default=0, help="fixes which")
+    add("--image-size", type=int, help="default: 16 patches a side, as RAE encodes")
+    add(
+        "--fit",
+        default="squash",
+        choices=["squash", "crop"],
+        help="how images of a folder become square; the other sources crop",
+    )
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("search").add_argument
+    add("--threshold", type=float, help="norm of outliers; default: found from the norms")
+    add("--detect-block", type=int, default=-1, help="block after which norms are taken")
+    add("--lowest-block", type=int, default=0, help="first block to choose from")
+    add(
+        "--highest-block",
+        type=int,
+        nargs="+",
+        default=[-1],
+        help="last block to choose from, by round; -1: no limit",
+    )
+    add("--top-k", type=int, nargs="+", default=[50], help="units to choose, by round")
+    add("--rounds", type=int, help="default: until no second population of norms is left")
+    add("--sparsity-filter", action="store_true", help="drop units that are active everywhere")
+    add("--sparsity-level", type=float, default=0.5, help="activation below which a unit is idle")
+    add("--sparsity-fraction", type=float, default=0.5, help="share of tokens that must be idle")
+    add(
+        "--mean-token",
+        action=argparse.BooleanOptionalAction,
+        help="count the mean token; default: for encoders without class token",
+    )
+    add("--num-registers", type=int, default=1, help="test-time registers in later rounds")
+    add("--exclude-registers", action="store_true", help="registers are not outliers")
+    add("--exclude-found", action="store_true", help="do not choose a unit twice")
+    add(
+        "--as-released",
+        action="store_true",
+        help="later rounds overwrite the last patch, as the released code does",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
