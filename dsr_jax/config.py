@@ -263,6 +263,11 @@ def check(config: ConfigDict) -> None:
         f"config.precision.matmul={config.precision.matmul!r}",
         "choose from default, bfloat16, tensorfloat32, high, highest",
     )
+    require(
+        config.eval.judge in ("", "digits"),
+        f"config.eval.judge={config.eval.judge!r}",
+        "choose from digits, or leave it empty for no judge",
+    )
 
 
 def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -355,5 +360,6 @@ def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "provenance.json"
     starts = files.read_json(path) if path.is_file() else []
-    files.write_json(path, [*starts, provenance()])
+    # First, since a folder without it is taken for somebody else's.
     files.write_json(folder / "config.json", to_json(config))
+    files.write_json(path, [*starts, provenance()])

@@ -7,7 +7,7 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
-from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.files import write_json
 from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.data.sources import read_all
 from dsr_jax.evaluation.judge import judge_samples
@@ -18,6 +18,7 @@ from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
 from dsr_jax.sampling.labels import balanced_labels, cycled_labels
 from dsr_jax.sampling.sampler import SampleFn
+from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.loop import Summary
 from dsr_jax.training.state import TrainState
 
@@ -64,10 +65,9 @@ class Results:
         scores = self._judge(summary) if section.num_samples and section.judge else {}
         if not is_primary():
             return
-        loss = summary.last_record.get("loss")
-        if loss is None and path.is_file():
-            # This start found the run complete and took no step.
-            loss = read_json(path).get("loss")
+        # From the file, since a start that finds the run complete writes no record of its own.
+        log = read_metrics(self.workdir)
+        loss = log[-1]["loss"] if log else None
         record = {"steps": summary.step, "train_seconds": round(summary.seconds, 1), "loss": loss}
         write_json(path, {**scores, **record})
         if scores:

@@ -25,7 +25,7 @@ from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
-from dsr_jax.telemetry.writers import MetricWriter
+from dsr_jax.telemetry.writers import MetricWriter, check_packages
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.loop import (
     Carried,
@@ -59,9 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Run:
     """One start of a run: what the config names, built; then the loop; then the summary.
 
+    All is built before anything is written, so that a config which cannot work leaves no trace.
+
     Args:
       config: Checked config.
       workdir: The run's folder.
+
+    Raises:
+      DsrError: If what the config names does not exist or does not fit.
     """
 
     def __init__(self, config: configs.ConfigDict, workdir: Path) -> None:
@@ -71,47 +76,44 @@ class Run:
         self.model = build.make_model(config, self.space, Constrain(self.rules, self.mesh))
         self.optimizer = build.make_optimizer(config)
         self.source = build.make_source(config)
+        self.batch_sharding = shardings.batch_sharding(self.mesh, self.rules)
+        self.abstract, self.init = build.make_state(
+            config, self.model, self.space, self.optimizer, self.mesh, self.rules
+        )
+        step = build.make_step(config, self.model, self.space, self.optimizer)
+        self.step = build.jit_step(step, self.abstract, self.batch_sharding, self.mesh)
         draw = build.make_sampler(config, self.model, self.space, self.mesh, self.rules)
         self.results = Results(config, workdir, draw, self.variables, self.mesh.size)
+        check_packages(config.log.tensorboard, config.log.wandb)
 
     def train(self) -> int:
         """Trains to the end or until stopped; returns the exit status."""
-        config, section = self.config, self.config.checkpoint
-        abstract, init = build.make_state(
-            config, self.model, self.space, self.optimizer, self.mesh, self.rules
-        )
-        say(self._card(count_params(abstract.params)))
+        section = self.config.checkpoint
+        say(self._card())
         with Checkpoints(
             self.workdir / "checkpoints",
             every_steps=section.every_steps,
             keep_latest=section.keep_latest,
             keep_every=section.keep_every,
-            architecture=configs.architecture(config),
+            architecture=configs.architecture(self.config),
         ) as checkpoints:
-            state, carried = start_or_resume(checkpoints, init, abstract, section.restore_step)
-            summary = self._loop(state, carried, checkpoints, abstract)
+            state, carried = start_or_resume(
+                checkpoints, self.init, self.abstract, section.restore_step
+            )
+            summary = self._loop(state, carried, checkpoints)
         if not summary.stopped:
             self.results.finish(summary)
         return summary.exit_status
 
-    def _loop(
-        self,
-        state: TrainState,
-        carried: Carried,
-        checkpoints: Checkpoints,
-        abstract: TrainState,
-    ) -> Summary:
+    def _loop(self, state: TrainState, carried: Carried, checkpoints: Checkpoints) -> Summary:
         config, start = self.config, int(state.step)
         if 0 < start < config.train.steps:
             say(f"continuing from step {start}")
-        batch = shardings.batch_sharding(self.mesh, self.rules)
-        step = build.make_step(config, self.model, self.space, self.optimizer)
-        compiled = build.jit_step(step, abstract, batch, self.mesh)
         with self._instruments(start) as instruments:
             return train_loop(
                 state,
-                lambda state, batch: compiled(state, batch, self.variables),
-                build.global_batches(config, self.source, batch),
+                lambda state, batch: self.step(state, batch, self.variables),
+                build.global_batches(config, self.source, self.batch_sharding),
                 checkpoints,
                 LoopSettings(
                     config.train.steps, config.log.every_steps, config.train.stop_after_steps
@@ -121,9 +123,10 @@ class Run:
                 carried=carried,
             )
 
-    def _card(self, num_params: int) -> str:
+    def _card(self) -> str:
         """What is about to run, in three lines."""
         config, model = self.config, self.model
+        num_params = count_params(self.abstract.params)
         registers = (
             f"{model.num_registers} registers from block {model.register_start}"
             if model.num_registers

@@ -64,10 +64,7 @@ class MetricWriter:
         primary: bool | None = None,
     ) -> None:
         folder = Path(workdir)
-        if tensorboard:
-            _require("tensorboardX", "config.log.tensorboard=True")
-        if wandb:
-            _require("wandb", f"config.log.wandb={wandb}")
+        check_packages(tensorboard, wandb)
         self._last_step = first_step
         self._sinks: list[_Sink] = []
         if not (is_primary() if primary is None else primary):
@@ -135,6 +132,18 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             _logger.warning("%s: line %d is damaged, left out", path, len(records) + 1)
     return records
+
+
+def check_packages(tensorboard: bool, wandb: str) -> None:
+    """Checks that the packages which `MetricWriter` would need are installed.
+
+    Raises:
+      ConfigError: Naming the setting and the package.
+    """
+    if tensorboard:
+        _require("tensorboardX", "config.log.tensorboard=True")
+    if wandb:
+        _require("wandb", f"config.log.wandb={wandb}")
 
 
 def _require(package: str, setting: str) -> None:

@@ -90,8 +90,8 @@ class Summary:
       steps_here: Steps done by this start.
       stopped: Why it ended before the run was complete, "" if it is complete.
       exit_status: 0, or 128 plus the number of the signal that ended it.
-      last_record: The last log record written by this start.
-      seconds: Time spent training over all starts, without what a crash lost.
+      seconds: Time spent training up to the last save, over all starts; what a crash lost is not
+        in it.
     """
 
     state: TrainState
@@ -99,7 +99,6 @@ class Summary:
     steps_here: int
     stopped: str
     exit_status: int
-    last_record: Mapping[str, float | None]
     seconds: float
 
 
@@ -175,13 +174,9 @@ def train_loop(
     start = step = int(state.step)
     total = settings.total_steps
     end = min(total, start + settings.stop_after_steps) if settings.stop_after_steps else total
-    window, seconds_before = carried or Carried(MetricWindow())
+    window, seconds = carried or Carried(MetricWindow())
     log = _Log(instruments, settings.log_every, window, checkpoints)
-    began = time.monotonic()
-
-    def seconds() -> float:
-        return seconds_before + (time.monotonic() - began if step > start else 0.0)
-
+    began = time.monotonic() - seconds
     metrics: Metrics = {}
     if step >= total:
         instruments.progress.say(f"the run is complete: step {step} of {total}")
@@ -202,8 +197,10 @@ def train_loop(
             if ending or checkpoints.due(step):
                 # A state is saved only after its own metrics were seen to be finite.
                 log.drain()
+                # What follows the last save is not counted: a later start would not know of it.
+                seconds = time.monotonic() - began
                 with instruments.clock.pause(state):
-                    extra = {"window": log.window.to_json(), "seconds": seconds()}
+                    extra = {"window": log.window.to_json(), "seconds": seconds}
                     checkpoints.save(step, state, extra=extra)
             due = [hook for hook in hooks if hook.due(step, total) and not stopping]
             if due:
@@ -218,7 +215,7 @@ def train_loop(
                 f"stopped by {stopped} after step {step} of {total}; the same command continues"
             )
         status = stop.exit_status if stopping and stopped else 0
-    return Summary(state, step, step - start, stopped, status, log.last_record, seconds())
+    return Summary(state, step, step - start, stopped, status, seconds)
 
 
 def _batches(
@@ -235,7 +232,6 @@ class _Log:
         self, out: Instruments, every: int, window: MetricWindow, checkpoints: Checkpoints
     ) -> None:
         self.window = window
-        self.last_record: dict[str, float | None] = {}
         self._out, self._every, self._checkpoints = out, every, checkpoints
         self._pending: deque[tuple[int, Metrics]] = deque()
 
@@ -275,8 +271,7 @@ class _Log:
             record["step_seconds"] = timing.step_seconds
             record["images_per_second"] = timing.images_per_second
             record["mfu"] = mfu
-        self.last_record = record
-        self._out.writer.write(step, self.last_record)
+        self._out.writer.write(step, record)
         self._out.progress.update(step, loss=record["loss"], timing=timing, mfu=mfu)
 
     def _not_finite(self, step: int, host: Mapping[str, Any]) -> NumericsError:
