@@ -1,0 +1,224 @@
+"""Times our training step and sampler beside PyTorch's on this machine's CPU.
+
+    python tools/benchmark.py [train] [registers] [sample] [compile] [--size S] [--rounds 5]
+
+Both sides run in one process and in turn, on the same weights and inputs in float32, with the same
+number of threads; the ratio is the median over pairs of neighbouring calls, so that other load on
+the machine falls on both. What is compared:
+
+    train      one training step (draws, loss, backward, AdamW, average) of a DiT with registers
+    registers  our step with 36 registers beside our step without
+    sample     10 Euler steps with classifier-free guidance
+    compile    seconds to compile the training step of the XL model, without running it
+
+Before `train` and `sample` are timed, the two sides must agree: outputs and loss within 5e-5 of
+the largest value, parameters after a step within 2e-4. If they do not, nothing is printed and the
+exit status is 2.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.files import write_json
+from dsr_jax.core.provenance import provenance
+from tools.benchmark_sides import (
+    Ours,
+    check_samples,
+    check_training,
+    make_config,
+    make_samplers,
+    make_trainer,
+    make_twin,
+    torch_batch,
+)
+
+TASKS = ("train", "registers", "sample", "compile")
+SIZES = ("S", "B", "L", "XL", "tiny")
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: on the wall, and of CPU over all threads."""
+
+    wall: float
+    cpu: float
+
+
+Timings = dict[str, list[Timing]]
+"""Rounds by side; the first side is compared with the second."""
+
+
+def measure(call: Callable[[], object]) -> Timing:
+    """Times a call that returns when its work is done."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    call()
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Timing(wall, cpu)
+
+
+def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int, task: str) -> Timings:
+    """Calls each once untimed, then all of them in turn, `rounds` times."""
+    for call in calls.values():
+        call()
+    timings: Timings = {name: [] for name in calls}
+    for i in range(rounds):
+        for name, call in calls.items():
+            timings[name].append(measure(call))
+        last = ", ".join(f"{name} {each[-1].wall:.2f} s" for name, each in timings.items())
+        say(f"{task}: round {i + 1} of {rounds}: {last}")
+    return timings
+
+
+def time_training(ours: Ours, rounds: int) -> Timings:
+    """Our step beside PyTorch's, after checking that they agree."""
+    ours.start()
+    trainer = make_trainer(ours, make_twin(ours))
+    check_training(ours, trainer)
+    x1, labels = torch_batch(ours)
+    calls = {"dsr_jax": ours.train, "torch": lambda: trainer.step(x1, labels)}
+    return in_turn(calls, rounds, "train")
+
+
+def time_registers(ours: Ours, without: Ours, rounds: int) -> Timings:
+    """Our step with registers beside the step without."""
+    ours.start()
+    without.start()
+    return in_turn({"registers": ours.train, "none": without.train}, rounds, "registers")
+
+
+def time_sampling(ours: Ours, rounds: int) -> Timings:
+    """Our sampler beside PyTorch's loop, after checking that they draw the same."""
+    ours.start()
+    draw, draw_torch = make_samplers(ours, make_twin(ours))
+    check_samples(draw(), draw_torch())
+    return in_turn({"dsr_jax": draw, "torch": draw_torch}, rounds, "sample")
+
+
+def run_task(task: str, args: argparse.Namespace) -> Timings:
+    """Runs one of TASKS."""
+    if task == "compile":
+        size = "tiny" if args.size == "tiny" else "XL"
+        say(f"compile: {size}")
+        ours = Ours(make_config(size, 1, True, args.remat))
+        return {"dsr_jax": [measure(ours.compile)]}
+    ours = Ours(make_config(args.size, args.batch, True, args.remat))
+    if task == "train":
+        return time_training(ours, args.rounds)
+    if task == "sample":
+        return time_sampling(ours, args.rounds)
+    without = Ours(make_config(args.size, args.batch, False, args.remat))
+    return time_registers(ours, without, args.rounds)
+
+
+def summarise(timings: Timings) -> dict[str, Any]:
+    """Medians and minima by side, and the median ratio of pairs, of wall and CPU seconds."""
+    sides = {
+        name: {
+            "wall_median": statistics.median(t.wall for t in each),
+            "wall_min": min(t.wall for t in each),
+            "cpu_median": statistics.median(t.cpu for t in each),
+        }
+        for name, each in timings.items()
+    }
+    rounds = {name: [t._asdict() for t in each] for name, each in timings.items()}
+    summary: dict[str, Any] = {"sides": sides, "rounds": rounds}
+    if len(timings) == 2:
+        pairs = list(zip(*timings.values(), strict=True))
+        summary["wall_ratio"] = statistics.median(a.wall / b.wall for a, b in pairs)
+        summary["cpu_ratio"] = statistics.median(a.cpu / b.cpu for a, b in pairs)
+    return summary
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per task and side."""
+    head = "task       side       wall median    wall min  cpu median  wall ratio  cpu ratio"
+    lines = [head]
+    for task, summary in results.items():
+        ratios = ""
+        if "wall_ratio" in summary:
+            ratios = f"{summary['wall_ratio']:12.2f}{summary['cpu_ratio']:11.2f}"
+        for side, figures in summary["sides"].items():
+            seconds = "".join(f"{figures[f'{k}']:12.3g}" for k in ("wall_median", "wall_min"))
+            line = f"{task:10} {side:9} {seconds}{figures['cpu_median']:12.3g}{ratios}"
+            lines.append(line)
+            ratios = ""
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """Processor, number of cores this process may use, versions."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    stamp = provenance()
+    if "torch" in sys.modules:
+        stamp["packages"]["torch"] = sys.modules["torch"].__version__
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), **stamp}
+
+
+def say(text: str) -> None:
+    """Prints progress to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv` (default: the process's)."""
+    args = _parser().parse_args(argv)
+    if args.threads:
+        # Before either library starts its threads, whose number both take from here.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    jax.config.update("jax_platforms", "cpu")
+    tasks = args.tasks or TASKS
+    if {"train", "sample"} & set(tasks):
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    results = {task: summarise(run_task(task, args)) for task in tasks}
+    stamp = environment()
+    versions = ", ".join(f"{n} {stamp['packages'].get(n)}" for n in ("jax", "jaxlib", "torch"))
+    print(f"{stamp['cpu']}, {stamp['cores']} cores; {versions}; size {args.size}")
+    print(table(results))
+    if args.json:
+        write_json(
+            args.json,
+            {"environment": stamp, "size": args.size, "batch": args.batch, "tasks": results},
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tasks",
+        nargs="*",
+        metavar="TASK",
+        choices=[[], *TASKS],
+        help=f"{', '.join(TASKS)}; default: all",
+    )
+    parser.add_argument("--size", choices=SIZES, default="S")
+    parser.add_argument("--batch", type=int, default=8, help="of the training step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="")
+    parser.add_argument("--threads", type=int, default=0, help="cores to use; default: all")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
