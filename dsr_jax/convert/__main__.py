@@ -13,12 +13,12 @@ from typing import Any
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
 from dsr_jax.convert.files import load_converted, save_converted, source_record
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
-from dsr_jax.convert.lightningdit import infer_model, lightningdit_rules
+from dsr_jax.convert.lightningdit import infer_model, lightningdit_rules, rope_buffers
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import write_atomic
+from dsr_jax.core.files import open_atomic, write_atomic
 from dsr_jax.core.trees import count_params
 from dsr_jax.models.dit import LightningDiT
 
@@ -60,10 +60,10 @@ def export(args: argparse.Namespace) -> None:
     """Writes a converted model as a torch or safetensors state dict."""
     params, record = load_converted(args.source)
     if record["family"] in FAMILIES:
-        rules = encoder_rules(config_of_record(record))
+        state = flax_to_torch(params, encoder_rules(config_of_record(record)))
     else:
-        rules = lightningdit_rules(LightningDiT(**record["model"]))
-    state = flax_to_torch(params, rules)
+        model = LightningDiT(**record["model"])
+        state = flax_to_torch(params, lightningdit_rules(model)) | rope_buffers(model)
     out = Path(args.out)
     if out.exists():
         raise ConversionError(f"{out} exists", "name a new file; nothing was written")
@@ -84,9 +84,8 @@ def _save_torch(out: Path, state: dict[str, Any]) -> None:
             f"writing {out} needs torch",
             "pip install 'dsr_jax[torch]', or name a .safetensors file",
         ) from error
-    temporary = out.with_name(f".{out.name}.part")
-    torch.save({"ema": {name: torch.from_numpy(x) for name, x in state.items()}}, temporary)
-    temporary.rename(out)
+    with open_atomic(out) as file:
+        torch.save({"ema": {name: torch.from_numpy(x) for name, x in state.items()}}, file)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,8 +30,10 @@ def save_converted(
     from safetensors.numpy import save
 
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConversionError(f"{folder} is not empty", "name a new folder; nothing was written")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConversionError(
+            f"{folder} is not an empty folder", "name a new folder; nothing was written"
+        )
     flat = {
         name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in flatten_names(params).items()
     }
@@ -48,9 +50,9 @@ def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     from safetensors.numpy import load_file
 
     folder = Path(folder)
-    if not (folder / _RECORD).is_file():
+    if absent := [name for name in (_RECORD, _PARAMS) if not (folder / name).is_file()]:
         raise ConversionError(
-            f"{folder} holds no converted model: {_RECORD} is missing",
+            f"{folder} holds no converted model: {' and '.join(absent)} missing",
             "make one with python -m dsr_jax.convert",
         )
     record = read_json(folder / _RECORD)

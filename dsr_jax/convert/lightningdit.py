@@ -13,6 +13,7 @@ from dsr_jax.convert.rules import CONV, LINEAR, Rule, RuleSet, cut_stacks, linea
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.models.blocks import swiglu_width
 from dsr_jax.models.dit import LightningDiT
+from dsr_jax.models.rope import rope_tables
 
 
 def _pair(source: str, target: str, weight: Any = LINEAR, bias: Any = None) -> list[Rule]:
@@ -68,6 +69,21 @@ def lightningdit_rules(model: LightningDiT) -> RuleSet:
     return RuleSet((*top, *layers), shapes_of(_abstract(model)), ("feat_rope*.freqs_*",))
 
 
+def rope_buffers(model: LightningDiT) -> dict[str, np.ndarray]:
+    """The constants that the original keeps in its state dict, and needs there to load it."""
+    if not model.use_rope:
+        return {}
+    head_dim, grid = model.hidden_size // model.num_heads, model.input_size // model.patch_size
+    prefixes = {"feat_rope": 0}
+    if model.num_registers:
+        prefixes["feat_rope_incontext"] = model.num_registers
+    return {
+        f"{name}.freqs_{part}": table
+        for name, prefix in prefixes.items()
+        for part, table in zip(("cos", "sin"), rope_tables(head_dim, grid, prefix), strict=True)
+    }
+
+
 def _feed_forward(model: LightningDiT) -> list[Rule]:
     if model.use_swiglu:
         hidden = swiglu_width(model.hidden_size, model.mlp_ratio)
@@ -95,8 +111,10 @@ def infer_model(
     Raises:
       ConversionError: If the file is of another model, or a size is needed that it does not hold.
     """
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    output = f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"
     needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-    absent = [key for key in (*needed, "final_layer.linear.weight") if key not in state]
+    absent = [key for key in (*needed, output, "final_layer.linear.weight") if key not in state]
     if absent:
         raise ConversionError(
             f"this is no LightningDiT: {', '.join(absent)} missing; it begins with "
@@ -112,8 +130,7 @@ def infer_model(
             f"the file has {registers} registers but does not say before which block they join",
             "give --register-start (the paper: 8 of 28 blocks, 4 of 12)",
         )
-    swiglu = "blocks.0.mlp.w12.weight" in state
-    hidden = state[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1]
+    hidden = state[output].shape[1]
     return LightningDiT(
         input_size=math.isqrt(tokens) * patch,
         in_channels=channels,

@@ -12,7 +12,6 @@ import numpy as np
 from dsr_jax.core.errors import ConversionError
 
 _WRAPPERS = ("module.", "_orig_mod.")
-_NO_TENSORS = "it holds no tensors"
 
 
 def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict[str, np.ndarray]:
@@ -33,11 +32,18 @@ def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict
     path = Path(source)
     if not path.exists():
         raise ConversionError(f"{path} does not exist", "give a file or a snapshot folder")
-    if path.is_dir():
-        return _strip(_read_snapshot(path))
-    if path.suffix == ".safetensors":
-        return _strip(_read_safetensors(path))
-    return _strip(_read_torch(path, entry))
+    if path.is_dir() or path.suffix == ".safetensors":
+        if entry is not None:
+            raise ConversionError(
+                f"{path} has no entry {entry!r}: safetensors files hold one state dict",
+                "leave the entry out",
+            )
+        state = _read_snapshot(path) if path.is_dir() else _read_safetensors(path)
+    else:
+        state = _read_torch(path, entry)
+    if not state:
+        raise ConversionError(f"{path} holds no tensors", "give a file of weights")
+    return _strip(path, state)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -93,25 +99,36 @@ def _read_torch(path: Path, entry: str | None) -> dict[str, np.ndarray]:
             f"{path} cannot be read: {str(error).splitlines()[0]}",
             "it is incomplete; copy it again",
         ) from error
-    tensors = _choose_entry(path, content, entry)
-    return {
-        name: _to_numpy(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+    tensors = {
+        name: _to_numpy(value)
+        for name, value in _choose_entry(path, content, entry).items()
+        if isinstance(value, torch.Tensor)
     }
+    if not tensors and (names := _entries(content)):
+        raise ConversionError(
+            f"{path} holds no tensors at its top, but entries {', '.join(names)}",
+            "name one with --entry",
+        )
+    return tensors
 
 
 def _choose_entry(path: Path, content: Any, entry: str | None) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path} holds a {type(content).__name__}", "give a state dict")
-    entries = [key for key, value in content.items() if isinstance(value, Mapping)]
+    entries = _entries(content)
     if entry is None:
         entry = next((name for name in ("ema", "model") if name in entries), None)
         return content if entry is None else content[entry]
     if entry not in entries:
         raise ConversionError(
             f"{path} has no entry {entry!r}",
-            f"entries are {', '.join(map(str, entries)) or 'none: it is a bare state dict'}",
+            f"entries are {', '.join(entries) or 'none: it is a bare state dict'}",
         )
     return content[entry]
+
+
+def _entries(content: Mapping[Any, Any]) -> list[str]:
+    return [str(key) for key, value in content.items() if isinstance(value, Mapping)]
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -122,12 +139,16 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def _strip(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if not state:
-        raise ConversionError(_NO_TENSORS, "give a file of weights")
-    stripped = {}
-    for name, value in state.items():
+def _strip(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    stripped: dict[str, np.ndarray] = {}
+    for full_name, value in state.items():
+        name = full_name
         while name.startswith(_WRAPPERS):
             name = name.split(".", 1)[1]
+        if name in stripped:
+            raise ConversionError(
+                f"{path} holds {name} twice, with and without a prefix of {', '.join(_WRAPPERS)}",
+                "save the weights of one model only",
+            )
         stripped[name] = value
     return stripped

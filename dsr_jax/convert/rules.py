@@ -127,6 +127,11 @@ class Rule:
             names = [self.source.replace("{i}", str(i)) for i in range(stack.first, stack.end)]
             yield f"{stack.name}/{self.target}", names
 
+    def source_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one source tensor, of a parameter (all layers of a stack) of this shape."""
+        layer = shape[1:] if self.stacks else shape
+        return self.layout.to_torch(np.empty(layer, np.bool_)).shape
+
 
 @dataclass(frozen=True)
 class RuleSet:
@@ -171,39 +176,34 @@ def torch_to_flax(state: Mapping[str, np.ndarray], rules: RuleSet) -> dict[str, 
     used: set[str] = set()
     missing: list[str] = []
     misshaped: list[str] = []
-    for rule in rules.rules:
-        for target, names in rule.pieces():
-            used.update(names)
-            absent = [name for name in names if name not in state]
-            missing += absent
-            if absent:
-                continue
-            try:
-                layers = [rule.layout.to_flax(_widened(state[name])) for name in names]
-                value = np.stack(layers) if rule.stacks else np.array(layers[0])
-            except ValueError as error:
-                misshaped.append(f"{names[0]} {list(state[names[0]].shape)}: {error}")
-                continue
-            expected = rules.shapes.get(target)
-            if expected is not None and value.shape != expected:
-                misshaped.append(
-                    f"{names[0]} {list(state[names[0]].shape)}: {target} would be "
-                    f"{list(value.shape)}, the model has {list(expected)}"
-                )
-            flat[target] = value
-    extra = [key for key in state if key not in used and not rules.is_dropped(key)]
-    unset = (
-        [name for name in rules.shapes if name not in flat] if not (missing or misshaped) else []
-    )
-    unknown = [name for name in flat if name not in rules.shapes]
+    pieces = [(rule, *piece) for rule in rules.rules for piece in rule.pieces()]
+    for rule, target, names in pieces:
+        used.update(names)
+        absent = [name for name in names if name not in state]
+        missing += absent
+        if absent or target not in rules.shapes:
+            continue
+        wanted = rule.source_shape(rules.shapes[target])
+        wrong = [
+            f"{name} is {list(state[name].shape)}, the model's {target} needs {list(wanted)}"
+            for name in names
+            if state[name].shape != wanted
+        ]
+        misshaped += wrong
+        if not wrong:
+            layers = [rule.layout.to_flax(_widened(state[name])) for name in names]
+            flat[target] = np.stack(layers) if rule.stacks else np.array(layers[0])
+    targets = {target for _, target, _ in pieces}
     _raise_unless_empty(
         "the state dict does not fit the model",
         {
             "missing from the state dict": missing,
-            "not known to the model": extra,
+            "not known to the model": [
+                key for key in state if key not in used and not rules.is_dropped(key)
+            ],
             "of another shape": misshaped,
-            "parameters that no rule sets": unset,
-            "rules for parameters that the model lacks": unknown,
+            "parameters that no rule sets": [name for name in rules.shapes if name not in targets],
+            "rules for parameters that the model lacks": sorted(targets - set(rules.shapes)),
         },
     )
     return unflatten_names(flat)
@@ -227,7 +227,7 @@ def flax_to_torch(params: Any, rules: RuleSet) -> dict[str, np.ndarray]:
     missing: list[str] = []
     targets: set[str] = set()
     misshaped = [
-        f"{name} {list(flat[name].shape)}, the model has {list(shape)}"
+        f"{name} is {list(flat[name].shape)}, the model has {list(shape)}"
         for name, shape in rules.shapes.items()
         if name in flat and flat[name].shape != shape
     ]
@@ -236,15 +236,17 @@ def flax_to_torch(params: Any, rules: RuleSet) -> dict[str, np.ndarray]:
             targets.add(target)
             if target not in flat:
                 missing.append(target)
-                continue
-            layers = flat[target] if rule.stacks else [flat[target]]
-            for name, layer in zip(names, layers, strict=True):
-                state[name] = np.ascontiguousarray(rule.layout.to_torch(layer))
+            elif flat[target].shape == rules.shapes.get(target):
+                layers = flat[target] if rule.stacks else [flat[target]]
+                for name, layer in zip(names, layers, strict=True):
+                    state[name] = np.ascontiguousarray(rule.layout.to_torch(layer))
     _raise_unless_empty(
         "the parameters do not fit the table",
         {
             "missing parameters": missing,
-            "parameters without a rule": [name for name in flat if name not in targets],
+            "parameters that the model or its table lacks": [
+                name for name in flat if name not in targets or name not in rules.shapes
+            ],
             "of another shape": misshaped,
         },
     )
