@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from dsr_jax import build, train
@@ -22,6 +21,7 @@ from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.shardings import fetch
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import Checkpoints, list_steps
+from tests.programs import quick_programs
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = f"--config={REPOSITORY / 'configs' / 'digits.py'}:runlocal"
@@ -46,23 +46,9 @@ SCORES = ("judge_accuracy", "judge_accuracy_real", "frechet_distance", "frechet_
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Starts share their programs, as the starts of a process of their own cannot."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        # JAX decides at its first compilation whether there is a cache.
-        compilation_cache.reset_cache()
+    """Starts share their programs, as those in processes of their own cannot."""
+    with quick_programs(tmp_path_factory.mktemp("programs")):
         yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def start(workdir: Path, *overrides: str) -> int:

@@ -1,0 +1,158 @@
+"""A training step from a config gives the same numbers however the mesh divides the work."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dsr_jax import build
+from dsr_jax import config as configs
+from dsr_jax.core.errors import MeshError
+from dsr_jax.core.trees import flatten_names, tree_bytes
+from dsr_jax.parallel.axes import Constrain
+from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global
+from dsr_jax.training.state import TrainState
+from tests.programs import quick_programs
+
+REFERENCE = ((8, 1, 1), "fsdp")
+OTHERS = (
+    ((1, 8, 1), "fsdp"),
+    ((2, 2, 2), "fsdp"),
+    pytest.param(((2, 2, 2), "replicated"), marks=pytest.mark.slow),
+)
+TOLERANCE = 2e-5
+"""Of an array's largest magnitude: sums over devices are rounded in another order."""
+
+Case = tuple[tuple[int, int, int], str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Speed of the compiled programs is of no matter here."""
+    with quick_programs(tmp_path_factory.mktemp("programs")):
+        yield
+
+
+def tiny_config(case: Case) -> configs.ConfigDict:
+    """Blocks before and with registers, of sizes that 8 devices divide."""
+    sizes, rules = case
+    config = configs.base_config()
+    config.model.update(hidden_size=32, depth=2, num_heads=4, patch_size=2, mlp_ratio=6.0)
+    config.registers.update(num=4, start=1)
+    config.data.global_batch = 16
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    config.sharding.rules = rules
+    config.ema.decays = (0.5,)
+    # With a small eps Adam's first update would be the gradient's sign, which rounding decides
+    # where the gradient is tiny; with a small rate the update would hide behind the parameters.
+    config.optim.update(lr=1.0, eps=1e-3, clip_norm=1.0)
+    config.precision.matmul = "highest"
+    return config
+
+
+class Step:
+    """What a start of the config would build, on noise for data and weights."""
+
+    def __init__(self, case: Case) -> None:
+        config = tiny_config(case)
+        mesh, rules = build.make_mesh(config), build.make_rules(config)
+        space, self.variables = build.make_space(config)
+        model = build.make_model(config, space, Constrain(rules, mesh))
+        optimizer = build.make_optimizer(config)
+        self.abstract, self.init = build.make_state(config, model, space, optimizer, mesh, rules)
+        sharding = batch_sharding(mesh, rules)
+        step = build.make_step(config, model, space, optimizer)
+        self.step = build.jit_step(step, self.abstract, sharding, mesh)
+        random = np.random.default_rng(0)
+        batch = {
+            "image": random.integers(0, 256, (16, 8, 8, 1), np.uint8),
+            "label": random.integers(0, 10, 16).astype(np.int32),
+            "index": np.arange(16, dtype=np.uint32),
+        }
+        self.batch = host_to_global(batch, sharding)
+
+    def noisy(self) -> TrainState:
+        """The first state with noise on it: layers that start from zeros pass no gradient."""
+        random = np.random.default_rng(1)
+
+        def noise(leaf: jax.Array) -> jax.Array:
+            value = np.asarray(fetch(leaf)) + 0.1 * random.standard_normal(leaf.shape)
+            return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+        state = self.init()
+        return state.replace(params=jax.tree.map(noise, state.params))
+
+    def run(self) -> dict[str, np.ndarray]:
+        """State and metrics after one step, by name."""
+        state, metrics = self.step(self.noisy(), self.batch, self.variables)
+        return flatten_names(fetch({"state": vars(state), "metrics": metrics}))
+
+
+@pytest.fixture(scope="module")
+def want() -> dict[str, np.ndarray]:
+    """The step where every device holds all parameters and two samples."""
+    return Step(REFERENCE).run()
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_one_step_is_the_same_on_every_mesh(case: Case, want: dict[str, np.ndarray]) -> None:
+    got = Step(case).run()
+    assert got.keys() == want.keys()
+    assert {"metrics/loss", "metrics/grad_norm", "state/step"} < want.keys()
+    for name, value in want.items():
+        scale = np.abs(value).max() + 1e-12
+        np.testing.assert_allclose(
+            got[name] / scale, value / scale, rtol=0, atol=TOLERANCE, err_msg=name
+        )
+
+
+def test_the_step_moves_every_parameter(want: dict[str, np.ndarray]) -> None:
+    """Else the comparison above would compare what nothing computes."""
+    before = flatten_names(fetch(vars(Step(REFERENCE).noisy())["params"]))
+    for name, value in before.items():
+        moved = np.abs(want[f"state/params/{name}"] - value).max()
+        assert moved > 1000 * TOLERANCE * np.abs(value).max(), name
+
+
+def share(tree: Any) -> float:
+    """The part of a tree's bytes that one device holds."""
+    leaves = jax.tree.leaves(tree)
+    held = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
+    )
+    return held / tree_bytes(tree)
+
+
+def test_fsdp_divides_parameters_averages_and_moments() -> None:
+    state = Step(((1, 8, 1), "fsdp")).abstract
+    for part in (state.params, state.ema, state.opt_state):
+        assert 1 / 8 <= share(part) < 0.2
+    assert share(Step(((2, 2, 2), "fsdp")).abstract.params) < 0.45
+    assert share(Step(((2, 2, 2), "replicated")).abstract.params) == 1
+    assert share(Step(REFERENCE).abstract.params) == 1
+
+
+def test_tensor_parallelism_divides_heads_and_hidden_units() -> None:
+    params = flatten_names(Step(((2, 2, 2), "fsdp")).abstract.params)
+    for stack in ("blocks_pre", "blocks_reg"):
+        for name, parts in {
+            "attn/qkv/kernel": (1, 2, 1, 2, 1),
+            "attn/proj/kernel": (1, 2, 1, 2),
+            "mlp/w12/kernel": (1, 2, 1, 2),
+            "mlp/w3/kernel": (1, 2, 2),
+        }.items():
+            leaf = params[f"{stack}/{name}"]
+            shard = leaf.sharding.shard_shape(leaf.shape)
+            assert tuple(np.floor_divide(leaf.shape, shard)) == parts, (name, leaf.shape)
+
+
+def test_a_width_that_fsdp_does_not_divide_is_refused() -> None:
+    config = tiny_config(((1, 8, 1), "fsdp"))
+    config.model.update(hidden_size=36, num_heads=3)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    space, _ = build.make_space(config)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    with pytest.raises(MeshError, match="parameter bytes are split over fsdp; whole: t_embedder"):
+        build.make_state(config, model, space, build.make_optimizer(config), mesh, rules)
