@@ -94,9 +94,9 @@ def _read_torch(path: Path, entry: str | None) -> dict[str, np.ndarray]:
             "only tensors and plain values are read, never pickled code; save it again without the "
             "other objects",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001  torch meets a damaged file with any of a dozen
         raise ConversionError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}",
+            f"{path} cannot be read: {type(error).__name__} {error}".splitlines()[0],
             "it is incomplete; copy it again",
         ) from error
     tensors = {

@@ -161,7 +161,7 @@ def run_case(case: Case) -> Outcome:
     try:
         checks = list(run(case))
     except Exception as error:  # noqa: BLE001  a golden case may fail in any way
-        return Outcome(case, "FAIL", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Outcome(case, "FAIL", f"{type(error).__name__}: {error}".splitlines()[0])
     if not checks:
         return Outcome(case, "FAIL", "nothing was compared")
     worst = max(checks, key=lambda check: (not check.passed, check.error / (check.limit or 1e-30)))
