@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsr_jax.convert.encoders import read_encoder
+from dsr_jax.convert.hub import read_encoder
 from dsr_jax.core.cli import run_main
 from dsr_jax.data.photos import Photos
 from dsr_jax.models.vit import ViT
@@ -105,6 +105,8 @@ def _load_torch(snapshot: Path) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    # Weights beside the encoder's, such as MAE's decoder, are reported as unexpected.
+    transformers.logging.set_verbosity_error()
     kind = json.loads((snapshot / "config.json").read_text())["model_type"]
     if kind == "siglip":
         model = transformers.SiglipModel.from_pretrained(snapshot).vision_model

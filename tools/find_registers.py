@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsr_jax.convert.encoders import load_encoder
+from dsr_jax.convert.hub import load_encoder
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.photos import Photos
