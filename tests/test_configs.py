@@ -1,0 +1,139 @@
+"""Every config file, with every argument that its docstring names, built without any array."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dsr_jax import build
+from dsr_jax import config as configs
+from dsr_jax.core.trees import flatten_names
+from dsr_jax.parallel.axes import Constrain
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+LOCAL = "runlocal"
+
+
+def docstring(path: Path) -> str:
+    """What the file says about itself, without running it."""
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def documented(path: Path) -> list[str]:
+    """The arguments in the paragraph that begins with "Arguments:", such as `variant=XL`."""
+    _, _, after = docstring(path).partition("Arguments:")
+    return re.findall(r"`(\w+(?:=[^`]+)?)`", after.partition("\n\n")[0])
+
+
+def variants() -> list[tuple[Path, str]]:
+    """Every file as it is, with each argument, and with each argument on a laptop."""
+    found = []
+    for path in FILES:
+        others = [argument for argument in documented(path) if argument != LOCAL]
+        local = [LOCAL, *(f"{argument},{LOCAL}" for argument in others)]
+        found += [(path, argument) for argument in ["", *others, *local]]
+    return found
+
+
+VARIANTS = variants()
+NAMES = [f"{path.stem}:{argument}" for path, argument in VARIANTS]
+
+
+def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of every leaf, by name."""
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in flatten_names(vars(tree)).items()}
+
+
+@pytest.mark.parametrize(("path", "argument"), VARIANTS, ids=NAMES)
+def test_the_state_a_step_and_samples_have_their_shapes(path: Path, argument: str) -> None:
+    config = configs.load(f"{path}:{argument}")
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    space, variables = build.make_space(config)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    optimizer = build.make_optimizer(config)
+    abstract, _ = build.make_state(config, model, space, optimizer, mesh, rules)
+
+    data = config.data
+    size, rows = (data.image_size, data.image_size, data.channels), (data.global_batch,)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*rows, *size), np.uint8),
+        "label": jax.ShapeDtypeStruct(rows, np.int32),
+        "index": jax.ShapeDtypeStruct(rows, np.uint32),
+    }
+    step = build.make_step(config, model, space, optimizer)
+    after, metrics = jax.eval_shape(step, abstract, batch, variables)
+    assert shapes(after) == shapes(abstract)
+    assert metrics["loss"].shape == () and metrics["finite"].dtype == bool
+
+    draw = build.make_sampler(config, model, space, mesh, rules)
+    weights = abstract.params if config.sample.ema == "none" else abstract.ema[config.sample.ema]
+    count = -(-config.sample.batch // mesh.size) * mesh.size
+    indices, labels = np.arange(count, dtype=np.uint32), np.zeros(count, np.int32)
+    samples = jax.eval_shape(lambda *given: draw(*given, indices, labels), weights, variables)
+    assert samples.images.shape == (count, *size) and samples.images.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("path", "argument"), VARIANTS, ids=NAMES)
+def test_all_keys_are_known_and_survive_the_run_folder(path: Path, argument: str) -> None:
+    config = configs.load(f"{path}:{argument}")
+    assert configs.from_json(configs.to_json(config), str(path)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_smoke_run_is_small_and_needs_no_files(path: Path) -> None:
+    config, whole = configs.load(f"{path}:{LOCAL}"), configs.load(str(path))
+    assert not config.data.root and config.train.steps <= 20
+    assert config.train.steps < whole.train.steps
+    assert config.train.steps >= config.log.every_steps, "it would end without a loss"
+    source = build.make_source(config)
+    example, data = source[0], config.data
+    assert example["image"].shape == (data.image_size, data.image_size, data.channels)
+    assert 0 <= example["label"] < data.num_classes
+    assert len(source) >= data.global_batch
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_docstring_names_every_argument(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other: the file's own call of `parse_arg` is what counts."""
+    keys: set[str] = set()
+    parse = configs.parse_arg
+
+    def note(arg: str | None, **defaults: Any) -> configs.ConfigDict:
+        keys.update(defaults)
+        return parse(arg, **defaults)
+
+    monkeypatch.setattr(configs, "parse_arg", note)
+    configs.load_file(str(path))
+    assert LOCAL in keys
+    assert {argument.partition("=")[0] for argument in documented(path)} == keys
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_commands_in_the_docstring_work(path: Path) -> None:
+    """As far as the config goes: its file, argument and overrides."""
+    text = docstring(path).replace("\\\n", " ")
+    commands = re.findall(r"python -m dsr_jax\.train (.*)", text)
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        (config,) = (word for word in words if word.startswith("--config="))
+        assert config.startswith(f"--config=configs/{path.name}")
+        overrides = [word for word in words if word.startswith("--config.")]
+        configs.load(str(ROOT / config.removeprefix("--config=")), overrides)
+
+
+def test_a_config_file_cannot_invent_keys(tmp_path: Path) -> None:
+    file = tmp_path / "typo.py"
+    text = (ROOT / "configs" / "digits.py").read_text()
+    file.write_text(text.replace("config.optim.lr = ", "config.optim.lrr = "))
+    with pytest.raises(AttributeError, match="lrr"):
+        configs.load(str(file))
+    file.write_text(text.replace("config.optim.lr = 2e-3", "config.optim.lr = 'fast'"))
+    with pytest.raises(TypeError, match="fast|str"):
+        configs.load(str(file))
