@@ -4,7 +4,7 @@ Entry points call these functions; nothing else does.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +40,15 @@ from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import TrainStep, make_train_step
 
+# Where a config holds the constructor arguments that are not in its section `model`.
+_CONFIG_KEYS = {
+    "num_registers": "registers.num",
+    "register_start": "registers.start",
+    "num_classes": "data.num_classes",
+    "input_size": "side of the space's latents",
+    "in_channels": "channels of the space's latents",
+}
+
 
 def set_precision(config: ConfigDict) -> None:
     """Sets the arithmetic of float32 products for the whole process."""
@@ -47,9 +56,9 @@ def set_precision(config: ConfigDict) -> None:
     jax.config.update("jax_default_matmul_precision", None if name == "default" else name)
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The device mesh; checks that the batch divides over it."""
-    mesh = meshes.make_mesh(meshes.MeshShape(**config.mesh.to_dict()))
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices` (default: all there are); checks that the batch divides over it."""
+    mesh = meshes.make_mesh(meshes.MeshShape(**config.mesh.to_dict()), devices)
     meshes.check_batch(config.data.global_batch, mesh, accumulate=config.optim.accumulate)
     return mesh
 
@@ -259,10 +268,15 @@ def restore_converted(
       ConversionError: If they are of other sizes than the config's model.
     """
     params, record = load_converted(folder)
+    if record["family"] != "lightningdit":
+        raise ConversionError(
+            f"{folder} holds a {record['family']}, not a denoiser",
+            "name a folder that python -m dsr_jax.convert lightningdit wrote",
+        )
     # Other ratios can give the same widths, and without registers their start means nothing.
     ignored = {"mlp_ratio"} | (set() if model.num_registers else {"register_start"})
     differing = [
-        f"{name}: {value} -> {getattr(model, name)}"
+        f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
         for name, value in record["model"].items()
         if name not in ignored and value != getattr(model, name)
     ]
@@ -279,7 +293,7 @@ def restore_converted(
         raise ConversionError(
             f"{folder} holds a model of other sizes than the config (converted -> config):\n    "
             + "\n    ".join(differing[:8]),
-            "use the config of that model, or set keys with --config.model.KEY=VALUE",
+            "use the config of that model, or set keys with --config.KEY=VALUE",
         )
 
     def place(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:

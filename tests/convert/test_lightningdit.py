@@ -11,6 +11,7 @@ from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.dit import LightningDiT
+from tests.convert.official_states import make_state
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = dict(input_size=4, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=5)
@@ -27,18 +28,6 @@ CASES = {
     "no_final_norm": dict(final_norm=False),
     "no_rope": dict(use_rope=False, mlp_ratio=2.0),
 }
-
-
-def make_state(model):
-    """Random parameters under the original's names, and its constants."""
-    rules, random = lightningdit_rules(model), np.random.RandomState(0)
-    state = {}
-    for rule in rules.rules:
-        for target, names in rule.pieces():
-            shape = rule.source_shape(rules.shapes[target])
-            for name in names:
-                state[name] = random.standard_normal(shape).astype(np.float32)
-    return state | rope_buffers(model)
 
 
 @pytest.mark.parametrize("name", CASES)
