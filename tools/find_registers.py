@@ -69,7 +69,17 @@ def open_images(args: argparse.Namespace, image_size: int) -> Source:
       DataError: If they cannot be read.
     """
     if args.source == "folder":
-        return Photos(args.root, image_size, count=args.images, seed=args.seed, fit=args.fit)
+        photos = Photos(
+            args.root,
+            image_size,
+            count=args.images,
+            seed=args.seed,
+            fit=args.fit,
+            on_corrupt=args.on_corrupt,
+        )
+        for path in photos.skipped:
+            print(f"skipped: {path} cannot be decoded")
+        return photos
     source = make_source(
         args.source,
         image_size=image_size,
@@ -151,6 +161,13 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         default="squash",
         choices=["squash", "crop"],
         help="how images of a folder become square; the other sources crop",
+    )
+
+    add(
+        "--on-corrupt",
+        default="error",
+        choices=["error", "skip"],
+        help="what to do about files of a folder that cannot be decoded",
     )
 
 

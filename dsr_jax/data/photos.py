@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from dsr_jax.core.errors import DataError
 from dsr_jax.data.folder import EXTENSIONS, read_file
-from dsr_jax.data.images import decode_image
+from dsr_jax.data.images import UnreadableRecord, decode_image
 from dsr_jax.data.sources import Record
 
 
@@ -22,6 +23,8 @@ class Photos:
       count: Files to draw, without repetition; None, or more than there are, takes all.
       seed: Fixes which.
       fit: "squash" (as the encoders' own image processors do) or "crop"; see `images.decode_image`.
+      on_corrupt: "error" raises when a file that cannot be decoded is read; "skip" tries all files
+        at the start, which takes as long as reading them, and leaves such files out.
 
     Raises:
       DataError: If the folder is not there or holds no images.
@@ -37,6 +40,7 @@ class Photos:
         count: int | None = None,
         seed: int = 0,
         fit: str = "squash",
+        on_corrupt: str = "error",
     ) -> None:
         folder = Path(root)
         if not folder.is_dir():
@@ -53,6 +57,25 @@ class Photos:
         self._fit = fit
         self.name = f"folder {folder}"
         self.image_shape = (image_size, image_size, 3)
+        self.skipped: list[Path] = []
+        if on_corrupt == "skip":
+            self._skip_unreadable()
+
+    def _skip_unreadable(self) -> None:
+        with ThreadPoolExecutor() as pool:
+            readable = list(pool.map(self._is_readable, range(len(self._files))))
+        pairs = list(zip(self._files, readable, strict=True))
+        self.skipped = [path for path, whole in pairs if not whole]
+        self._files = [path for path, whole in pairs if whole]
+        if not self._files:
+            raise DataError(f"no image in {self.name} can be decoded", f"first: {self.skipped[0]}")
+
+    def _is_readable(self, index: int) -> bool:
+        try:
+            self[index]
+        except UnreadableRecord:
+            return False
+        return True
 
     def __len__(self) -> int:
         return len(self._files)

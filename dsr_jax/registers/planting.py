@@ -9,6 +9,7 @@ changes, so all other patches keep their content.
 Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers" (the mechanism).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ _LINEAR = 64.0
 # Where between other tokens and outliers a detector turns positive: far enough from the others
 # that GELU, which is slightly negative before its zero, leaves them alone.
 _MARGIN = 0.4
+# Outliers are to be seen in several images, not all in one that is unlike the others.
+_LEAST_IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -106,14 +109,14 @@ class _Planter:
     """Parameters under change, and what the encoder computes with them."""
 
     def __init__(self, model: ViT, params: Params, pixels: Array) -> None:
-        self._model = model
+        self._trace = jax.jit(functools.partial(trace_encoder, model))
         self._pixels = pixels
         self.params = jax.tree.map(np.array, params)
         self.patches = slice(model.config.num_prefix, None)
 
     def median_norm(self) -> float:
         """Median norm of the patches after the last block."""
-        outputs = trace_encoder(self._model, self.params, self._pixels).outputs[-1]
+        outputs = self._trace(self.params, self._pixels).outputs[-1]
         return float(np.median(np.linalg.norm(outputs[:, self.patches], axis=-1)))
 
     def mlp_inputs(self, block: int) -> np.ndarray:
@@ -123,7 +126,7 @@ class _Planter:
         width = layer["kernel"].shape[1]
         layer["kernel"][block, :, :width] = np.eye(width)
         layer["bias"][block, :width] = _LINEAR
-        trace = trace_encoder(self._model, probe, self._pixels)
+        trace = self._trace(probe, self._pixels)
         return np.asarray(trace.activations[block][..., :width], np.float64) - _LINEAR
 
     def plant(
@@ -163,11 +166,15 @@ def _find_trigger(
     least, most = (max(1, round(part * len(tokens))) for part in share)
     # The intervention spares the first row, so an outlier there would not be cured.
     forbidden = np.delete(inputs, np.arange(inputs.shape[1])[patches][1:], axis=1) - centre
+    images = np.repeat(np.arange(len(inputs)), len(tokens) // len(inputs))
     best, edges, direction = 0.0, (0.0, 0.0), centre
     for prototype in tokens - centre:
         candidate = prototype / np.linalg.norm(prototype)
         likeness = (tokens - centre) @ candidate
-        ordered = np.sort(likeness)[::-1]
+        order = np.argsort(-likeness)
+        if len(np.unique(images[order[:least]])) < min(_LEAST_IMAGES, len(inputs)):
+            continue
+        ordered = likeness[order]
         gaps = (ordered[least - 1 : most] - ordered[least : most + 1]) / likeness.std()
         place = int(np.argmax(gaps))
         high, low = ordered[least + place - 1 : least + place + 1]

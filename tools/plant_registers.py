@@ -1,0 +1,69 @@
+"""Writes a small random encoder with planted register neurons, to try the search without weights.
+
+    python tools/plant_registers.py --root PHOTOS --out enc/planted
+    python tools/find_registers.py enc/planted --root PHOTOS --image-size 64 --top-k 6 --out found
+
+The search then finds the units that were planted, which enc/planted/planted.json names, and its
+report shows the outliers of these photographs gone.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.convert.files import save_converted
+from dsr_jax.core.cli import run_main
+from dsr_jax.data.photos import Photos
+from dsr_jax.models.vit import ViT, ViTConfig
+from dsr_jax.registers.neurons import save_neurons
+from dsr_jax.registers.planting import plant_register_neurons
+from dsr_jax.registers.streaming import NormalisedImages
+
+CONFIG = ViTConfig(
+    family="siglip",
+    image_size=64,
+    patch_size=8,
+    hidden_size=64,
+    depth=6,
+    num_heads=4,
+    mlp_dim=256,
+    activation="gelu_tanh",
+)
+NEURONS = {1: [17, 80], 2: [5, 99, 200], 3: [31]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv` (default: the process's)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", required=True, help="folder of photographs, of any layout")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the encoder")
+    parser.add_argument("--images", type=int, default=64, help="how many to calibrate on")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    photos = Photos(
+        args.root, CONFIG.image_size, count=args.images, seed=args.seed, on_corrupt="skip"
+    )
+    images = NormalisedImages(photos, CONFIG.pixel_mean, CONFIG.pixel_std)
+    pixels = np.stack([images[i] for i in range(len(images))])
+    model = ViT(CONFIG)
+    boxed = model.init(jax.random.key(args.seed), jnp.asarray(pixels[:1]))
+    planted = plant_register_neurons(model, nn.unbox(boxed)["params"], pixels, NEURONS)
+    record = {"family": "siglip2", "model": dataclasses.asdict(CONFIG), "source": "planted"}
+    save_converted(args.out, planted.params, record)
+    save_neurons(args.out / "planted.json", planted.neurons)
+    print(
+        f"{args.out}: encoder with {sum(map(len, NEURONS.values()))} register neurons, which make "
+        f"{int(planted.outliers.sum())} of {planted.outliers.size} patches outliers"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
