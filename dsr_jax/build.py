@@ -248,7 +248,12 @@ def make_state(
 
 def denoiser(model: nn.Module) -> Callable[[Params, Array, Array, Array], Array]:
     """The model as a function `(params, x, t, labels) -> out`."""
-    return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
+
+    def apply(params: Params, x: Array, t: Array, labels: Array) -> Array:
+        out: Any = model.apply({"params": params}, x, t, labels)
+        return out
+
+    return apply
 
 
 def restore_converted(

@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from dsr_jax.core import files
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.provenance import provenance
-
-ConfigDict = ml_collections.ConfigDict
 
 # A change of these makes the parameters of an existing run meaningless.
 ARCHITECTURE_SECTIONS = ("model", "registers", "space")

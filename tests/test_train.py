@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax import build, train
+from dsr_jax import train
 from dsr_jax import config as configs
 from dsr_jax.core.errors import CheckpointError, ConfigError, DsrError, MeshError, NumericsError
 from dsr_jax.core.files import read_json
-from dsr_jax.core.trees import flatten_names
-from dsr_jax.parallel.axes import Constrain
-from dsr_jax.parallel.shardings import fetch
 from dsr_jax.telemetry.writers import read_metrics
-from dsr_jax.training.checkpoints import Checkpoints, list_steps
+from dsr_jax.training.checkpoints import list_steps
 from tests.programs import quick_programs
+from tests.runs import final_state
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = f"--config={REPOSITORY / 'configs' / 'digits.py'}:runlocal"
@@ -54,17 +52,6 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def start(workdir: Path, *overrides: str) -> int:
     """Runs the command on the tiny config."""
     return train.main([DIGITS, f"--workdir={workdir}", *TINY, *overrides])
-
-
-def final_state(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint, by name."""
-    config = configs.load_run(workdir)
-    mesh, rules = build.make_mesh(config), build.make_rules(config)
-    space, _ = build.make_space(config)
-    model = build.make_model(config, space, Constrain(rules, mesh))
-    abstract, _ = build.make_state(config, model, space, build.make_optimizer(config), mesh, rules)
-    with Checkpoints(workdir / "checkpoints", every_steps=1) as checkpoints:
-        return flatten_names(fetch(checkpoints.restore(abstract)[0]))
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:

@@ -88,11 +88,11 @@ def read_encoder(
             f"{folder} holds no config.json, which says what encoder this is",
             "give --config with the encoder's snapshot folder or hub id",
         )
+    sizes = config_from_hub(read_json(folder / "config.json"))
     processor = folder / "preprocessor_config.json"
-    sizes = dataclasses.replace(
-        config_from_hub(read_json(folder / "config.json")),
-        **pixel_statistics(read_json(processor)) if processor.is_file() else {},
-    )
+    if processor.is_file():
+        statistics: dict[str, Any] = pixel_statistics(read_json(processor))
+        sizes = dataclasses.replace(sizes, **statistics)
     state = take_encoder(read_state(path, entry), sizes.family)
     return sizes, torch_to_flax(state, encoder_rules(sizes))
 
@@ -140,8 +140,9 @@ def load_encoder(folder: str | Path) -> tuple[ViTConfig, Params]:
 
 def config_of_record(record: Mapping[str, Any]) -> ViTConfig:
     """Sizes and flags that a conversion of an encoder wrote down."""
-    model = record["model"].items()
-    return ViTConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in model})
+    model: dict[str, Any] = record["model"]
+    lists = {key: tuple(value) for key, value in model.items() if isinstance(value, list)}
+    return ViTConfig(**{**model, **lists})
 
 
 def add_encoder_commands(families: Any) -> None:

@@ -4,6 +4,7 @@ Source: DSR stage2/transport/{transport,integrators}.py; spec denoiser 6.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def sample_ode(
         states = solvers.dopri5(velocity, noise, grid, rtol, atol, error_norm)
         return states if return_trajectory else states[-1]
 
-    def step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Array | None]:
+    def step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Any]:
         x = solvers.fixed_step(velocity, x, *times, method)
         return x, x if return_trajectory else None
 
@@ -152,7 +153,7 @@ def sample_sde(
         out = predict(x, t)
         return objective.velocity(out, x, t) - diffusion(x, t) * objective.score(out, x, t)
 
-    def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+    def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         start, end, index = inputs
         dt = start - end
         kick = jnp.sqrt(2 * diffusion(x, start) * dt) * step_noise(index)

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.layers import Dense, LayerNorm, RMSNorm, SplitDense
+from dsr_jax.models.layers import Dense, LayerNorm, RMSNorm, SplitDense, add_param
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rotate
 from dsr_jax.parallel.axes import Constrain
@@ -165,9 +165,8 @@ class Attention(nn.Module):
         )
 
     def _prepend(self, name: str, x: Array) -> Array:
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(0.02), (None, "heads", None, "head_dim")
-        )
-        token = self.param(name, init, (1, x.shape[2], 1, x.shape[3])).transpose(0, 2, 1, 3)
+        axes, shape = (None, "heads", None, "head_dim"), (1, x.shape[2], 1, x.shape[3])
+        token = add_param(self, name, nn.initializers.normal(0.02), axes, shape)
+        token = token.transpose(0, 2, 1, 3)
         token = jnp.broadcast_to(token, (x.shape[0], 1, *x.shape[2:]))
         return jnp.concatenate([token.astype(x.dtype), x], axis=1)

@@ -19,7 +19,7 @@ from dsr_jax.models.embeddings import (
     sincos_init,
     unpatchify,
 )
-from dsr_jax.models.layers import Dense, zeros
+from dsr_jax.models.layers import Dense, add_param, zeros
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rope_tables
 from dsr_jax.parallel.axes import Constrain
@@ -202,8 +202,7 @@ class LightningDiT(nn.Module):
         )
 
     def _table(self, name: str, rows: int, init: nn.initializers.Initializer) -> Array:
-        boxed = nn.with_logical_partitioning(init, (None, "tokens", "embed"))
-        return self.param(name, boxed, (1, rows, self.hidden_size))
+        return add_param(self, name, init, (None, "tokens", "embed"), (1, rows, self.hidden_size))
 
     def _rope(self, grid: int, num_prefix: int = 0) -> Rope | None:
         if not self.use_rope:

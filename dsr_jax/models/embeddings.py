@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.core.typing import Array
-from dsr_jax.models.layers import Dense, Initializer
+from dsr_jax.models.layers import Dense, Initializer, add_param
 from dsr_jax.models.precision import Precision
 
 
@@ -95,10 +95,8 @@ class FourierTimeEmbed(nn.Module):
     @nn.compact
     def __call__(self, t: Array) -> Array:
         """Maps t [B] to [B, D]."""
-        frequencies = self.param(
-            "W",
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("frequencies",)),
-            (self.num_frequencies,),
+        frequencies = add_param(
+            self, "W", nn.initializers.normal(1.0), ("frequencies",), (self.num_frequencies,)
         )
         t = self.precision.island("time_embedding", t)
         angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
@@ -138,6 +136,6 @@ class LabelTable(nn.Module):
     @nn.compact
     def __call__(self, labels: Array) -> Array:
         """Looks up [B] -> [B, D]."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("classes", "embed"))
-        table = self.param("embedding", init, (self.rows, self.width))
+        init, shape = nn.initializers.normal(0.02), (self.rows, self.width)
+        table = add_param(self, "embedding", init, ("classes", "embed"), shape)
         return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)

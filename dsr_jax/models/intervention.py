@@ -10,6 +10,7 @@ encoder 5.
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
@@ -37,7 +38,7 @@ class Intervention:
         second pass of the released search does (spec encoder 14.2); for imitation only.
     """
 
-    mask: Array
+    mask: Array | np.ndarray
     num_registers: int = flax.struct.field(pytree_node=False, default=1)
     scale: float | tuple[float, ...] = flax.struct.field(pytree_node=False, default=1.0)
     normal_values: str = flax.struct.field(pytree_node=False, default="zero")
@@ -81,7 +82,7 @@ class Intervention:
         """
         rows = activations.shape[1]
         place = jnp.arange(rows)[:, None]
-        moved = _signed_maximum(activations, self.mask, self.shared_maximum)
+        moved = _signed_maximum(activations, jnp.asarray(self.mask), self.shared_maximum)
         scale = jnp.asarray(self.scale, activations.dtype)
         # [B, 1, M] or, with a factor for each register, [B, S, M] whose last R rows are used.
         if scale.ndim:

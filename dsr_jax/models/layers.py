@@ -1,6 +1,7 @@
 """Projections, norms and feed-forward blocks shared by all networks."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,18 @@ def flattened(init: Initializer, num_inputs: int) -> Initializer:
         return init(key, (rows, int(np.prod(shape)) // rows), dtype).reshape(shape)
 
     return initialise
+
+
+def add_param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+) -> Array:
+    """Adds a parameter whose dimensions are named to the module whose compact method calls it."""
+    boxed: Any = nn.with_logical_partitioning(init, tuple(axes))
+    return module.param(name, boxed, tuple(shape))
 
 
 def linear(
@@ -72,15 +85,11 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps [..., *in] to [..., *features] in the compute dtype."""
         n = self.num_inputs
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(flattened(self.kernel_init, n), self.axes),
-            (*x.shape[x.ndim - n :], *self.features),
-        )
+        shape = (*x.shape[x.ndim - n :], *self.features)
+        kernel = add_param(self, "kernel", flattened(self.kernel_init, n), self.axes, shape)
         bias = None
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[n:])
-            bias = self.param("bias", bias_init, self.features)
+            bias = add_param(self, "bias", self.bias_init, self.axes[n:], self.features)
         return linear(x, kernel, bias, n, self.precision)
 
 
@@ -110,11 +119,9 @@ class SplitDense(nn.Module):
         """Maps [..., D] to `count` arrays [..., *features] in the compute dtype."""
         shape = (self.count, *self.features)
         axes = (self.axes[0], None, *self.axes[1:])
-        init = nn.with_logical_partitioning(flattened(xavier_uniform, 1), axes)
-        kernel = self.param("kernel", init, (x.shape[-1], *shape))
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", nn.with_logical_partitioning(zeros, axes[1:]), shape)
+        init = flattened(xavier_uniform, 1)
+        kernel = add_param(self, "kernel", init, axes, (x.shape[-1], *shape))
+        bias = add_param(self, "bias", zeros, axes[1:], shape) if self.use_bias else None
         return tuple(
             linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
             for i in range(self.count)
@@ -137,7 +144,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalises the last dimension of [..., D]."""
-        scale = self.param("scale", nn.with_logical_partitioning(ones, (self.axis,)), x.shape[-1:])
+        scale = add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
         wide = self.precision.island("norm", x)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * inverse).astype(x.dtype) * scale
@@ -166,9 +173,8 @@ class LayerNorm(nn.Module):
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = (centred * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
         if self.affine:
-            size = x.shape[-1:]
-            y = y * self.param("scale", nn.with_logical_partitioning(ones, (self.axis,)), size)
-            y = y + self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), size)
+            y = y * add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
+            y = y + add_param(self, "bias", zeros, (self.axis,), x.shape[-1:])
         return y
 
 

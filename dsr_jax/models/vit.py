@@ -16,7 +16,7 @@ from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope, attend
 from dsr_jax.models.embeddings import patchify
 from dsr_jax.models.intervention import Intervention
-from dsr_jax.models.layers import Dense, LayerNorm, ones
+from dsr_jax.models.layers import Dense, LayerNorm, add_param, ones
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.resample import resample
 from dsr_jax.models.rope import centred_rope_tables, rotate_halves
@@ -150,8 +150,7 @@ class ViTBlock(nn.Module):
         y = self.precision.island("residual", y)
         if not self.config.use_layer_scale:
             return y
-        init = nn.with_logical_partitioning(ones, ("embed",))
-        return y * self.param(f"ls{number}", init, y.shape[-1:])
+        return y * add_param(self, f"ls{number}", ones, ("embed",), y.shape[-1:])
 
 
 class ViTAttention(nn.Module):
@@ -308,8 +307,9 @@ class ViT(nn.Module):
         return jnp.concatenate([*front, patches], axis=1)
 
     def _token(self, name: str, rows: int) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "tokens", "embed"))
-        return self.param(name, init, (1, rows, self.config.hidden_size))
+        shape = (1, rows, self.config.hidden_size)
+        init = nn.initializers.normal(0.02)
+        return add_param(self, name, init, (None, "tokens", "embed"), shape)
 
     def _rope(self, rows: int, columns: int, length: int) -> Rope | None:
         """Tables [S, K] that leave everything but the patches where it is."""

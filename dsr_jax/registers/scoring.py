@@ -29,7 +29,7 @@ class Criterion:
     """Which tokens are outliers, and which units may score.
 
     Attributes:
-      threshold: Outliers are tokens whose norm is greater.
+      threshold: Outliers are tokens whose norm is greater; may be traced.
       mean_token: Adds the mean over the sequence as a row of its own, of the outputs and of the
         activations. The original code was written for encoders with a class token in row 0 and
         puts this row there for SigLIP2; it can be an outlier like any other.
@@ -38,7 +38,7 @@ class Criterion:
       sparsity: The filter, or None.
     """
 
-    threshold: float
+    threshold: float | Array
     mean_token: bool = True
     num_prefix: int = 0
     num_suffix: int = 0
@@ -103,9 +103,9 @@ class ScoreTable:
 
     def add(self, scores: np.ndarray, outliers: np.ndarray) -> None:
         """Adds the tables [B, L, M] of a batch with the marks [B, rows] that they belong to."""
-        counted = outliers.any(axis=1)
-        self.images += len(counted)
-        self.counted += int(counted.sum())
+        counted = np.any(outliers, axis=1)
+        self.images += len(outliers)
+        self.counted += int(np.sum(counted))
         self._sum += scores[counted].sum(axis=0, dtype=np.float64)
 
     @property

@@ -36,7 +36,7 @@ class NormalisedImages:
 
     def __init__(self, source: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self._source = source
-        self._mean, self._std = np.float32(mean), np.float32(std)
+        self._mean, self._std = (np.asarray(x, np.float32) for x in (mean, std))
 
     def __len__(self) -> int:
         return len(self._source)
