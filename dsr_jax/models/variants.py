@@ -87,3 +87,12 @@ ENCODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """Fields of `models.vit.ViTConfig` by name.  Source: spec encoder 1."""
+
+DECODERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "ViTB": {"hidden_size": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+        "ViTL": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
+        "ViTXL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_dim": 4096},
+    }
+)
+"""Fields of `models.decoder.DecoderConfig` by the official names.  Source: spec encoder 7."""

@@ -14,9 +14,18 @@ import jax.numpy as jnp
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope, attend
+from dsr_jax.models.blocks import make_stack
 from dsr_jax.models.embeddings import patchify
 from dsr_jax.models.intervention import Intervention
-from dsr_jax.models.layers import Dense, LayerNorm, add_param, ones
+from dsr_jax.models.layers import (
+    TORCH_DEFAULT,
+    XAVIER,
+    Dense,
+    LayerNorm,
+    LinearInit,
+    add_param,
+    ones,
+)
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.resample import resample
 from dsr_jax.models.rope import centred_rope_tables, rotate_halves
@@ -49,6 +58,7 @@ class ViTConfig:
       gated_mlp: `fc2(act(gate(x)) * fc1(x))`.
       position_resampling: Method of `resample` for the position table; "" for no table.
       rope_theta: Base of the rotary position of patches; 0 for none.
+      torch_init: Projections start as PyTorch's do, which matters where blocks are trained.
       pixel_mean: Mean of each channel that images are normalised by, for values in [0, 1].
       pixel_std: Standard deviation likewise.
     """
@@ -69,6 +79,7 @@ class ViTConfig:
     gated_mlp: bool = False
     position_resampling: str = "bicubic"
     rope_theta: float = 0.0
+    torch_init: bool = False
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -81,6 +92,11 @@ class ViTConfig:
             raise ConfigError(
                 f"activation={self.activation!r}", f"choose from {', '.join(ACTIVATIONS)}"
             )
+
+    @property
+    def linear_init(self) -> LinearInit:
+        """Start of the projections."""
+        return TORCH_DEFAULT if self.torch_init else XAVIER
 
     @property
     def num_prefix(self) -> int:
@@ -169,7 +185,14 @@ class ViTAttention(nn.Module):
 
         def project(name: str, use_bias: bool = True) -> Array:
             axes = ("embed", "heads", "head_dim")
-            return Dense(heads, axes, use_bias=use_bias, precision=self.precision, name=name)(x)
+            return Dense(
+                heads,
+                axes,
+                use_bias=use_bias,
+                init=config.linear_init,
+                precision=self.precision,
+                name=name,
+            )(x)
 
         q, k, v = project("q"), project("k", config.key_bias), project("v")
         if rope is not None:
@@ -180,6 +203,7 @@ class ViTAttention(nn.Module):
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
             num_inputs=2,
+            init=config.linear_init,
             precision=self.precision,
             name="out",
         )(attend(q, k, v, self.attention))
@@ -204,10 +228,43 @@ class ViTMlp(nn.Module):
             self.sow("intermediates", "mlp_act_before", hidden)
             hidden = intervention(hidden)
         self.sow("intermediates", "mlp_act", hidden)
-        return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="fc2")(hidden)
+        return self._project("fc2", x.shape[-1], ("mlp", "embed"))(hidden)
 
     def _into(self, name: str) -> nn.Module:
-        return Dense((self.config.mlp_dim,), ("embed", "mlp"), precision=self.precision, name=name)
+        return self._project(name, self.config.mlp_dim, ("embed", "mlp"))
+
+    def _project(self, name: str, features: int, axes: tuple[str, str]) -> nn.Module:
+        init = self.config.linear_init
+        return Dense((features,), axes, init=init, precision=self.precision, name=name)
+
+
+def make_vit_stack(
+    config: ViTConfig,
+    attention: str,
+    precision: Precision,
+    constrain: Constrain,
+    remat: str = "none",
+) -> nn.Module:
+    """The stack `blocks` as one scan: `(tokens, intervention, rope) -> (tokens, None)`.
+
+    Args:
+      config: Sizes and flags.
+      attention: Attention kernel.
+      precision: Dtype policy.
+      constrain: Layout of activations.
+      remat: What the backward pass recomputes: "none", "full" or "dots".
+    """
+    return make_stack(
+        config.depth,
+        remat,
+        "blocks",
+        ViTBlock,
+        (0, nn.broadcast),
+        config=config,
+        attention=attention,
+        precision=precision,
+        constrain=constrain,
+    )
 
 
 class ViT(nn.Module):
@@ -248,14 +305,7 @@ class ViT(nn.Module):
         if intervention is not None:
             tokens = intervention.append_registers(tokens)
         self.sow("intermediates", "embeddings", tokens)
-        blocks = nn.scan(
-            ViTBlock,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=config.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.attention, self.precision, self.constrain, name="blocks")
+        blocks = make_vit_stack(config, self.attention, self.precision, self.constrain)
         tokens, _ = blocks(tokens, intervention, self._rope(rows, columns, tokens.shape[1]))
         patches = tokens[:, config.num_prefix : config.num_prefix + rows * columns]
         return EncoderOutput(LayerNorm(config.layer_norm_eps)(patches), patches)
