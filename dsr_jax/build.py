@@ -26,7 +26,7 @@ from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.objectives import make_objective as objective_by_name
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
-from dsr_jax.models.blocks import swiglu_width
+from dsr_jax.models.blocks import mlp_width
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.precision import Precision
 from dsr_jax.parallel import mesh as meshes
@@ -115,7 +115,7 @@ def forward_flops(model: LightningDiT) -> int:
     return flops.dit_forward_flops(
         hidden=width,
         depth=model.depth,
-        mlp_hidden=swiglu_width(width, ratio) if model.use_swiglu else int(width * ratio),
+        mlp_hidden=mlp_width(width, ratio, model.use_swiglu),
         tokens=(model.input_size // model.patch_size) ** 2,
         patch_inputs=channels,
         patch_outputs=channels * (2 if model.learn_sigma else 1),

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsr_jax.convert.rules import CONV, LINEAR, Rule, RuleSet, cut_stacks, linear, shapes_of, vector
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.models.blocks import swiglu_width
+from dsr_jax.models.blocks import mlp_width
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.rope import rope_tables
 
@@ -86,7 +86,7 @@ def rope_buffers(model: LightningDiT) -> dict[str, np.ndarray]:
 
 def _feed_forward(model: LightningDiT) -> list[Rule]:
     if model.use_swiglu:
-        hidden = swiglu_width(model.hidden_size, model.mlp_ratio)
+        hidden = mlp_width(model.hidden_size, model.mlp_ratio, True)
         w12 = _pair("mlp.w12", "mlp/w12", linear(outputs=(2, hidden)), vector(2, hidden))
         return [*w12, *_pair("mlp.w3", "mlp/w3")]
     return [*_pair("mlp.fc1", "mlp/fc1"), *_pair("mlp.fc2", "mlp/fc2")]
@@ -164,6 +164,6 @@ def _infer_ratio(width: int, hidden: int, swiglu: bool) -> float:
     """A ratio that gives `hidden` units; halves and quarters are tried before odd values."""
     for quarters in range(1, 65):
         ratio = quarters / 4
-        if (swiglu_width(width, ratio) if swiglu else int(width * ratio)) == hidden:
+        if mlp_width(width, ratio, swiglu) == hidden:
             return ratio
     raise ConversionError(f"{hidden} hidden units fit no simple mlp_ratio of width {width}")

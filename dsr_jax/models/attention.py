@@ -9,7 +9,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.layers import Dense, LayerNorm, RMSNorm, SplitDense, add_param
+from dsr_jax.models.layers import (
+    XAVIER,
+    Dense,
+    LayerNorm,
+    LinearInit,
+    RMSNorm,
+    SplitDense,
+    add_param,
+)
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rotate
 from dsr_jax.parallel.axes import Constrain
@@ -119,6 +127,7 @@ class Attention(nn.Module):
       kernel: See `attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
+      init: Start of the projections.
     """
 
     num_heads: int
@@ -128,6 +137,7 @@ class Attention(nn.Module):
     kernel: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
+    init: LinearInit = XAVIER
 
     @nn.compact
     def __call__(self, x: Array, rope: Rope | None = None) -> Array:
@@ -137,6 +147,7 @@ class Attention(nn.Module):
             3,
             (heads, head_dim),
             ("embed", "heads", "head_dim"),
+            init=self.init,
             precision=self.precision,
             name="qkv",
         )(x)
@@ -153,6 +164,7 @@ class Attention(nn.Module):
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
             num_inputs=2,
+            init=self.init,
             precision=self.precision,
             name="proj",
         )(mixed)

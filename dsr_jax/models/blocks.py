@@ -11,7 +11,16 @@ import jax
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import ATTENTION_RESIDUALS, Attention, Rope
-from dsr_jax.models.layers import Dense, LayerNorm, Mlp, RMSNorm, SwiGLU, zeros
+from dsr_jax.models.layers import (
+    XAVIER,
+    Dense,
+    LayerNorm,
+    LinearInit,
+    Mlp,
+    RMSNorm,
+    SwiGLU,
+    zeros,
+)
 from dsr_jax.models.precision import Precision
 from dsr_jax.parallel.axes import Constrain
 
@@ -26,9 +35,10 @@ REMAT_POLICIES = {
 """What the backward pass keeps of a block: everything, only its input, or products of weights."""
 
 
-def swiglu_width(width: int, mlp_ratio: float) -> int:
-    """Hidden units of SwiGLU: two thirds of the MLP's, truncated as in the original."""
-    return int(2 / 3 * int(width * mlp_ratio))
+def mlp_width(width: int, mlp_ratio: float, use_swiglu: bool) -> int:
+    """Hidden units of the feed-forward; SwiGLU has two thirds, truncated as in the original."""
+    hidden = int(width * mlp_ratio)
+    return int(2 / 3 * hidden) if use_swiglu else hidden
 
 
 def make_norm(use_rmsnorm: bool, name: str, precision: Precision) -> nn.Module:
@@ -77,6 +87,7 @@ class Block(nn.Module):
       attention: Attention kernel.
       precision: Dtype policy.
       constrain: Layout of activations.
+      init: Start of all linear layers but the modulation, which starts at zero.
     """
 
     num_heads: int
@@ -88,10 +99,14 @@ class Block(nn.Module):
     attention: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
+    init: LinearInit = XAVIER
 
     @nn.compact
     def __call__(self, x: Array, condition: Array, rope: Rope | None) -> tuple[Array, None]:
-        """Maps tokens [B, L, D] to [B, L, D]; returned as a scan's (carry, output)."""
+        """Maps tokens [B, L, D] to [B, L, D]; returned as a scan's (carry, output).
+
+        The condition is [B, D], or [B, L, D] where each token has its own.
+        """
         width = x.shape[-1]
         x = self.constrain(x, "act_batch", "act_len", "act_embed")
         vectors = modulation(condition, 6, width, self.precision)
@@ -108,6 +123,7 @@ class Block(nn.Module):
             self.attention,
             self.precision,
             self.constrain,
+            self.init,
             name="attn",
         )(normed * (1 + scale_attn) + shift_attn, rope)
         self.sow("intermediates", "attn_out", mixed)
@@ -121,20 +137,28 @@ class Block(nn.Module):
         return x, None
 
     def _feed_forward(self, width: int) -> nn.Module:
-        if self.use_swiglu:
-            hidden = swiglu_width(width, self.mlp_ratio)
-            return SwiGLU(hidden, self.precision, name="mlp")
-        return Mlp(int(width * self.mlp_ratio), precision=self.precision, name="mlp")
+        hidden = mlp_width(width, self.mlp_ratio, self.use_swiglu)
+        kind = SwiGLU if self.use_swiglu else Mlp
+        return kind(hidden, init=self.init, precision=self.precision, name="mlp")
 
 
-def make_stack(depth: int, remat: str, name: str, **block: Any) -> nn.Module:
+def make_stack(
+    depth: int,
+    remat: str,
+    name: str,
+    block: type[nn.Module] = Block,
+    in_axes: tuple[Any, ...] = (nn.broadcast, nn.broadcast),
+    **attributes: Any,
+) -> nn.Module:
     """Returns `depth` blocks as one scan; parameters and intermediates get a leading layer axis.
 
     Args:
       depth: Number of blocks.
       remat: A name in REMAT_POLICIES.
       name: The stack's name in the parameter tree.
-      **block: Attributes of `Block`.
+      block: Class of the blocks, which return (carry, None).
+      in_axes: For each input behind the carry, the axis that the scan runs over, or `nn.broadcast`.
+      **attributes: Attributes of each block.
 
     Raises:
       ConfigError: If the policy's name is unknown.
@@ -143,15 +167,15 @@ def make_stack(depth: int, remat: str, name: str, **block: Any) -> nn.Module:
         raise ConfigError(
             f"config.model.remat={remat!r}", f"choose from {', '.join(REMAT_POLICIES)}"
         )
-    target: Any = Block
+    target: Any = block
     if remat != "none":
         # A scan keeps its iterations apart by itself; CSE barriers would only cost time.
-        target = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+        target = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         target,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=in_axes,
         length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(name=name, **block)
+    )(name=name, **attributes)

@@ -1,12 +1,14 @@
 """Patches, positions, time and labels as vectors of the model's width."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.core.typing import Array
-from dsr_jax.models.layers import Dense, Initializer, add_param
+from dsr_jax.models.layers import XAVIER, Dense, Initializer, LinearInit, add_param
 from dsr_jax.models.precision import Precision
 
 
@@ -85,11 +87,13 @@ class FourierTimeEmbed(nn.Module):
     Attributes:
       width: Model width D.
       num_frequencies: Entries of the frequency vector W.
+      init: Start of the layers' biases; their kernels are always normal.
       precision: Dtype policy.
     """
 
     width: int
     num_frequencies: int = 256
+    init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
@@ -101,13 +105,9 @@ class FourierTimeEmbed(nn.Module):
         t = self.precision.island("time_embedding", t)
         angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        init = nn.initializers.normal(0.02)
-        hidden = Dense((self.width,), ("frequencies", "embed"), kernel_init=init, name="mlp_0")(
-            features
-        )
-        return Dense((self.width,), ("embed", None), kernel_init=init, name="mlp_2")(
-            jax.nn.silu(hidden)
-        )
+        shared: Any = {"kernel_init": nn.initializers.normal(0.02), "init": self.init}
+        hidden = Dense((self.width,), ("frequencies", "embed"), **shared, name="mlp_0")(features)
+        return Dense((self.width,), ("embed", None), **shared, name="mlp_2")(jax.nn.silu(hidden))
 
 
 class LabelEmbed(nn.Module):

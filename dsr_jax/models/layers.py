@@ -1,6 +1,7 @@
 """Projections, norms and feed-forward blocks shared by all networks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,35 @@ Initializer = Callable[..., Array]
 xavier_uniform: Initializer = nn.initializers.xavier_uniform()
 zeros: Initializer = nn.initializers.zeros_init()
 ones: Initializer = nn.initializers.ones_init()
+
+
+def fan_in_uniform(fan_in: int) -> Initializer:
+    """Uniform within 1/sqrt(fan_in): what torch gives a linear layer's kernel and bias."""
+    bound = fan_in**-0.5
+
+    def initialise(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+    return initialise
+
+
+@dataclass(frozen=True)
+class LinearInit:
+    """How the linear layers of a block start.
+
+    Attributes:
+      kernel: Initialiser of a kernel by its fan-in.
+      bias: Initialiser of a bias by the same fan-in.
+    """
+
+    kernel: Callable[[int], Initializer]
+    bias: Callable[[int], Initializer]
+
+
+XAVIER = LinearInit(lambda _: xavier_uniform, lambda _: zeros)
+"""Xavier-uniform kernels, zero biases: LightningDiT."""
+TORCH_DEFAULT = LinearInit(fan_in_uniform, fan_in_uniform)
+"""What torch's linear layers have unless told otherwise: the head model (spec denoiser 2.3)."""
 
 
 def flattened(init: Initializer, num_inputs: int) -> Initializer:
@@ -68,8 +98,8 @@ class Dense(nn.Module):
       axes: Logical axes of the kernel, input dimensions first.
       num_inputs: How many trailing dimensions of the input are contracted.
       use_bias: Adds a bias of shape `features`.
-      kernel_init: Initialiser of the flattened [in, out] matrix.
-      bias_init: Initialiser of the bias; receives the flat shape [out].
+      init: Start of kernel and bias.
+      kernel_init: Initialiser of the flattened [in, out] matrix; replaces that of `init`.
       precision: Dtype policy.
     """
 
@@ -77,8 +107,8 @@ class Dense(nn.Module):
     axes: tuple[str | None, ...]
     num_inputs: int = 1
     use_bias: bool = True
-    kernel_init: Initializer = xavier_uniform
-    bias_init: Initializer = zeros
+    init: LinearInit = XAVIER
+    kernel_init: Initializer | None = None
     precision: Precision = Precision()
 
     @nn.compact
@@ -86,10 +116,13 @@ class Dense(nn.Module):
         """Maps [..., *in] to [..., *features] in the compute dtype."""
         n = self.num_inputs
         shape = (*x.shape[x.ndim - n :], *self.features)
-        kernel = add_param(self, "kernel", flattened(self.kernel_init, n), self.axes, shape)
+        fan_in = int(np.prod(shape[:n]))
+        init = flattened(self.kernel_init or self.init.kernel(fan_in), n)
+        kernel = add_param(self, "kernel", init, self.axes, shape)
         bias = None
         if self.use_bias:
-            bias = add_param(self, "bias", self.bias_init, self.axes[n:], self.features)
+            init = self.init.bias(fan_in)
+            bias = add_param(self, "bias", init, self.axes[n:], self.features)
         return linear(x, kernel, bias, n, self.precision)
 
 
@@ -105,6 +138,7 @@ class SplitDense(nn.Module):
       features: Dimensions of each output.
       axes: Logical axes of one output's kernel, input dimension first.
       use_bias: Adds a bias of shape `features` to each.
+      init: Start of the fused kernel and bias.
       precision: Dtype policy.
     """
 
@@ -112,6 +146,7 @@ class SplitDense(nn.Module):
     features: tuple[int, ...]
     axes: tuple[str | None, ...]
     use_bias: bool = True
+    init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
@@ -119,9 +154,12 @@ class SplitDense(nn.Module):
         """Maps [..., D] to `count` arrays [..., *features] in the compute dtype."""
         shape = (self.count, *self.features)
         axes = (self.axes[0], None, *self.axes[1:])
-        init = flattened(xavier_uniform, 1)
-        kernel = add_param(self, "kernel", init, axes, (x.shape[-1], *shape))
-        bias = add_param(self, "bias", zeros, axes[1:], shape) if self.use_bias else None
+        fan_in = x.shape[-1]
+        init = flattened(self.init.kernel(fan_in), 1)
+        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
+        bias = None
+        if self.use_bias:
+            bias = add_param(self, "bias", self.init.bias(fan_in), axes[1:], shape)
         return tuple(
             linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
             for i in range(self.count)
@@ -183,20 +221,21 @@ class SwiGLU(nn.Module):
 
     Attributes:
       hidden: Width M of each half.
+      init: Start of the layers.
       precision: Dtype policy.
     """
 
     hidden: int
+    init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., D] to [..., D]."""
-        gate, value = SplitDense(
-            2, (self.hidden,), ("embed", "mlp"), precision=self.precision, name="w12"
-        )(x)
+        shared: Any = {"init": self.init, "precision": self.precision}
+        gate, value = SplitDense(2, (self.hidden,), ("embed", "mlp"), **shared, name="w12")(x)
         hidden = jax.nn.silu(gate) * value
-        return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="w3")(hidden)
+        return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="w3")(hidden)
 
 
 class Mlp(nn.Module):
@@ -205,16 +244,19 @@ class Mlp(nn.Module):
     Attributes:
       hidden: Width M between the two layers.
       approximate: Tanh approximation of GELU (timm's DiT) instead of the exact one.
+      init: Start of the layers.
       precision: Dtype policy.
     """
 
     hidden: int
     approximate: bool = True
+    init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., D] to [..., D]."""
-        y = Dense((self.hidden,), ("embed", "mlp"), precision=self.precision, name="fc1")(x)
+        shared: Any = {"init": self.init, "precision": self.precision}
+        y = Dense((self.hidden,), ("embed", "mlp"), **shared, name="fc1")(x)
         y = jax.nn.gelu(y, approximate=self.approximate)
-        return Dense(x.shape[-1:], ("mlp", "embed"), precision=self.precision, name="fc2")(y)
+        return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="fc2")(y)

@@ -1,0 +1,234 @@
+"""What denoisers with diffusion registers share: sizes, tables, registers and scanned depth.
+
+Source: DSR lightningDiT.py and DDT.py; paper section "diffusion registers"; spec denoiser 1 to 3.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.attention import Rope
+from dsr_jax.models.blocks import make_norm, make_stack, modulation
+from dsr_jax.models.embeddings import sincos_init
+from dsr_jax.models.layers import Dense, add_param, zeros
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.rope import rope_tables
+from dsr_jax.parallel.axes import Constrain
+
+
+def check_heads(hidden_size: int, num_heads: int, use_rope: bool, prefix: str = "") -> None:
+    """Checks that the width divides into heads, and each head into what rope turns.
+
+    Args:
+      hidden_size: Width D.
+      num_heads: Heads H.
+      use_rope: Whether heads are rotated.
+      prefix: What the config puts before the names of the two keys.
+
+    Raises:
+      ConfigError: Naming the keys and a value that would do.
+    """
+    unit = num_heads * (4 if use_rope else 1)
+    if hidden_size % unit or hidden_size % 4:
+        raise ConfigError(
+            f"config.model.{prefix}hidden_size={hidden_size} does not divide into "
+            f"{prefix}num_heads={num_heads} "
+            f"heads{' of a multiple of 4 channels, as rope needs' if use_rope else ''}",
+            f"use a multiple of {math.lcm(unit, 4)}",
+        )
+
+
+def check_registers(num_registers: int, register_start: int, depth: int) -> None:
+    """Checks that registers form a square grid and join before a block that exists.
+
+    Raises:
+      ConfigError: Naming the key and a value that would do.
+    """
+    if not num_registers:
+        return
+    side = math.isqrt(max(num_registers, 0))
+    if side * side != num_registers:
+        raise ConfigError(
+            f"config.registers.num={num_registers} is not a square number: registers carry the "
+            "positions of a square grid",
+            f"use {side * side or 1} or {(side + 1) ** 2}",
+        )
+    if not 0 <= register_start < depth:
+        raise ConfigError(
+            f"config.registers.start={register_start} lies outside blocks 0..{depth - 1}",
+            "the paper starts at block 4 of 12 and at block 8 of 28",
+        )
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to pixels, zero at the start.
+
+    Attributes:
+      features: Outputs p*p*C per token.
+      use_rmsnorm: RMSNorm with scale, else LayerNorm without.
+      use_norm: False leaves the norm out (final_no_ln).
+      precision: Dtype policy.
+    """
+
+    features: int
+    use_rmsnorm: bool = True
+    use_norm: bool = True
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array, condition: Array) -> Array:
+        """Maps tokens [B, N, D] and a condition [B(, N), D] to [B, N, p*p*C] in float32."""
+        shift, scale = modulation(condition, 2, x.shape[-1], self.precision)
+        if self.use_norm:
+            x = make_norm(self.use_rmsnorm, "norm_final", self.precision)(x)
+        out = Dense(
+            (self.features,),
+            ("embed", None),
+            kernel_init=zeros,
+            precision=self.precision,
+            name="linear",
+        )(x * (1 + scale) + shift)
+        return self.precision.island("output", out)
+
+
+class Denoiser(nn.Module):
+    """Sizes and parts of a class-conditional diffusion transformer with optional registers.
+
+    Registers join in front of the patch tokens just before block `register_start` and take part in
+    every later block like patches, but without rotary position. Because the token count changes
+    there, the depth is two scanned stacks, `blocks_pre` and `blocks_reg`; without registers one,
+    `blocks`. Subclasses say what the tokens are and what becomes of them.
+
+    Attributes:
+      input_size: Side of the square input.
+      in_channels: Channels C of the input.
+      hidden_size: Width D.
+      depth: Number of blocks.
+      num_heads: Attention heads H.
+      num_classes: Classes K; label K means "no class".
+      patch_size: Side p of a patch.
+      mlp_ratio: Hidden units of the feed-forward per unit of width.
+      use_qknorm: Normalises q and k.
+      use_swiglu: SwiGLU, else an MLP with tanh-GELU.
+      use_rope: Rotary position in every block, besides the added sine-cosine table.
+      use_rmsnorm: RMSNorm with scale, else LayerNorm without.
+      num_registers: Register tokens R, a square number; 0 for none.
+      register_start: First block that sees the registers.
+      remat: What the backward pass recomputes: "none", "full" or "dots".
+      attention: Attention kernel, see `models.attention.attend`.
+      precision: Dtype policy.
+      constrain: Layout of activations.
+    """
+
+    input_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    patch_size: int = 1
+    mlp_ratio: float = 4.0
+    use_qknorm: bool = False
+    use_swiglu: bool = True
+    use_rope: bool = True
+    use_rmsnorm: bool = True
+    num_registers: int = 0
+    register_start: int = 0
+    remat: str = "none"
+    attention: str = "auto"
+    precision: Precision = Precision()
+    constrain: Constrain = Constrain()
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.input_size // self.patch_size
+
+    def check_sizes(self) -> None:
+        """Checks that sizes fit each other; the original crashes, or worse, where they do not.
+
+        Raises:
+          ConfigError: Naming the offending keys and a value that would do.
+        """
+        if self.input_size % self.patch_size:
+            raise ConfigError(
+                f"config.model.input_size={self.input_size} is not a multiple of "
+                f"patch_size={self.patch_size}"
+            )
+        check_heads(self.hidden_size, self.num_heads, self.use_rope)
+        check_registers(self.num_registers, self.register_start, self.depth)
+
+    def _table(self, name: str, rows: int, width: int, init: nn.initializers.Initializer) -> Array:
+        return add_param(self, name, init, (None, "tokens", "embed"), (1, rows, width))
+
+    def _positions(self) -> Array:
+        """Learned table [1, N, D] of the patches' positions."""
+        return self._table("pos_embed", self.grid**2, self.hidden_size, sincos_init(self.grid))
+
+    def _add_registers(self, tokens: Array, prefix: str = "") -> Array:
+        """Puts registers in front of the tokens: [B, N, D] -> [B, R+N, D]."""
+        num, width = self.num_registers, tokens.shape[-1]
+        side = math.isqrt(num)
+        learned = self._table(f"{prefix}register_tokens", num, width, nn.initializers.normal(1.0))
+        # Not `+=`: parameters may be NumPy arrays, which it would change in place.
+        registers = learned + self._table(
+            f"{prefix}register_pos_embed", num, width, sincos_init(side)
+        )
+        registers = jnp.broadcast_to(registers, (tokens.shape[0], *registers.shape[1:]))
+        return jnp.concatenate([registers, tokens], axis=1)
+
+    def _run_depth(self, tokens: Array, condition: Array, prefix: str = "", **block: Any) -> Array:
+        """Runs the whole depth; registers join on the way and stay in front.
+
+        Args:
+          tokens: [B, N, D].
+          condition: [B, D].
+          prefix: Put before the names of the stacks and of the registers' tables.
+          **block: Attributes of `models.blocks.Block` beyond those of the denoiser.
+
+        Returns:
+          [B, R+N, D].
+        """
+        num, start = self.num_registers, self.register_start
+        if not num:
+            return self._run_stack(
+                f"{prefix}blocks", self.depth, self.num_heads, tokens, condition, **block
+            )
+        if start:
+            tokens = self._run_stack(
+                f"{prefix}blocks_pre", start, self.num_heads, tokens, condition, **block
+            )
+        tokens = self._add_registers(tokens, prefix)
+        name, rest = f"{prefix}blocks_reg", self.depth - start
+        return self._run_stack(name, rest, self.num_heads, tokens, condition, **block)
+
+    def _run_stack(
+        self, name: str, depth: int, num_heads: int, tokens: Array, condition: Array, **block: Any
+    ) -> Array:
+        """Runs one scanned stack; tokens beyond the grid's are registers and stay unrotated."""
+        stack = make_stack(
+            depth,
+            self.remat,
+            name,
+            num_heads=num_heads,
+            mlp_ratio=self.mlp_ratio,
+            use_swiglu=self.use_swiglu,
+            use_rmsnorm=self.use_rmsnorm,
+            use_qknorm=self.use_qknorm,
+            attention=self.attention,
+            precision=self.precision,
+            constrain=self.constrain,
+            **block,
+        )
+        rope = self._rope(tokens.shape[-1] // num_heads, tokens.shape[1] - self.grid**2)
+        return stack(tokens, condition, rope)[0]
+
+    def _rope(self, head_dim: int, num_prefix: int) -> Rope | None:
+        if not self.use_rope:
+            return None
+        cos, sin = rope_tables(head_dim, self.grid, num_prefix)
+        return jnp.asarray(cos), jnp.asarray(sin)
