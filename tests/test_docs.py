@@ -1,0 +1,98 @@
+"""The documentation's commands parse, its files exist, its code runs."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsr_jax import config as configs
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+# What a reader has to put in, or what an earlier command made.
+OWN = {"PHOTOS", "SNAPSHOT", "NAME.npz"}
+
+
+def blocks(language: str) -> list[tuple[Path, str]]:
+    """All fenced blocks of a language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(page, code) for page in PAGES for code in fence.findall(page.read_text())]
+
+
+COMMANDS = sorted(
+    {
+        part.split(" #")[0].strip()
+        for _, code in blocks("bash")
+        for line in code.splitlines()
+        for part in line.split("&&")
+        if part.strip().startswith("python ")
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)[1:]
+    if words[0] == "-m":
+        assert words[1].startswith("dsr_jax"), command
+        name, arguments = words[1], words[2:]
+        name = f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name
+    else:
+        assert (ROOT / words[0]).is_file(), command
+        name, arguments = words[0].removesuffix(".py").replace("/", "."), words[1:]
+    overrides = [word for word in arguments if word.startswith("--config.")]
+    arguments = [word for word in arguments if not word.startswith("--config.")]
+
+    class Parsed(Exception):
+        """The command line was understood; nothing needs to run."""
+
+    parse = argparse.ArgumentParser.parse_known_args
+    found: list[argparse.Namespace] = []
+    depth = 0
+
+    def stop(self: argparse.ArgumentParser, args=None, namespace=None):  # noqa: ANN001, ANN202
+        nonlocal depth
+        depth += 1
+        try:
+            known, unknown = parse(self, args, namespace)
+        finally:
+            depth -= 1
+        if depth:
+            return known, unknown  # A subcommand's own parser.
+        assert not unknown, f"{command}: {unknown}"
+        found.append(known)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    module = importlib.import_module(name)
+    with pytest.raises(Parsed):
+        module.main(arguments)
+    config = getattr(found[0], "config", None)
+    if config:
+        assert configs.load(str(ROOT / config), overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda x: getattr(x, "name", ""))
+def test_code_runs(page: Path, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, str(page), "exec"), {"__name__": "__docs__"})
+    printed = capsys.readouterr().out.split("\n")
+    promised = re.findall(r"print\(.*\)  # (.*)", code)
+    assert printed[: len(promised)] == promised
+
+
+def test_the_readme_opens_with_its_two_commands() -> None:
+    code = [block for page, block in blocks("bash") if page.name == "README.md"]
+    assert code[0].startswith("pip install -e . -c constraints.txt && python -m dsr_jax.train")
+    assert code[1].strip() == "pip install -e '.[test]' -c constraints.txt && pytest"
+    assert sys.version_info >= (3, 11)
