@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsr_jax.convert.decoder import FAMILY as DECODER
+from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
 from dsr_jax.convert.files import load_converted, save_converted, source_record
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
@@ -20,6 +22,7 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.files import open_atomic, write_atomic
 from dsr_jax.core.trees import count_params
+from dsr_jax.models.decoder import DecoderConfig
 from dsr_jax.models.dit import LightningDiT
 
 _NOT_SIZES = ("parent", "name", "precision", "constrain", "remat", "attention")
@@ -61,6 +64,8 @@ def export(args: argparse.Namespace) -> None:
     params, record = load_converted(args.source)
     if record["family"] in FAMILIES:
         state = flax_to_torch(params, encoder_rules(config_of_record(record)))
+    elif record["family"] == DECODER:
+        state = flax_to_torch(params, decoder_rules(DecoderConfig(**record["model"])))
     else:
         model = LightningDiT(**record["model"])
         state = flax_to_torch(params, lightningdit_rules(model)) | rope_buffers(model)
@@ -103,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     dit.add_argument("--register-start", type=int, default=-1, help="first block with registers")
     dit.set_defaults(run=convert_lightningdit)
     add_encoder_commands(families)
+    add_decoder_command(families)
     back = families.add_parser("export", help="a converted folder back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")
     back.add_argument("--out", required=True, help="new .pt or .safetensors file")

@@ -215,20 +215,37 @@ def take_encoder(state: Mapping[str, np.ndarray], family: str) -> dict[str, np.n
 _BESIDE = tuple(f".{name}" for name in _OUTSIDE)
 
 
+class Table(NamedTuple):
+    """Rules outside the blocks, rules inside, the blocks' name, the names of q, k, v and out."""
+
+    top: list[Rule]
+    block: list[Rule]
+    layers: str
+    attention: tuple[str, ...]
+
+
 def encoder_rules(config: ViTConfig) -> RuleSet:
     """The table of an encoder, for names below its prefix."""
-    heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     table = _TABLES[config.family](config)
+    return RuleSet(
+        (*table.top, *stacked_rules(config, table)),
+        shapes_of(_abstract(config)),
+        _UNUSED[config.family],
+    )
+
+
+def stacked_rules(config: ViTConfig, table: Table) -> list[Rule]:
+    """The rules of the stack `blocks`, with those of attention, which all networks share."""
+    heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     into, bias = linear(outputs=(heads, head_dim)), vector(heads, head_dim)
     block = list(table.block)
     for name, source in zip("qkv", table.attention, strict=False):
         block.append(Rule(f"{source}.weight", f"attn/{name}/kernel", into))
         if name != "k" or config.key_bias:
             block.append(Rule(f"{source}.bias", f"attn/{name}/bias", bias))
-    block += _layer(table.attention[3], "attn/out", linear(inputs=(heads, head_dim)))
+    block += layer_rules(table.attention[3], "attn/out", linear(inputs=(heads, head_dim)))
     stack = (Stack("blocks", 0, config.depth),)
-    stacked = [Rule(f"{table.layers}.{{i}}.{r.source}", r.target, r.layout, stack) for r in block]
-    return RuleSet((*table.top, *stacked), shapes_of(_abstract(config)), _UNUSED[config.family])
+    return [Rule(f"{table.layers}.{{i}}.{r.source}", r.target, r.layout, stack) for r in block]
 
 
 def _abstract(config: ViTConfig) -> Any:
@@ -239,85 +256,81 @@ def _abstract(config: ViTConfig) -> Any:
     ]
 
 
-class _Table(NamedTuple):
-    """Rules outside the blocks, rules inside, the blocks' name, the names of q, k, v and out."""
-
-    top: list[Rule]
-    block: list[Rule]
-    layers: str
-    attention: tuple[str, ...]
-
-
-def _siglip(config: ViTConfig) -> _Table:
+def _siglip(config: ViTConfig) -> Table:
     rows = (config.image_size // config.patch_size) ** 2
     top = [
-        *_layer("embeddings.patch_embedding", "patch_embed", CONV),
+        *layer_rules("embeddings.patch_embedding", "patch_embed", CONV),
         Rule("embeddings.position_embedding.weight", "pos_embed", vector(1, rows)),
     ]
     block = [
-        *_norm("layer_norm1", "norm1"),
-        *_norm("layer_norm2", "norm2"),
-        *_layer("mlp.fc1", "mlp/fc1"),
-        *_layer("mlp.fc2", "mlp/fc2"),
+        *norm_rules("layer_norm1", "norm1"),
+        *norm_rules("layer_norm2", "norm2"),
+        *layer_rules("mlp.fc1", "mlp/fc1"),
+        *layer_rules("mlp.fc2", "mlp/fc2"),
     ]
     names = ("q_proj", "k_proj", "v_proj", "out_proj")
-    return _Table(top, block, "encoder.layers", tuple(f"self_attn.{n}" for n in names))
+    return Table(top, block, "encoder.layers", tuple(f"self_attn.{n}" for n in names))
 
 
-def _dinov2(config: ViTConfig) -> _Table:
+def _dinov2(config: ViTConfig) -> Table:
     top = [
-        *_layer("embeddings.patch_embeddings.projection", "patch_embed", CONV),
+        *layer_rules("embeddings.patch_embeddings.projection", "patch_embed", CONV),
         Rule("embeddings.cls_token", "cls_token"),
         Rule("embeddings.position_embeddings", "pos_embed"),
     ]
     if config.num_registers:
         top.append(Rule("embeddings.register_tokens", "register_tokens"))
     block = [
-        *_norm("norm1", "norm1"),
-        *_norm("norm2", "norm2"),
-        *_layer("mlp.fc1", "mlp/fc1"),
-        *_layer("mlp.fc2", "mlp/fc2"),
+        *norm_rules("norm1", "norm1"),
+        *norm_rules("norm2", "norm2"),
+        *layer_rules("mlp.fc1", "mlp/fc1"),
+        *layer_rules("mlp.fc2", "mlp/fc2"),
         Rule("layer_scale1.lambda1", "ls1"),
         Rule("layer_scale2.lambda1", "ls2"),
     ]
-    return _Table(top, block, "encoder.layer", _BERT)
+    return Table(top, block, "encoder.layer", _BERT)
 
 
-def _dinov3(config: ViTConfig) -> _Table:
+def _dinov3(config: ViTConfig) -> Table:
     top = [
-        *_layer("embeddings.patch_embeddings", "patch_embed", CONV),
+        *layer_rules("embeddings.patch_embeddings", "patch_embed", CONV),
         Rule("embeddings.cls_token", "cls_token"),
     ]
     if config.num_registers:
         top.append(Rule("embeddings.register_tokens", "register_tokens"))
     block = [
-        *_norm("norm1", "norm1"),
-        *_norm("norm2", "norm2"),
-        *_layer("mlp.up_proj", "mlp/fc1"),
-        *_layer("mlp.down_proj", "mlp/fc2"),
+        *norm_rules("norm1", "norm1"),
+        *norm_rules("norm2", "norm2"),
+        *layer_rules("mlp.up_proj", "mlp/fc1"),
+        *layer_rules("mlp.down_proj", "mlp/fc2"),
         Rule("layer_scale1.lambda1", "ls1"),
         Rule("layer_scale2.lambda1", "ls2"),
     ]
     if config.gated_mlp:
-        block += _layer("mlp.gate_proj", "mlp/gate")
+        block += layer_rules("mlp.gate_proj", "mlp/gate")
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    return _Table(top, block, "layer", tuple(f"attention.{n}" for n in names))
+    return Table(top, block, "layer", tuple(f"attention.{n}" for n in names))
 
 
-def _mae(config: ViTConfig) -> _Table:
+def _mae(config: ViTConfig) -> Table:
     del config
     top = [
-        *_layer("embeddings.patch_embeddings.projection", "patch_embed", CONV),
+        *layer_rules("embeddings.patch_embeddings.projection", "patch_embed", CONV),
         Rule("embeddings.cls_token", "cls_token"),
         Rule("embeddings.position_embeddings", "pos_embed"),
     ]
+    return mae_table(top, "encoder.layer")
+
+
+def mae_table(top: list[Rule], layers: str) -> Table:
+    """Rules of MAE's blocks, which RAE's decoder has, too, below the name `layers`."""
     block = [
-        *_norm("layernorm_before", "norm1"),
-        *_norm("layernorm_after", "norm2"),
-        *_layer("intermediate.dense", "mlp/fc1"),
-        *_layer("output.dense", "mlp/fc2"),
+        *norm_rules("layernorm_before", "norm1"),
+        *norm_rules("layernorm_after", "norm2"),
+        *layer_rules("intermediate.dense", "mlp/fc1"),
+        *layer_rules("output.dense", "mlp/fc2"),
     ]
-    return _Table(top, block, "encoder.layer", _BERT)
+    return Table(top, block, layers, _BERT)
 
 
 _BERT = (
@@ -331,12 +344,14 @@ _BERT = (
 _TABLES = {"siglip": _siglip, "dinov2": _dinov2, "dinov3": _dinov3, "mae": _mae}
 
 
-def _layer(source: str, target: str, weight: Layout = LINEAR) -> list[Rule]:
+def layer_rules(source: str, target: str, weight: Layout = LINEAR) -> list[Rule]:
+    """Weight and bias of a linear layer or convolution."""
     return [
         Rule(f"{source}.weight", f"{target}/kernel", weight),
         Rule(f"{source}.bias", f"{target}/bias"),
     ]
 
 
-def _norm(source: str, target: str) -> list[Rule]:
+def norm_rules(source: str, target: str) -> list[Rule]:
+    """Scale and bias of a norm."""
     return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]

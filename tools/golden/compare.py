@@ -30,7 +30,7 @@ TOLERANCES: Mapping[str, float] = {
 ABSOLUTE = frozenset({"stress_params"})
 """Rows that bound the difference itself."""
 
-RUNNER_MODULES = ("denoiser", "diffusion", "training", "encoder", "registers")
+RUNNER_MODULES = ("denoiser", "diffusion", "training", "encoder", "registers", "rae")
 
 
 @dataclass(frozen=True)
