@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax import train
 from dsr_jax import config as configs
+from dsr_jax import train
 from dsr_jax.core.errors import CheckpointError, ConfigError, DsrError, MeshError, NumericsError
 from dsr_jax.core.files import read_json
 from dsr_jax.telemetry.writers import read_metrics
