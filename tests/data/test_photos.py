@@ -68,3 +68,14 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
         Photos(str(tmp_path), 8)
     with pytest.raises(DataError, match="does not exist"):
         Photos(str(tmp_path / "none"), 8)
+
+
+def test_files_that_cannot_be_decoded_are_left_out_on_request(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "colour.png").read_bytes()[:60])
+    photos = Photos(str(tmp_path), 8, on_corrupt="skip")
+    assert len(photos) == 5 and photos.skipped == [tmp_path / "cut.png"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "cut.png").rename(tmp_path / "only" / "cut.png")
+    with pytest.raises(DataError, match="can be decoded"):
+        Photos(str(tmp_path / "only"), 8, on_corrupt="skip")
