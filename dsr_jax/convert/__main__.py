@@ -5,7 +5,6 @@ The folder then holds params.safetensors and conversion.json, which python -m ds
 """
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,15 @@ from typing import Any
 from dsr_jax.convert.decoder import FAMILY as DECODER
 from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
-from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.families import add_denoiser_commands, export_denoiser
+from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
-from dsr_jax.convert.lightningdit import infer_model, lightningdit_rules, rope_buffers
-from dsr_jax.convert.readers import read_state
-from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
+from dsr_jax.convert.rules import flax_to_torch
+from dsr_jax.convert.statistics import add_statistics_command
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.files import open_atomic, write_atomic
-from dsr_jax.core.trees import count_params
 from dsr_jax.models.decoder import DecoderConfig
-from dsr_jax.models.dit import LightningDiT
-
-_NOT_SIZES = ("parent", "name", "precision", "constrain", "remat", "attention")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,30 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.run(args)
     return 0
-
-
-def convert_lightningdit(args: argparse.Namespace) -> None:
-    """Reads an official LightningDiT file into our format."""
-    state = read_state(args.source, args.entry)
-    model = infer_model(state, num_heads=args.num_heads, register_start=args.register_start)
-    params = torch_to_flax(state, lightningdit_rules(model))
-    save_converted(
-        args.out,
-        params,
-        {
-            "family": "lightningdit",
-            "model": model_sizes(model),
-            "entry": args.entry,
-            **source_record(args.source),
-        },
-    )
-    print(f"{args.source}: LightningDiT with {count_params(params):,} parameters -> {args.out}")
-
-
-def model_sizes(model: LightningDiT) -> dict[str, Any]:
-    """The constructor arguments that a checkpoint fixes."""
-    names = [field.name for field in dataclasses.fields(model) if field.name not in _NOT_SIZES]
-    return {name: getattr(model, name) for name in names}
 
 
 def export(args: argparse.Namespace) -> None:
@@ -67,8 +38,7 @@ def export(args: argparse.Namespace) -> None:
     elif record["family"] == DECODER:
         state = flax_to_torch(params, decoder_rules(DecoderConfig(**record["model"])))
     else:
-        model = LightningDiT(**record["model"])
-        state = flax_to_torch(params, lightningdit_rules(model)) | rope_buffers(model)
+        state = export_denoiser(params, record)
     out = Path(args.out)
     if out.exists():
         raise ConversionError(f"{out} exists", "name a new file; nothing was written")
@@ -100,15 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     families = parser.add_subparsers(required=True, metavar="FAMILY")
-    dit = families.add_parser("lightningdit", help="DSR's and RAE's denoiser")
-    dit.add_argument("--source", required=True, help="ep-*.pt or a safetensors file")
-    dit.add_argument("--out", required=True, help="new folder")
-    dit.add_argument("--entry", help="state dict inside the file; default ema, else model")
-    dit.add_argument("--num-heads", type=int, default=0, help="default: read off the rope table")
-    dit.add_argument("--register-start", type=int, default=-1, help="first block with registers")
-    dit.set_defaults(run=convert_lightningdit)
+    add_denoiser_commands(families)
     add_encoder_commands(families)
     add_decoder_command(families)
+    add_statistics_command(families)
     back = families.add_parser("export", help="a converted folder back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")
     back.add_argument("--out", required=True, help="new .pt or .safetensors file")

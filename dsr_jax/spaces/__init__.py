@@ -2,5 +2,6 @@
 
 from dsr_jax.spaces.base import InputSpace
 from dsr_jax.spaces.pixels import PixelSpace
+from dsr_jax.spaces.rae import RAE
 
-__all__ = ["InputSpace", "PixelSpace"]
+__all__ = ["RAE", "InputSpace", "PixelSpace"]

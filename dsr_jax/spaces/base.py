@@ -23,10 +23,14 @@ class InputSpace(Protocol):
         Args:
           variables: Frozen parameters and statistics of this space.
           images: The batch.
-          keys: One random key per sample [B], for spaces whose encoding is random.
+          keys: One random key per sample [B], for spaces whose encoding is random in training;
+            None encodes without randomness.
         """
         ...
 
     def decode(self, variables: PyTree, latents: Array) -> Array:
-        """Maps latents [B, h, w, c] to images [B, H, W, C], float in [0, 1]."""
+        """Maps latents [B, h, w, c] to images [B, H, W, C].
+
+        Pixels lie in [0, 1] or, where a network makes them, about there; `to_uint8` clips them.
+        """
         ...

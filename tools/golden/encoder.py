@@ -17,7 +17,7 @@ from dsr_jax.registers.neurons import neurons_to_mask
 from tools.golden.compare import Case, Check
 from tools.golden.denoiser import nhwc
 
-_MODEL_TYPES = {
+MODEL_TYPES = {
     "SigLIP2wNorm": "siglip",
     "SigLIP2wNormTTREG": "siglip",
     "Dinov2withNorm": "dinov2_with_registers",
@@ -32,7 +32,7 @@ def hub_record(config: Mapping[str, Any]) -> dict[str, Any]:
     """A case's sizes in the form of a hub snapshot's config.json."""
     if "vision_config" in config:
         return {"model_type": "siglip", "vision_config": config["vision_config"]}
-    return {**config["hf_config"], "model_type": _MODEL_TYPES[config["encoder_cls"]]}
+    return {**config["hf_config"], "model_type": MODEL_TYPES[config["encoder_cls"]]}
 
 
 def load_encoder(case: Case) -> tuple[ViTConfig, Params]:
@@ -179,7 +179,7 @@ def _with_neurons(
 
 
 def _is_encoder(config: Mapping[str, Any]) -> bool:
-    return config.get("encoder_cls") in _MODEL_TYPES
+    return config.get("encoder_cls") in MODEL_TYPES
 
 
 def _has_neurons(config: Mapping[str, Any]) -> bool:

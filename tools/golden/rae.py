@@ -8,12 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.convert.decoder import decoder_rules, infer_decoder, take_decoder
+from dsr_jax.convert.encoders import config_from_hub, encoder_rules, take_encoder
 from dsr_jax.convert.rules import torch_to_flax
+from dsr_jax.convert.statistics import load_statistics
 from dsr_jax.core.typing import Params
+from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.decoder import DecoderConfig, ViTDecoder
 from dsr_jax.models.embeddings import sincos_2d
+from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.vit import ViT
+from dsr_jax.registers.neurons import neurons_to_mask
+from dsr_jax.sampling.images import to_uint8
+from dsr_jax.spaces.rae import RAE, Noise
+from dsr_jax.spaces.statistics import LatentStatistics
 from tools.golden.compare import Case, Check
-from tools.golden.denoiser import nchw
+from tools.golden.denoiser import nchw, nhwc
+from tools.golden.encoder import MODEL_TYPES
 
 
 def load_decoder(
@@ -55,6 +65,154 @@ def run_decoder(case: Case) -> list[Check]:
     return [Check(key, array, io[key], "encoder") for key, array in found.items() if key in io]
 
 
+NOISES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "norm_scaled": {"norm_scaled_noise": True},
+    "post_stat": {"post_stat_norm": True},
+    "post_stat_norm_scaled": {"post_stat_norm": True, "norm_scaled_noise": True},
+    "preln_norm_scaled_tau2": {"preln": True, "norm_scaled_noise": True, "noise_tau": 2.0},
+}
+"""Fields of RAE by the cases' names of noise."""
+
+
+def load_rae(case: Case) -> tuple[RAE, dict[str, Any], dict[str, Any]]:
+    """A case's autoencoder, and its variables without and with statistics."""
+    settings = case.config["rae"]
+    kind = MODEL_TYPES[settings["encoder_cls"]]
+    sizes = case.config["encoder_hf_config"]
+    record = {"vision_config": sizes} if kind == "siglip" else sizes
+    config = dataclasses.replace(
+        config_from_hub({**record, "model_type": kind}),
+        pixel_mean=tuple(settings["image_mean"]),
+        pixel_std=tuple(settings["image_std"]),
+    )
+    state = case.weights()
+    encoder = torch_to_flax(take_encoder(state, config.family), encoder_rules(config))
+    decoder_config, decoder = load_decoder(state, case.config["decoder"])
+    space = RAE(
+        ViT(config),
+        ViTDecoder(decoder_config),
+        image_size=settings["encoder_input_size"],
+        noise_tau=settings["noise_tau"],
+        eps=settings["eps"],
+    )
+    registers = None
+    if "neurons" in settings:
+        neurons = {int(block): units for block, units in settings["neurons"].items()}
+        mask = neurons_to_mask(neurons, config.depth, config.mlp_dim)
+        registers = Intervention(mask=mask)
+    statistics = {"mean": nhwc(case.io["latent_mean"]), "var": nhwc(case.io["latent_var"])}
+    return (
+        space,
+        space.make_variables(encoder, decoder, registers=registers),
+        space.make_variables(encoder, decoder, statistics, registers),
+    )
+
+
+def run_roundtrip(case: Case) -> list[Check]:
+    """Latents, norms and images, with and without statistics, and with the recorded noise."""
+    space, plain, normed = load_rae(case)
+    io = case.io
+    images = jnp.asarray(nhwc(io["images"]))
+    raw, raw_norms = space.encode_with_norms(plain, images)
+    latents, norms = space.encode_with_norms(normed, images)
+    decoded = space.decode(normed, latents)
+    before_norm = dataclasses.replace(space, preln=True)
+    pre, pre_norms = before_norm.encode_with_norms(normed, images)
+    checks = [
+        Check(key, array, io[key], "encoder")
+        for key, array in {
+            "resized_normalised_input": nchw(space.normalise_images(images)),
+            "z_raw": nchw(raw),
+            "token_norm_raw": raw_norms[:, None],
+            "recon_raw": nchw(space.decode(plain, raw)),
+        }.items()
+    ]
+    found = {
+        "z": nchw(latents),
+        "token_norm": norms[:, None],
+        "recon": nchw(decoded),
+        "recon_unclamped_range": jnp.stack([decoded.min(), decoded.max()]),
+        "preln_z": nchw(pre),
+        "preln_token_norm": pre_norms[:, None],
+    }
+    for name, fields in NOISES.items():
+        key = f"noise_{name}"
+        if f"{key}_z" in io:
+            noisy = dataclasses.replace(space, **fields)
+            noise = Noise(io[f"{key}_u"].reshape(-1), _grid(io[f"{key}_n"], space.latent_shape))
+            z, z_norms = noisy.encode_with_norms(normed, images, noise)
+            found |= {f"{key}_z": nchw(z), f"{key}_token_norm": z_norms[:, None]}
+    checks += [Check(k, array, io[k], "roundtrip") for k, array in found.items() if k in io]
+    return [*checks, *_bytes(io, decoded), *_statistics_file(case)]
+
+
+def _grid(noise: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Recorded normals, of tokens [B, T, C] or latents [B, C, h, w], as [B, h, w, C]."""
+    return nhwc(noise) if noise.ndim == 4 else noise.reshape(-1, *shape)
+
+
+def _bytes(io: Mapping[str, np.ndarray], decoded: Any) -> list[Check]:
+    """The cast, exactly; and our image's bytes, where rounding may pass a level."""
+    want = io["recon_uint8"]
+    return [
+        Check("recon_uint8 of recon", to_uint8(nhwc(io["recon"])), want, "exact"),
+        Check("recon_uint8", to_uint8(decoded), want, "levels"),
+    ]
+
+
+def _statistics_file(case: Case) -> list[Check]:
+    """The official file, as we read it."""
+    statistics = load_statistics(case.path / "stats.pt")
+    return [
+        Check(f"stats.pt {name}", nchw(statistics[name]), case.io[f"latent_{name}"], "exact")
+        for name in ("mean", "var")
+    ]
+
+
+def run_statistics(case: Case) -> list[Check]:
+    """Statistics of batches, per position and per channel, and the file of the former."""
+    io = case.io
+    batches = [io[key] for key in sorted(io) if key.startswith("batch")]
+    whole = LatentStatistics.empty(nhwc(batches[0]).shape[1:])
+    channels = LatentStatistics.empty(batches[0].shape[1:2])
+    for batch in batches:
+        whole.add(nhwc(batch))
+        channels.add(nhwc(batch).reshape(-1, batch.shape[1]))
+    found, flat = whole.finish(), channels.finish()
+    checks = [Check("count", whole.count, io["count"], "exact")]
+    file = load_statistics(case.path / "normalization_stats.pt")
+    for name in ("mean", "var"):
+        checks += [
+            Check(name, nchw(found[name]), io[name], "encoder"),
+            Check(f"{name}_3d", flat[name], io[f"{name}_3d"], "encoder"),
+            Check(f"normalization_stats.pt {name}", nchw(file[name]), io[name], "exact"),
+        ]
+    return checks
+
+
+def run_metrics(case: Case) -> list[Check]:
+    """PSNR and SSIM of each pair, and their means."""
+    io = case.io
+    checks = []
+    for name, metric in (("psnr", psnr), ("ssim", ssim)):
+        values = metric(io["ref"], io["rec"])
+        checks.append(Check(f"{name}_per_image", values, io[f"{name}_per_image"], "encoder"))
+        checks.append(Check(name, values.mean(), io[name], "encoder"))
+    return checks
+
+
+def _is_roundtrip(config: Mapping[str, Any]) -> bool:
+    return config.get("rae", {}).get("encoder_cls") in MODEL_TYPES
+
+
+def _is_named(name: str) -> Any:
+    return lambda config: config.get("case", "").startswith(name)
+
+
 RUNNERS = {
     "encoder_vit_decoder*": (run_decoder, lambda config: config.get("cls") == "GeneralDecoder"),
+    "encoder_rae_roundtrip*": (run_roundtrip, _is_roundtrip),
+    "encoder_latent_stats*": (run_statistics, _is_named("latent_stats")),
+    "encoder_recon_metrics*": (run_metrics, _is_named("recon_metrics")),
 }

@@ -1,0 +1,243 @@
+"""The representation autoencoder: latents are the patch tokens of a frozen encoder.
+
+Source: RAE and DSR stage1/rae.py; spec encoder 3.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.rng import normal_per_sample, uniform_per_sample
+from dsr_jax.core.typing import Array, Params, PyTree
+from dsr_jax.models.decoder import ViTDecoder
+from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.resample import resample
+from dsr_jax.models.vit import ViT
+
+MEDIAN_EPS = 1e-6
+SCALE_RANGE = (0.2, 5.0)
+"""Bounds of a token's share of norm-scaled noise."""
+
+
+class Noise(NamedTuple):
+    """Draws of the noise that augments latents.
+
+    Attributes:
+      level: Uniform in [0, 1), one per sample [B].
+      normal: Standard normals [B, h, w, C].
+    """
+
+    level: Array
+    normal: Array
+
+
+def draw_noise(keys: Array, shape: tuple[int, ...]) -> Noise:
+    """Draws noise for latents [B, *shape], row b from `keys[b]` alone."""
+    level, normal = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return Noise(uniform_per_sample(level), normal_per_sample(normal, shape))
+
+
+def add_noise(latents: Array, norms: Array, noise: Noise, tau: float, norm_scaled: bool) -> Array:
+    """Adds `tau * level * normal` to latents.
+
+    Args:
+      latents: [B, h, w, C].
+      norms: Norms of the tokens [B, h, w].
+      noise: Its draws.
+      tau: Largest standard deviation; a sample's is uniform below it.
+      norm_scaled: Multiplies a token's noise by its norm over the lower median of the image's
+        norms, within SCALE_RANGE.
+
+    Source: spec encoder 3, "Noise".
+    """
+    scale = tau * noise.level[:, None, None, None]
+    if norm_scaled:
+        rows = norms.reshape(len(norms), -1)
+        median = jnp.sort(rows, axis=1)[:, (rows.shape[1] - 1) // 2, None, None]
+        scale = scale * jnp.clip(norms / (median + MEDIAN_EPS), *SCALE_RANGE)[..., None]
+    return latents + scale * noise.normal
+
+
+@dataclass(frozen=True)
+class RAE:
+    """An `InputSpace` of a frozen ViT's patch tokens, decoded by a trained ViT.
+
+    The defaults are the published ones of training a decoder. A denoiser learns from latents
+    without noise: `noise_tau=0`.
+
+    Attributes:
+      encoder: The frozen encoder.
+      decoder: The decoder; None where nothing is decoded.
+      image_size: Side of the encoder's input; other images are resized to it.
+      noise_tau: Largest standard deviation of the noise that `encode` adds where it has keys.
+      norm_scaled_noise: The noise of a token is in proportion to its norm; see `add_noise`.
+      post_stat_norm: Noise is added, and norms are taken, after normalisation by statistics.
+      preln: Latents are the tokens before the encoder's final norm.
+      eps: Added to the variance of latents.
+    """
+
+    encoder: ViT
+    decoder: ViTDecoder | None = None
+    image_size: int = 224
+    noise_tau: float = 0.8
+    norm_scaled_noise: bool = False
+    post_stat_norm: bool = False
+    preln: bool = False
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        config = self.encoder.config
+        if self.image_size <= 0 or self.image_size % config.patch_size:
+            raise ConfigError(
+                f"an encoder of patches of {config.patch_size} does not take images of "
+                f"{self.image_size} pixels",
+                f"use a multiple, for example {16 * config.patch_size}",
+            )
+        if self.noise_tau < 0:
+            raise ConfigError(f"noise_tau={self.noise_tau}", "use 0 for no noise, or more")
+        channels = self.decoder.config.latent_channels if self.decoder else config.hidden_size
+        if channels != config.hidden_size:
+            raise ConfigError(
+                f"the decoder reads latents of {channels} channels, the encoder's have "
+                f"{config.hidden_size}",
+                "use the decoder that was trained for this encoder",
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one latent."""
+        config = self.encoder.config
+        side = self.image_size // config.patch_size
+        return (side, side, config.hidden_size)
+
+    def make_variables(
+        self,
+        encoder: Params,
+        decoder: Params | None = None,
+        statistics: dict[str, np.ndarray] | None = None,
+        registers: Intervention | None = None,
+    ) -> dict[str, Any]:
+        """Puts together what `encode` and `decode` take, and checks that it fits.
+
+        Warns where test-time registers are asked for of an encoder that was trained with registers.
+
+        Args:
+          encoder: The encoder's parameters.
+          decoder: The decoder's.
+          statistics: "mean" and "var" of the latents, each [h, w, C]; None leaves them as they are.
+          registers: Test-time registers, with their mask.
+
+        Raises:
+          ConfigError: If statistics or neurons are of another encoder.
+        """
+        variables: dict[str, Any] = {"encoder": encoder}
+        if decoder is not None:
+            variables["decoder"] = decoder
+        if statistics is not None:
+            for name in ("mean", "var"):
+                if statistics[name].shape != self.latent_shape:
+                    raise ConfigError(
+                        f"statistics are of latents {statistics[name].shape}, those of the encoder "
+                        f"are {self.latent_shape}",
+                        "use the statistics that were taken with this encoder and image size",
+                    )
+            variables["statistics"] = {name: statistics[name] for name in ("mean", "var")}
+        if registers is not None:
+            config = self.encoder.config
+            if registers.mask.shape != (config.depth, config.mlp_dim):
+                raise ConfigError(
+                    f"register neurons for {registers.mask.shape} blocks and units, the encoder "
+                    f"has {(config.depth, config.mlp_dim)}",
+                    "use the neurons that were found for this very encoder",
+                )
+            if config.num_registers:
+                warnings.warn(
+                    f"the encoder was trained with {config.num_registers} registers, which take up "
+                    "its outliers; test-time registers are for encoders without",
+                    stacklevel=2,
+                )
+            variables["registers"] = registers
+        return variables
+
+    def encode(self, variables: PyTree, images: Array, keys: Array | None = None) -> Array:
+        """Maps images [B, H, W, 3], float in [0, 1], to latents [B, h, w, C], float32.
+
+        Args:
+          variables: From `make_variables`.
+          images: The batch, of any size.
+          keys: One per sample [B]: adds noise where `noise_tau` is not 0. None adds none.
+        """
+        noise = None
+        if keys is not None and self.noise_tau:
+            noise = draw_noise(keys, self.latent_shape)
+        return self.encode_with_norms(variables, images, noise)[0]
+
+    def encode_with_norms(
+        self, variables: PyTree, images: Array, noise: Noise | None = None
+    ) -> tuple[Array, Array]:
+        """Returns latents [B, h, w, C] and the norms [B, h, w] of their tokens without noise.
+
+        Without `preln` or `post_stat_norm` all norms are sqrt(C), as the encoder's last norm leaves
+        them.
+        """
+        latents = self._tokens(variables, images)
+        norms = jnp.linalg.norm(latents, axis=-1)
+        if noise is not None and not self.post_stat_norm:
+            latents = add_noise(latents, norms, noise, self.noise_tau, self.norm_scaled_noise)
+        if "statistics" in variables:
+            mean, deviation = self._statistics(variables)
+            latents = (latents - mean) / deviation
+        if self.post_stat_norm:
+            norms = jnp.linalg.norm(latents, axis=-1)
+            if noise is not None:
+                latents = add_noise(latents, norms, noise, self.noise_tau, self.norm_scaled_noise)
+        return latents, norms
+
+    def normalise_images(self, images: Array) -> Array:
+        """Resizes images [B, H, W, 3] in [0, 1] and normalises them as the encoder expects."""
+        size = self.image_size
+        images = resample(images, size, size, "bicubic")
+        mean, std = self._pixels()
+        return (images - mean) / std
+
+    def decode(self, variables: PyTree, latents: Array) -> Array:
+        """Maps latents [B, h, w, C] to images [B, H, W, 3], not clipped to [0, 1].
+
+        Raises:
+          ConfigError: If the space has no decoder.
+        """
+        if self.decoder is None:
+            raise ConfigError(
+                "this space has no decoder, so it gives no images",
+                "set config.space.decoder to a folder that python -m dsr_jax.convert decoder wrote",
+            )
+        if "statistics" in variables:
+            mean, deviation = self._statistics(variables)
+            latents = latents * deviation + mean
+        tokens = latents.reshape(len(latents), -1, latents.shape[-1])
+        image = self.decoder.apply({"params": variables["decoder"]}, tokens).image
+        mean, std = self._pixels()
+        return image * std + mean
+
+    def _tokens(self, variables: PyTree, images: Array) -> Array:
+        out = self.encoder.apply(
+            {"params": variables["encoder"]},
+            self.normalise_images(images),
+            variables.get("registers"),
+        )
+        tokens = out.pre_norm if self.preln else out.tokens
+        return jax.lax.stop_gradient(tokens.reshape(len(tokens), *self.latent_shape))
+
+    def _statistics(self, variables: PyTree) -> tuple[Array, Array]:
+        """Mean and standard deviation of the latents [h, w, C]."""
+        statistics = variables["statistics"]
+        return statistics["mean"], jnp.sqrt(statistics["var"] + self.eps)
+
+    def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        config = self.encoder.config
+        return np.float32(config.pixel_mean), np.float32(config.pixel_std)
