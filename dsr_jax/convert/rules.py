@@ -95,12 +95,14 @@ class Stack:
     end: int
 
 
-def cut_stacks(depth: int, num_registers: int, register_start: int) -> tuple[Stack, ...]:
+def cut_stacks(
+    depth: int, num_registers: int, register_start: int, prefix: str = ""
+) -> tuple[Stack, ...]:
     """The stacks of a denoiser whose registers join before block `register_start`."""
     if not num_registers:
-        return (Stack("blocks", 0, depth),)
-    before = (Stack("blocks_pre", 0, register_start),) if register_start else ()
-    return (*before, Stack("blocks_reg", register_start, depth))
+        return (Stack(f"{prefix}blocks", 0, depth),)
+    before = (Stack(f"{prefix}blocks_pre", 0, register_start),) if register_start else ()
+    return (*before, Stack(f"{prefix}blocks_reg", register_start, depth))
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ class Rule:
     target: str
     layout: Layout = SAME
     stacks: tuple[Stack, ...] = ()
+
+    def in_stacks(self, stacks: tuple[Stack, ...]) -> "Rule":
+        """The same rule of every layer of stacks, for a rule that begins below a layer's name."""
+        return Rule("blocks.{i}." + self.source, self.target, self.layout, stacks)
 
     def pieces(self) -> Iterator[tuple[str, list[str]]]:
         """Yields (Flax path, PyTorch names), one name per layer of a stack."""

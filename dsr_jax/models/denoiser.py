@@ -95,7 +95,7 @@ class FinalLayer(nn.Module):
         return self.precision.island("output", out)
 
 
-class Denoiser(nn.Module):
+class DiffusionTransformer(nn.Module):
     """Sizes and parts of a class-conditional diffusion transformer with optional registers.
 
     Registers join in front of the patch tokens just before block `register_start` and take part in

@@ -6,11 +6,11 @@ Source: DSR lightningDiT.py; paper section "diffusion registers"; spec denoiser 
 import flax.linen as nn
 
 from dsr_jax.core.typing import Array
-from dsr_jax.models.denoiser import Denoiser, FinalLayer
+from dsr_jax.models.denoiser import DiffusionTransformer, FinalLayer
 from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed, unpatchify
 
 
-class LightningDiT(Denoiser):
+class LightningDiT(DiffusionTransformer):
     """Class-conditional diffusion transformer, optionally with learned register tokens.
 
     Registers are dropped before the final layer, in training and in sampling alike.

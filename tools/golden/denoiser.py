@@ -1,6 +1,6 @@
-"""Golden cases of the LightningDiT network: forward passes, gradients, guidance, tables, start."""
+"""Golden cases of the denoisers: forward passes, gradients, guidance, tables, start."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,14 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.convert.lightningdit import lightningdit_rules
+from dsr_jax.convert.families import family_of
 from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.typing import Params
 from dsr_jax.diffusion import guidance
+from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
+from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.models.rope import rope_tables, rotate
 from tools.golden.compare import Case, Check
+
+_STACKS = tuple(
+    f"{prefix}blocks{part}"
+    for prefix, parts in (
+        ("", ("", "_pre", "_reg")),
+        ("enc_", ("", "_pre", "_reg")),
+        ("dec_", ("",)),
+    )
+    for part in parts
+)
+"""Every network's stacks, in the order of their blocks."""
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
@@ -28,46 +41,89 @@ def nchw(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.asarray(x), -1, -3)
 
 
-def is_lightningdit(config: Mapping[str, Any]) -> bool:
-    """True where the case's network is a LightningDiT that the official code can run."""
+def architecture(config: Mapping[str, Any]) -> str | None:
+    """Name of the case's network, None if it is none that we have and the official code runs."""
     name = config.get("module") or config.get("model") or config.get("arch") or ""
-    params = config.get("params") or {}
-    return "LightningDiT" in name and not params.get("wo_shift", False)
+    known = next((known for known in _BUILDERS if known in name), None)
+    return None if (config.get("params") or {}).get("wo_shift", False) else known
 
 
-def build_lightningdit(params: Mapping[str, Any]) -> LightningDiT:
+def is_denoiser(config: Mapping[str, Any]) -> bool:
+    """True where `architecture` names a network."""
+    return architecture(config) is not None
+
+
+def build_network(name: str, params: Mapping[str, Any]) -> DiffusionTransformer:
     """The model that official constructor arguments describe."""
     registers = params.get("register_len", 0) if params.get("register_conditioning") else 0
-    return LightningDiT(
+    # The head model takes a pair, too.
+    patch, _ = np.broadcast_to(params.get("patch_size", 1), 2).tolist()
+    return _BUILDERS[name](
+        params,
         input_size=params["input_size"],
         in_channels=params["in_channels"],
-        hidden_size=params["hidden_size"],
-        depth=params["depth"],
-        num_heads=params["num_heads"],
         num_classes=params["num_classes"],
-        patch_size=params.get("patch_size", 1),
+        patch_size=patch,
         mlp_ratio=params.get("mlp_ratio", 4.0),
-        learn_sigma=params.get("learn_sigma", False),
         use_qknorm=params.get("use_qknorm", False),
         use_swiglu=params.get("use_swiglu", True),
         use_rope=params.get("use_rope", True),
         use_rmsnorm=params.get("use_rmsnorm", True),
-        final_norm=not params.get("final_no_ln", False),
-        attn_kv_bias=params.get("attn_with_bias", False),
         num_registers=registers,
         register_start=params.get("register_start", 0) if registers else 0,
     )
 
 
-def load_lightningdit(model: LightningDiT, state: Mapping[str, np.ndarray]) -> Params:
-    """Parameters from an official state dict."""
-    return torch_to_flax(dict(state), lightningdit_rules(model))
+def _lightningdit(params: Mapping[str, Any], **shared: Any) -> LightningDiT:
+    return LightningDiT(
+        hidden_size=params["hidden_size"],
+        depth=params["depth"],
+        num_heads=params["num_heads"],
+        learn_sigma=params.get("learn_sigma", False),
+        final_norm=not params.get("final_no_ln", False),
+        attn_kv_bias=params.get("attn_with_bias", False),
+        **shared,
+    )
+
+
+def _dit_dh(params: Mapping[str, Any], **shared: Any) -> DiTDH:
+    (width, head_width), (depth, head_depth), (heads, head_heads) = (
+        params[key] for key in ("hidden_size", "depth", "num_heads")
+    )
+    return DiTDH(
+        hidden_size=width,
+        depth=depth,
+        num_heads=heads,
+        decoder_hidden_size=head_width,
+        decoder_depth=head_depth,
+        decoder_num_heads=head_heads,
+        use_pos_embed=params.get("use_pos_embed", True),
+        **shared,
+    )
+
+
+_BUILDERS: Mapping[str, Callable[..., DiffusionTransformer]] = {
+    "LightningDiT": _lightningdit,
+    "DiTwDDTHead": _dit_dh,
+}
+
+
+def case_network(
+    case: Case, params: str = "params", weights: str = "weights"
+) -> tuple[DiffusionTransformer, Params]:
+    """A case's network and its parameters, by the names of its settings and of their file."""
+    model = build_network(architecture(case.config) or "", case.config[params])
+    return model, torch_to_flax(case.weights(weights), family_of(model).rules(model))
+
+
+def official(model: DiffusionTransformer, tree: Params) -> dict[str, np.ndarray]:
+    """A tree like the network's parameters, under the official names."""
+    return flax_to_torch(jax.tree.map(np.asarray, tree), family_of(model).rules(model))
 
 
 def run_network(case: Case) -> list[Check]:
     """Forward pass with its intermediates, and gradients of sum(out * grad_w)."""
-    model = build_lightningdit(case.config["params"])
-    params = load_lightningdit(model, case.weights())
+    model, params = case_network(case)
     io = case.io
     t, labels = jnp.asarray(io["t"]), jnp.asarray(io["y"], jnp.int32)
 
@@ -80,7 +136,7 @@ def run_network(case: Case) -> list[Check]:
     checks = [Check("out", nchw(out), io["out"], "forward")]
     checks += _intermediates(model, kept, params, io)
     checks.append(Check("grad_x", nchw(grad_x), io["grad_x"], "gradient"))
-    gradients = flax_to_torch(grad_p, lightningdit_rules(model))
+    gradients = official(model, grad_p)
     for key in io:
         if key.startswith("grad::"):
             name = key.removeprefix("grad::")
@@ -89,15 +145,16 @@ def run_network(case: Case) -> list[Check]:
 
 
 def _intermediates(
-    model: LightningDiT, kept: Mapping[str, Any], params: Params, io: Mapping[str, np.ndarray]
+    model: DiffusionTransformer,
+    kept: Mapping[str, Any],
+    params: Params,
+    io: Mapping[str, np.ndarray],
 ) -> list[Check]:
     """Embeddings, every block's output and the first block's parts, where the case has them."""
-    stacks = [kept[name] for name in ("blocks", "blocks_pre", "blocks_reg") if name in kept]
+    stacks = [kept[name] for name in _STACKS if name in kept]
     time, label, condition = kept["condition"][0]
     first = {name: stacks[0][name][0] for name in ("norm1_out", "attn_out", "mlp_out")}
     found = {
-        "x_embedder_out": kept["x_embedder_out"][0],
-        "tokens_in": kept["x_embedder_out"][0] + params["pos_embed"],
         "t_emb": time,
         "y_emb": label,
         "c": condition,
@@ -107,38 +164,68 @@ def _intermediates(
         "block0_norm1": first["norm1_out"][0],
         "block0_attn": first["attn_out"][0],
         "block0_mlp": first["mlp_out"][0],
-        "final_tokens": kept["final_tokens"][0],
     }
+    names = ("x_embedder_out", "s_embedder_out", "s_projected", "final_tokens")
+    found |= {name: kept[name][0] for name in names if name in kept}
     outputs = [layer for stack in stacks for layer in stack["block_out"][0]]
     found |= {f"block{i}_out": output for i, output in enumerate(outputs)}
-    if model.num_registers and not model.register_start:
-        # The case's tokens_in is recorded behind the registers.
-        registers = params["register_tokens"] + params["register_pos_embed"]
-        registers = np.broadcast_to(registers, (len(time), *registers.shape[1:]))
-        found["tokens_in"] = jnp.concatenate([registers, found["tokens_in"]], axis=1)
+    if isinstance(model, LightningDiT):
+        found["tokens_in"] = _tokens_in(model, kept["x_embedder_out"][0], params)
     return [Check(name, found[name], io[name], "forward") for name in found if name in io]
+
+
+def _tokens_in(model: LightningDiT, patches: jax.Array, params: Params) -> jax.Array:
+    """What enters the first block."""
+    tokens = patches + params["pos_embed"]
+    if not model.num_registers or model.register_start:
+        return tokens
+    registers = params["register_tokens"] + params["register_pos_embed"]
+    registers = jnp.broadcast_to(registers, (len(tokens), *registers.shape[1:]))
+    return jnp.concatenate([registers, tokens], axis=1)
+
+
+def run_head_network(case: Case) -> list[Check]:
+    """The network and its guidance, whose closed interval says where it is on."""
+    config, io = case.config, case.io
+    model, params = case_network(case)
+    null = config["params"]["num_classes"]
+    # In these cases the second half of the batch repeats the first with null labels.
+    half = len(io["y"]) // 2
+    x, t, labels = nhwc(io["x"]), jnp.asarray(io["t_cfg"]), jnp.asarray(io["y"], jnp.int32)
+    plain = _compiled(model, params)
+    intervals = {"full": (0.0, 1.0), "interval": tuple(config["cfg_interval"])}
+    checks = run_network(case)
+    for name, interval in intervals.items():
+        guided = guidance.classifier_free(plain, config["cfg_scale"], null, interval)
+        out = nchw(guided(x[:half], t[:half], labels[:half]))
+        want = io[f"cfg_out_{name}"]
+        checks.append(Check(f"cfg_out_{name}", np.concatenate([out, out]), want, "forward"))
+    if config["guide_params"]:
+        weak = _compiled(*case_network(case, "guide_params", "guide"))
+        for name, interval in intervals.items():
+            guided = guidance.autoguidance(plain, weak, config["ag_scale"], interval)
+            out = nchw(guided(x, t, labels))
+            checks.append(Check(f"ag_out_{name}", out, io[f"ag_out_{name}"], "forward"))
+    return checks
+
+
+def _compiled(
+    model: DiffusionTransformer, params: Params
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    return jax.jit(lambda x, t, labels: model.apply({"params": params}, x, t, labels))
 
 
 def run_guidance(case: Case) -> list[Check]:
     """Classifier-free guidance with official off-intervals, and autoguidance."""
     config, io = case.config, case.io
-    model, guide = (build_lightningdit(config[key]) for key in ("params", "guide_params"))
-    strong = {"params": load_lightningdit(model, case.weights())}
-    weak = {"params": load_lightningdit(guide, case.weights("guide"))}
     half = len(io["y"]) // 2
     x, labels = nhwc(io["x"])[:half], jnp.asarray(io["y"][:half], jnp.int32)
     null = config["params"]["num_classes"]
     off = [tuple(pair) for pair in config["interval"]]
     scale, off_scale = config["cfg_scale"], config["interval_cfg"]
 
-    @jax.jit
-    def plain(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        return model.apply(strong, x, t, y)
-
-    @jax.jit
-    def guided_by(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        return guide.apply(weak, x, t, y)
-
+    plain = _compiled(*case_network(case))
+    guided_by = _compiled(*case_network(case, "guide_params", "guide"))
     functions = {
         "always": guidance.classifier_free_off(plain, scale, null),
         "interval_condonly": guidance.classifier_free_off(plain, scale, null, off),
@@ -180,15 +267,15 @@ def run_init_stats(case: Case) -> list[Check]:
     """Every tensor of a fresh model has the official initialiser's distribution."""
     checks = []
     for name, entry in case.config["models"].items():
-        if "LightningDiT" not in name:
+        if name not in _BUILDERS:
             continue
-        model = build_lightningdit(entry["params"])
+        model = build_network(name, entry["params"])
         size, channels = model.input_size, model.in_channels
         args = jnp.zeros((1, size, size, channels)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
         params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *args))["params"]
-        ours = flax_to_torch(jax.tree.map(np.asarray, params), lightningdit_rules(model))
+        ours = official(model, params)
         for key, stats in entry["stats"].items():
-            if key.startswith("feat_rope"):
+            if "feat_rope" in key:
                 continue
             checks += _same_distribution(f"{name}/{key}", ours[key], stats)
     return checks
@@ -220,8 +307,9 @@ def _same_distribution(label: str, ours: np.ndarray, stats: Mapping[str, Any]) -
 
 
 RUNNERS = {
-    "denoiser_lightningdit_cfg*": (run_guidance, is_lightningdit),
-    "denoiser_lightningdit_*": (run_network, is_lightningdit),
+    "denoiser_lightningdit_cfg*": (run_guidance, is_denoiser),
+    "denoiser_lightningdit_*": (run_network, is_denoiser),
+    "denoiser_ddt_*": (run_head_network, is_denoiser),
     "denoiser_tables*": (run_tables, lambda config: "sincos" in config and "rope" in config),
     "denoiser_init_stats*": (run_init_stats, lambda config: "models" in config),
 }

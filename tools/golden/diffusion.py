@@ -13,20 +13,14 @@ from dsr_jax.diffusion.paths import get_path
 from dsr_jax.diffusion.time_sampling import make_time_sampler
 from dsr_jax.diffusion.token_weights import TokenWeights
 from tools.golden.compare import Case, Check
-from tools.golden.denoiser import (
-    build_lightningdit,
-    is_lightningdit,
-    load_lightningdit,
-    nchw,
-    nhwc,
-)
+from tools.golden.denoiser import case_network, is_denoiser, nchw, nhwc
 
 Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _network(case: Case) -> Network:
-    model = build_lightningdit(case.config["params"])
-    variables = {"params": load_lightningdit(model, case.weights())}
+    model, params = case_network(case)
+    variables = {"params": params}
     return jax.jit(lambda x, t, labels: model.apply(variables, x, t, labels))
 
 
@@ -217,10 +211,10 @@ def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 RUNNERS = {
-    "denoiser_transport_loss*": (run_loss, is_lightningdit),
+    "denoiser_transport_loss*": (run_loss, is_denoiser),
     "denoiser_transport_paths*": (run_paths, _has("combos", "diffusion_norm")),
     "denoiser_time_sampling*": (run_time_sampling, _has("table")),
     "denoiser_loss_weighting*": (run_weighting, _has("cases", "time_dist_shift")),
-    "denoiser_sampler_ode*": (run_ode, is_lightningdit),
-    "denoiser_sampler_sde*": (run_sde, is_lightningdit),
+    "denoiser_sampler_ode*": (run_ode, is_denoiser),
+    "denoiser_sampler_sde*": (run_sde, is_denoiser),
 }

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.convert.lightningdit import lightningdit_rules
-from dsr_jax.convert.rules import flax_to_torch
 from dsr_jax.diffusion.guidance import drop_labels
 from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.diffusion.time_sampling import make_time_sampler
@@ -17,7 +15,7 @@ from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import Draws, apply_gradients, loss_and_grads
 from tools.golden.compare import Case, Check
-from tools.golden.denoiser import build_lightningdit, is_lightningdit, load_lightningdit, nhwc
+from tools.golden.denoiser import case_network, is_denoiser, nhwc, official
 
 _SCHEDULE = re.compile(
     r"Scheduler: (?P<kind>\w+) with warmup_steps=(?P<warmup>\d+), decay_end_steps=(?P<end>\d+), "
@@ -70,16 +68,13 @@ def parse_optimizer(config: Mapping[str, Any]) -> Optimizer:
 def run_training(case: Case) -> list[Check]:
     """Draws, losses, gradients, rates, parameters and averages of consecutive steps."""
     config, io = case.config, case.io
-    model = build_lightningdit(config["params"])
+    model, params = case_network(case)
     optimizer = parse_optimizer(config)
-    state = create_state(
-        load_lightningdit(model, case.weights()), optimizer, (config["recipe_values"]["ema"],)
-    )
+    state = create_state(params, optimizer, (config["recipe_values"]["ema"],))
     objective = make_objective("linear", config["prediction"])
     sampler = make_time_sampler(
         config["time_dist_type"], "linear", config["prediction"], config["time_dist_shift"]
     )
-    rules = lightningdit_rules(model)
     params_kind = "stress_params" if config["recipe"] == "stress" else "train_params"
 
     def network(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
@@ -90,7 +85,7 @@ def run_training(case: Case) -> list[Check]:
         losses, grads = loss_and_grads(network, objective, state.params, x1, draws)
         return apply_gradients(state, grads, optimizer), losses, grads
 
-    checks, kept = [], _every_tensor(case, lambda tree: flax_to_torch(tree, rules))
+    checks, kept = [], _every_tensor(case, lambda tree: official(model, tree))
     for k in range(config["nsteps"]):
         labels = drop_labels(
             jnp.asarray(io["labels"][k], jnp.int32),
@@ -130,11 +125,11 @@ def _every_tensor(
     def checks(name: str, tree: Any, kind: str) -> list[Check]:
         if not (case.path / f"{name}.safetensors").is_file():
             return []
-        ours = export(jax.tree.map(np.asarray, tree))
+        ours = export(tree)
         return [
             Check(f"{name}:{key}", ours[key], want, kind)
             for key, want in case.weights(name).items()
-            if not key.startswith("feat_rope")
+            if "feat_rope" not in key
         ]
 
     return checks
@@ -155,6 +150,6 @@ def run_schedules(case: Case) -> list[Check]:
 
 
 RUNNERS = {
-    "denoiser_train_*": (run_training, is_lightningdit),
+    "denoiser_train_*": (run_training, is_denoiser),
     "denoiser_lr_schedule*": (run_schedules, lambda config: "tables" in config),
 }

@@ -1,0 +1,184 @@
+"""Rules of the parts that denoisers share. Source: DSR lightningDiT.py and DDT.py; spec denoiser 9.
+
+The names on the right are those of `models.denoiser`, on the left the original's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.convert.rules import CONV, LINEAR, Layout, Rule, linear, shapes_of, vector
+from dsr_jax.core.errors import ConversionError
+from dsr_jax.models.blocks import mlp_width
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.rope import rope_tables
+
+
+def pair(
+    source: str, target: str, weight: Layout = LINEAR, bias: Layout | None = None
+) -> list[Rule]:
+    """Rules of a layer's weight and bias."""
+    return [
+        Rule(f"{source}.weight", f"{target}/kernel", weight),
+        Rule(f"{source}.bias", f"{target}/bias", bias or vector()),
+    ]
+
+
+def embedding_rules() -> list[Rule]:
+    """Rules of what every denoiser makes of its input, time and label."""
+    return [
+        *pair("x_embedder.proj", "x_embedder/proj", CONV),
+        Rule("t_embedder.W", "t_embedder/W"),
+        *pair("t_embedder.mlp.0", "t_embedder/mlp_0"),
+        *pair("t_embedder.mlp.2", "t_embedder/mlp_2"),
+        Rule("y_embedder.embedding_table.weight", "y_embedder/embedding_table/embedding"),
+    ]
+
+
+def register_rules(prefix: str = "") -> list[Rule]:
+    """Rules of one set of registers."""
+    names = [f"{prefix}register_{kind}" for kind in ("tokens", "pos_embed")]
+    return [Rule(name, name) for name in names]
+
+
+def final_rules(width: int, has_scale: bool) -> list[Rule]:
+    """Rules of the final layer; `has_scale` where its norm has a learned one."""
+    source, target = "final_layer.adaLN_modulation.1", "final_layer/adaLN"
+    rules = [
+        *pair(source, target, linear(outputs=(2, width)), vector(2, width)),
+        *pair("final_layer.linear", "final_layer/linear"),
+    ]
+    if has_scale:
+        rules.append(Rule("final_layer.norm_final.weight", "final_layer/norm_final/scale"))
+    return rules
+
+
+def block_rules(
+    model: DiffusionTransformer, width: int, heads: int, kv_bias: bool = False
+) -> list[Rule]:
+    """Rules of one block of this width, below the block's name on either side."""
+    head_dim = width // heads
+    rules = [
+        *pair(
+            "attn.qkv", "attn/qkv", linear(outputs=(3, heads, head_dim)), vector(3, heads, head_dim)
+        ),
+        *pair("attn.proj", "attn/proj", linear(inputs=(heads, head_dim))),
+        *pair("adaLN_modulation.1", "adaLN", linear(outputs=(6, width)), vector(6, width)),
+    ]
+    hidden = mlp_width(width, model.mlp_ratio, model.use_swiglu)
+    if model.use_swiglu:
+        rules += pair("mlp.w12", "mlp/w12", linear(outputs=(2, hidden)), vector(2, hidden))
+        rules += pair("mlp.w3", "mlp/w3")
+    else:
+        rules += [*pair("mlp.fc1", "mlp/fc1"), *pair("mlp.fc2", "mlp/fc2")]
+    if model.use_rmsnorm:
+        rules += [Rule(f"{name}.weight", f"{name}/scale") for name in ("norm1", "norm2")]
+    if model.use_qknorm:
+        for name in ("q_norm", "k_norm"):
+            rules.append(Rule(f"attn.{name}.weight", f"attn/{name}/scale"))
+            if not model.use_rmsnorm:
+                rules.append(Rule(f"attn.{name}.bias", f"attn/{name}/bias"))
+    if kv_bias:
+        rules += [Rule(f"attn.{name}", f"attn/{name}") for name in ("k_bias", "v_bias")]
+    return rules
+
+
+def shapes_of_model(model: DiffusionTransformer) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by Flax path."""
+    x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
+    args = x, jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    abstract: Any = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *args))
+    return shapes_of(abstract["params"])
+
+
+def rope_constants(
+    model: DiffusionTransformer, width: int, heads: int, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Rope's tables, which the original keeps in its state dict, and needs there to load it."""
+    if not model.use_rope:
+        return {}
+    prefixes = {"feat_rope": 0}
+    if model.num_registers:
+        prefixes["feat_rope_incontext"] = model.num_registers
+    return {
+        f"{prefix}{name}.freqs_{part}": table
+        for name, rows in prefixes.items()
+        for part, table in zip(
+            ("cos", "sin"), rope_tables(width // heads, model.grid, rows), strict=True
+        )
+    }
+
+
+def check_keys(state: Mapping[str, np.ndarray], model: str, needed: Sequence[str]) -> None:
+    """Checks that a state dict holds what tells a model's sizes.
+
+    Raises:
+      ConversionError: Naming what it lacks, and how it begins.
+    """
+    absent = [key for key in needed if key not in state]
+    if absent:
+        raise ConversionError(
+            f"this is no {model}: {', '.join(absent)} missing; it begins with "
+            f"{', '.join(list(state)[:4])}",
+            "name the family that the file belongs to",
+        )
+
+
+def count_blocks(state: Mapping[str, np.ndarray]) -> int:
+    """Number of blocks, of all widths."""
+    return 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+
+
+def infer_registers(
+    state: Mapping[str, np.ndarray], tokens: str, register_start: int
+) -> dict[str, int]:
+    """Number of registers and their first block, as constructor arguments.
+
+    Args:
+      state: Arrays by PyTorch name.
+      tokens: Name of the registers' table.
+      register_start: Their first block, which the file does not hold; negative if not given.
+
+    Raises:
+      ConversionError: If there are registers and the block is not given.
+    """
+    if tokens not in state:
+        return {"num_registers": 0, "register_start": 0}
+    registers = state[tokens].shape[1]
+    if register_start < 0:
+        raise ConversionError(
+            f"the file has {registers} registers but does not say before which block they join",
+            "give --register-start (the paper: 8 of 28 blocks, 4 of 12)",
+        )
+    return {"num_registers": registers, "register_start": register_start}
+
+
+def infer_heads(
+    state: Mapping[str, np.ndarray], width: int, keys: Sequence[str], option: str = "--num-heads"
+) -> int:
+    """Heads of blocks of this width, by the first of `keys` whose last axis is one head's.
+
+    Raises:
+      ConversionError: If the file holds none of them, naming the option that tells.
+    """
+    for key in keys:
+        if key in state:
+            return width // state[key].shape[-1]
+    raise ConversionError("the file does not tell the number of heads", f"give {option}")
+
+
+def infer_ratio(width: int, hidden: int, swiglu: bool) -> float:
+    """A ratio that gives `hidden` units; halves and quarters are tried before odd values.
+
+    Raises:
+      ConversionError: If none does.
+    """
+    for quarters in range(1, 65):
+        ratio = quarters / 4
+        if mlp_width(width, ratio, swiglu) == hidden:
+            return ratio
+    raise ConversionError(f"{hidden} hidden units fit no simple mlp_ratio of width {width}")

@@ -1,0 +1,109 @@
+"""DiTDH: a deep narrow encoder, and a wide shallow head that it conditions token by token.
+
+Source: DSR DDT.py (DiTwDDTHead); spec denoiser 2 and 3.
+"""
+
+import flax.linen as nn
+import jax
+
+from dsr_jax.core.typing import Array
+from dsr_jax.models.denoiser import DiffusionTransformer, FinalLayer, check_heads
+from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed, unpatchify
+from dsr_jax.models.layers import TORCH_DEFAULT, Dense
+
+
+class DiTDH(DiffusionTransformer):
+    """Diffusion transformer with a decoupled head, optionally with learned register tokens.
+
+    The encoder is LightningDiT's depth and has its registers. What it leaves at each place, patch
+    or register, is the condition of the token at that place of the head, which sees the input
+    anew. The head's own registers are there from its first block on, each conditioned by the
+    encoder's register of the same place, and are dropped before the final layer.
+
+    SiLU is applied twice to both conditions, here and by every modulation, as in the original. The
+    original takes patches of one pixel only; larger ones work here as in LightningDiT.
+
+    Attributes:
+      decoder_hidden_size: Width E of the head.
+      decoder_depth: Blocks of the head.
+      decoder_num_heads: Its attention heads.
+      use_pos_embed: Adds the sine-cosine table to the encoder's tokens.
+    """
+
+    decoder_hidden_size: int = 2048
+    decoder_depth: int = 2
+    decoder_num_heads: int = 16
+    use_pos_embed: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+        """Predicts what the objective asks for.
+
+        Args:
+          x: Noised input [B, h, w, C].
+          t: Time [B] in [0, 1], 0 = data, 1 = noise.
+          labels: Classes [B] in 0..K.
+
+        Returns:
+          [B, h, w, C] in float32.
+        """
+        self.check_sizes()
+        condition = self._encode(x, t, labels)
+        tokens = self._embed_patches("x_embedder", self.decoder_hidden_size, x)
+        if self.num_registers:
+            tokens = self._add_registers(tokens, "dec_")
+        tokens = self._run_stack(
+            "dec_blocks",
+            self.decoder_depth,
+            self.decoder_num_heads,
+            tokens,
+            condition,
+            init=TORCH_DEFAULT,
+        )
+        out = FinalLayer(
+            self.patch_size**2 * self.in_channels,
+            self.use_rmsnorm,
+            precision=self.precision,
+            name="final_layer",
+        )(tokens[:, self.num_registers :], condition[:, self.num_registers :])
+        self.sow("intermediates", "final_tokens", out)
+        return unpatchify(out, self.patch_size, self.in_channels)
+
+    def check_sizes(self) -> None:
+        """Checks that sizes fit each other.
+
+        Raises:
+          ConfigError: Naming the offending keys and a value that would do.
+        """
+        super().check_sizes()
+        check_heads(self.decoder_hidden_size, self.decoder_num_heads, self.use_rope, "decoder_")
+
+    def _encode(self, x: Array, t: Array, labels: Array) -> Array:
+        """Returns the head's conditions [B, R+N, E]."""
+        time = FourierTimeEmbed(
+            self.hidden_size, init=TORCH_DEFAULT, precision=self.precision, name="t_embedder"
+        )(t)
+        label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
+        condition = jax.nn.silu(self.precision.island("conditioning", time + label))
+        self.sow("intermediates", "condition", (time, label, condition))
+
+        tokens = self._embed_patches("s_embedder", self.hidden_size, x)
+        if self.use_pos_embed:
+            tokens = tokens + self._positions()
+        tokens = self._run_depth(tokens, condition, "enc_", init=TORCH_DEFAULT)
+        tokens = jax.nn.silu(time[:, None] + tokens)
+        if self.decoder_hidden_size != self.hidden_size:
+            tokens = Dense(
+                (self.decoder_hidden_size,),
+                ("embed", None),
+                init=TORCH_DEFAULT,
+                precision=self.precision,
+                name="s_projector",
+            )(tokens)
+        self.sow("intermediates", "s_projected", tokens)
+        return self.constrain(tokens, "act_batch", "act_len", "act_embed")
+
+    def _embed_patches(self, name: str, width: int, x: Array) -> Array:
+        tokens = PatchEmbed(width, self.patch_size, self.precision, name=name)(x)
+        self.sow("intermediates", f"{name}_out", tokens)
+        return self.precision.island("residual", tokens)
