@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dsr_jax.build_rae import file_digests, make_rae
 from dsr_jax.config import ConfigDict, architecture
 from dsr_jax.convert.files import load_converted
 from dsr_jax.core.errors import ConfigError, ConversionError
@@ -68,15 +69,21 @@ def make_rules(config: ConfigDict) -> Rules:
     return rules_by_name(config.sharding.rules, config.sharding.overrides)
 
 
-def make_space(config: ConfigDict) -> tuple[InputSpace, PyTree]:
+def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace, PyTree]:
     """The input space and its frozen variables.
+
+    Args:
+      config: The config.
+      mesh: Its devices get a copy of the variables each; None leaves them in host memory.
 
     Raises:
       ConfigError: If the space's name is unknown.
     """
     if config.space.name == "pixels":
         return PixelSpace(config.data.image_size, config.data.channels), {}
-    raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels")
+    if config.space.name == "rae":
+        return make_rae(config, mesh)
+    raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels, rae")
 
 
 def make_model(
@@ -339,7 +346,7 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
         "sampler": sampler_settings(config).recipe(),
         "objective": {key: config.objective[key] for key in ("path", "prediction")},
         "precision": config.precision.to_dict(),
-        "architecture": architecture(config),
+        "architecture": architecture(config) | file_digests(config),
     }
 
 

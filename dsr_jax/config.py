@@ -46,7 +46,25 @@ def base_config() -> ConfigDict:
                 "attention": "auto",
             },
             "registers": {"num": 36, "start": 4},
-            "space": {"name": "pixels"},
+            # All but the name is for "rae"; image_size 0 makes the encoder see 16 patches a side.
+            "space": {
+                "name": "pixels",
+                "encoder": "",
+                "decoder": "",
+                "statistics": "",
+                "neurons": "",
+                "image_size": 0,
+                "num_registers": 1,
+                "register_scale": (1.0,),
+                "normal_values": "zero",
+                "shared_maximum": True,
+                "spare_first_token": True,
+                "noise_tau": 0.0,
+                "norm_scaled_noise": False,
+                "post_stat_norm": False,
+                "preln": False,
+                "eps": 1e-5,
+            },
             "data": {
                 "source": "digits",
                 "root": "",
@@ -219,9 +237,13 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """The values that decide the parameters' names and shapes, by dotted key."""
+    values = to_json(config)
+    if values["space"]["name"] == "pixels":
+        # The other keys of the section have no effect.
+        values["space"] = {"name": "pixels"}
     return {
         f"config.{key}": value
-        for key, value in _leaves(to_json(config))
+        for key, value in _leaves(values)
         if key.split(".")[0] in ARCHITECTURE_SECTIONS
     }
 
@@ -338,7 +360,9 @@ def check_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[s
             f"workdir {str(folder)!r} is not empty and holds no run of dsr_jax ({content}, ...)",
             "name a new or empty folder; nothing was written",
         )
-    old = dict(_leaves(files.read_json(folder / "config.json")))
+    # A key that is younger than the run had its default's effect then.
+    defaults = dict(_leaves(to_json(base_config())))
+    old = defaults | dict(_leaves(files.read_json(folder / "config.json")))
     new = dict(_leaves(to_json(config)))
     changed = {key for key in {**old, **new} if old.get(key) != new.get(key)}
     lines = [f"config.{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(changed)]

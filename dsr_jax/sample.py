@@ -102,7 +102,7 @@ def draw(args: argparse.Namespace, config: configs.ConfigDict, labels: np.ndarra
     """Restores the weights and runs the job; returns the path of the `.npz`."""
     section = config.sample
     mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
-    space, variables = build.make_space(config)
+    space, variables = build.make_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
     sample = build.make_sampler(config, model, space, mesh, rules)
     abstract = build.abstract_params(model, space, mesh, rules)

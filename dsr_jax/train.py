@@ -72,7 +72,7 @@ class Run:
     def __init__(self, config: configs.ConfigDict, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
         self.mesh, self.rules = build.make_mesh(config), build.make_rules(config)
-        self.space, self.variables = build.make_space(config)
+        self.space, self.variables = build.make_space(config, self.mesh)
         self.model = build.make_model(config, self.space, Constrain(self.rules, self.mesh))
         self.optimizer = build.make_optimizer(config)
         self.source = build.make_source(config)

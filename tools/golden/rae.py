@@ -206,13 +206,9 @@ def _is_roundtrip(config: Mapping[str, Any]) -> bool:
     return config.get("rae", {}).get("encoder_cls") in MODEL_TYPES
 
 
-def _is_named(name: str) -> Any:
-    return lambda config: config.get("case", "").startswith(name)
-
-
 RUNNERS = {
     "encoder_vit_decoder*": (run_decoder, lambda config: config.get("cls") == "GeneralDecoder"),
     "encoder_rae_roundtrip*": (run_roundtrip, _is_roundtrip),
-    "encoder_latent_stats*": (run_statistics, _is_named("latent_stats")),
-    "encoder_recon_metrics*": (run_metrics, _is_named("recon_metrics")),
+    "encoder_latent_stats*": (run_statistics, lambda config: True),
+    "encoder_recon_metrics*": (run_metrics, lambda config: True),
 }

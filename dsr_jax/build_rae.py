@@ -1,0 +1,124 @@
+"""From `config.space` to the representation autoencoder that it names, with its frozen arrays."""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from dsr_jax.config import ConfigDict
+from dsr_jax.convert.decoder import load_decoder
+from dsr_jax.convert.hub import load_encoder
+from dsr_jax.convert.statistics import load_statistics
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.files import file_digest
+from dsr_jax.core.typing import PyTree
+from dsr_jax.models.decoder import ViTDecoder
+from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.vit import ViT, ViTConfig
+from dsr_jax.parallel.shardings import replicated
+from dsr_jax.registers.neurons import load_neurons, neurons_to_mask
+from dsr_jax.spaces import RAE
+
+PATCHES = 16
+"""Patches a side of the encoder's input, unless the config says otherwise."""
+
+FILES = ("encoder", "decoder", "statistics", "neurons")
+"""Keys of `config.space` that name files."""
+
+
+def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]:
+    """Reads the encoder, and decoder, statistics and neurons where the config names them.
+
+    Args:
+      config: The whole config.
+      mesh: Its devices get a copy of the arrays each; None leaves them in host memory.
+
+    Raises:
+      ConversionError: If a folder or file is missing, damaged or of another kind.
+      ConfigError: If they do not fit each other, or the config.
+    """
+    _check(config)
+    section, precision = config.space, Precision(config.precision.compute)
+    sizes, encoder = load_encoder(section.encoder)
+    decoder = decoder_params = None
+    if section.decoder:
+        decoder_sizes, decoder_params = load_decoder(section.decoder)
+        decoder = ViTDecoder(decoder_sizes, precision=precision)
+    space = RAE(
+        ViT(sizes, precision=precision),
+        decoder,
+        image_size=section.image_size or PATCHES * sizes.patch_size,
+        noise_tau=section.noise_tau,
+        norm_scaled_noise=section.norm_scaled_noise,
+        post_stat_norm=section.post_stat_norm,
+        preln=section.preln,
+        eps=section.eps,
+    )
+    variables = space.make_variables(
+        encoder,
+        decoder_params,
+        load_statistics(section.statistics) if section.statistics else None,
+        make_intervention(config, sizes) if section.neurons else None,
+    )
+    return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
+
+
+def _check(config: ConfigDict) -> None:
+    for wrong, problem, remedy in (
+        (
+            not config.space.encoder,
+            "config.space.encoder is not set",
+            "name a folder that python -m dsr_jax.convert wrote of an encoder",
+        ),
+        (
+            config.data.channels != 3,
+            f"config.data.channels={config.data.channels} for an encoder of colour images",
+            "set config.data.channels=3",
+        ),
+        (
+            config.eval.judge,
+            f"config.eval.judge={config.eval.judge!r} with config.space.name='rae'",
+            "leave the judge empty: it looks at the pixels of the data set",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(problem, remedy)
+
+
+def make_intervention(config: ConfigDict, encoder: ViTConfig) -> Intervention:
+    """The test-time registers that `config.space` describes.
+
+    Raises:
+      DataError: If the file of neurons cannot be read.
+      ConfigError: If it is of another encoder, or a setting cannot be.
+    """
+    section = config.space
+    scale = section.register_scale
+    return Intervention(
+        mask=neurons_to_mask(load_neurons(section.neurons), encoder.depth, encoder.mlp_dim),
+        num_registers=section.num_registers,
+        scale=scale[0] if len(scale) == 1 else scale,
+        normal_values=section.normal_values,
+        shared_maximum=section.shared_maximum,
+        spare_first_token=section.spare_first_token,
+    )
+
+
+def file_digests(config: ConfigDict) -> dict[str, str]:
+    """What names the content of the files in `config.space`, wherever they lie.
+
+    Files are named by their digest, folders by that of their parameters, and published neurons by
+    the encoder's name.
+    """
+    digests = {}
+    for key in FILES:
+        name = config.space[key]
+        candidates = [Path(name), *(Path(name) / file for file in _IN_FOLDERS)]
+        found = next((path for path in candidates if path.is_file()), None)
+        if name:
+            digests[f"config.space.{key}"] = file_digest(found) if found else name
+    return digests
+
+
+_IN_FOLDERS = ("params.safetensors", "statistics.safetensors")
