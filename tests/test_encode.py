@@ -1,0 +1,105 @@
+"""The command that takes statistics of latents: right, resumable to the bit, told what it is of."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsr_jax import build, encode
+from dsr_jax import config as configs
+from dsr_jax.convert.statistics import load_statistics
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.files import read_json
+from dsr_jax.data.sources import read_all
+from tests.programs import quick_programs
+from tests.tiny_rae import save_rae
+
+DIGITS = f"--config={Path(__file__).parents[1] / 'configs' / 'digits.py'}"
+IMAGES, BATCH = 20, 8
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return save_rae(tmp_path_factory.mktemp("rae"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory):
+    with quick_programs(tmp_path_factory.mktemp("programs")):
+        yield
+
+
+def run(out: Path, overrides: tuple[str, ...], *more: str) -> None:
+    settings = [f"--images={IMAGES}", f"--batch={BATCH}", "--save-every=1"]
+    encode.main(["statistics", DIGITS, f"--out={out}", *settings, *more, *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("statistics") / "whole"
+    run(out, overrides, "--no-flip")
+    return out
+
+
+def test_statistics_are_those_of_the_images_in_the_order_of_training(whole, overrides) -> None:
+    config = configs.load_file(DIGITS.removeprefix("--config="))
+    configs.apply_overrides(config, overrides)
+    config.space.statistics = ""
+    config.data.update(global_batch=BATCH, flip=False)
+    space, variables = build.make_space(config)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    sharding = build.shardings.batch_sharding(mesh, rules)
+    batches = build.global_batches(config, build.make_source(config), sharding)(0)
+    images = np.concatenate([np.asarray(next(batches)["image"]) for _ in range(3)])[:IMAGES]
+    latents = np.asarray(jax.jit(space.encode)(variables, images.astype(np.float32) / 255))
+    found = load_statistics(whole)
+    np.testing.assert_allclose(found["mean"], latents.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found["var"], latents.var(0), atol=1e-5)
+    record = read_json(whole / "statistics.json")
+    assert record["images"] == IMAGES and 0 <= record["data_wait_share"] <= 1
+    assert record["recipe"]["space"]["config.space.encoder"].startswith("sha256:")
+
+
+def test_a_pass_in_pieces_has_the_same_bits(whole, overrides, tmp_path, capsys) -> None:
+    out = tmp_path / "pieces"
+    run(out, overrides, "--no-flip", "--stop-after=1")
+    assert not (out / "statistics.safetensors").exists()
+    run(out, overrides, "--no-flip", "--stop-after=1")
+    run(out, overrides, "--no-flip")
+    assert "of the time was spent waiting for data" in capsys.readouterr().err
+    results = [(folder / "statistics.safetensors").read_bytes() for folder in (out, whole)]
+    assert results[0] == results[1]
+    before = (out / "progress.npz").stat().st_mtime_ns
+    run(out, overrides, "--no-flip")
+    assert "complete" in capsys.readouterr().err
+    assert (out / "progress.npz").stat().st_mtime_ns == before
+
+
+def test_flips_are_taken_unless_told_otherwise(whole, overrides, tmp_path) -> None:
+    run(tmp_path / "flipped", overrides)
+    assert (
+        np.abs(load_statistics(tmp_path / "flipped")["mean"] - load_statistics(whole)["mean"]).max()
+        > 1e-4
+    )
+
+
+def test_what_does_not_belong_together_is_refused(whole, overrides, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="other settings:\n.*data.seed: 0 -> 1"):
+        run(whole, overrides, "--no-flip", "--config.seed=1")
+    with pytest.raises(ConfigError, match="other settings:\n.*config.space.preln: False -> True"):
+        run(whole, overrides, "--no-flip", "--config.space.preln=True")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other files"):
+        run(tmp_path, overrides)
+    with pytest.raises(ConfigError, match="'pixels' has no encoder"):
+        run(tmp_path / "new", ())
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_image_is_taken_once(overrides, tmp_path) -> None:
+    """The rest of the last batch belongs to the next epoch and does not count."""
+    out, config = tmp_path / "all", configs.load_file(DIGITS.removeprefix("--config="))
+    encode.main(["statistics", DIGITS, f"--out={out}", "--batch=512", "--no-flip", *overrides])
+    images, _ = read_all(build.make_source(config))
+    assert read_json(out / "statistics.json")["images"] == len(images)
