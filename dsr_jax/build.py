@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dsr_jax.build_denoiser import forward_flops as forward_flops
+from dsr_jax.build_denoiser import make_model as make_model
+from dsr_jax.build_denoiser import restore_converted as restore_converted
 from dsr_jax.build_rae import file_digests, make_rae
 from dsr_jax.config import ConfigDict, architecture
-from dsr_jax.convert.files import load_converted
-from dsr_jax.core.errors import ConfigError, ConversionError
+from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import stream_key
-from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.pipeline import make_batches
 from dsr_jax.data.sources import Source
@@ -27,28 +28,15 @@ from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.objectives import make_objective as objective_by_name
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
-from dsr_jax.models.blocks import mlp_width
-from dsr_jax.models.dit import LightningDiT
-from dsr_jax.models.precision import Precision
 from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
-from dsr_jax.parallel.axes import Constrain, Rules
+from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
 from dsr_jax.sampling.sampler import SampleFn, SamplerSettings, make_sample_fn
 from dsr_jax.spaces import InputSpace, PixelSpace
-from dsr_jax.telemetry import flops
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import TrainStep, make_train_step
-
-# Where a config holds the constructor arguments that are not in its section `model`.
-_CONFIG_KEYS = {
-    "num_registers": "registers.num",
-    "register_start": "registers.start",
-    "num_classes": "data.num_classes",
-    "input_size": "side of the space's latents",
-    "in_channels": "channels of the space's latents",
-}
 
 
 def set_precision(config: ConfigDict) -> None:
@@ -84,53 +72,6 @@ def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace
     if config.space.name == "rae":
         return make_rae(config, mesh)
     raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels, rae")
-
-
-def make_model(
-    config: ConfigDict, space: InputSpace, constrain: Constrain | None = None
-) -> LightningDiT:
-    """The denoiser for the latents of `space`.
-
-    Raises:
-      ConfigError: If the model's name is unknown or its sizes do not fit each other.
-    """
-    settings = config.model.to_dict()
-    name = settings.pop("name")
-    if name != "lightningdit":
-        raise ConfigError(f"config.model.name={name!r}", "choose from lightningdit")
-    height, width, channels = space.latent_shape
-    if height != width:
-        raise ConfigError(f"latents of {height} x {width} are not square")
-    model = LightningDiT(
-        input_size=height,
-        in_channels=channels,
-        num_classes=config.data.num_classes,
-        num_registers=config.registers.num,
-        register_start=config.registers.start,
-        precision=Precision(config.precision.compute),
-        constrain=constrain or Constrain(),
-        **settings,
-    )
-    model.check_sizes()
-    return model
-
-
-def forward_flops(model: LightningDiT) -> int:
-    """FLOPs of one evaluation of the denoiser on one sample."""
-    ratio, width = model.mlp_ratio, model.hidden_size
-    channels = model.in_channels * model.patch_size**2
-    return flops.dit_forward_flops(
-        hidden=width,
-        depth=model.depth,
-        mlp_hidden=mlp_width(width, ratio, model.use_swiglu),
-        tokens=(model.input_size // model.patch_size) ** 2,
-        patch_inputs=channels,
-        patch_outputs=channels * (2 if model.learn_sigma else 1),
-        num_registers=model.num_registers,
-        register_start=model.register_start,
-        use_swiglu=model.use_swiglu,
-        attn_kv_bias=model.attn_kv_bias,
-    )
 
 
 def make_objective(config: ConfigDict) -> Objective:
@@ -261,57 +202,6 @@ def denoiser(model: nn.Module) -> Callable[[Params, Array, Array, Array], Array]
         return out
 
     return apply
-
-
-def restore_converted(
-    folder: str, model: LightningDiT, abstract: Params
-) -> tuple[Params, dict[str, Any]]:
-    """Reads weights that `dsr_jax.convert` wrote onto the devices.
-
-    Args:
-      folder: The converted model.
-      model: The config's model.
-      abstract: Its parameters' shapes and shardings.
-
-    Returns:
-      Parameters, and the record of the conversion.
-
-    Raises:
-      ConversionError: If they are of other sizes than the config's model.
-    """
-    params, record = load_converted(folder)
-    if record["family"] != "lightningdit":
-        raise ConversionError(
-            f"{folder} holds a {record['family']}, not a denoiser",
-            "name a folder that python -m dsr_jax.convert lightningdit wrote",
-        )
-    # Other ratios can give the same widths, and without registers their start means nothing.
-    ignored = {"mlp_ratio"} | (set() if model.num_registers else {"register_start"})
-    differing = [
-        f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
-        for name, value in record["model"].items()
-        if name not in ignored and value != getattr(model, name)
-    ]
-    shapes, wanted = (
-        {name: leaf.shape for name, leaf in flatten_names(tree).items()}
-        for tree in (params, abstract)
-    )
-    differing += [
-        f"{name}: {shapes.get(name, 'absent')} -> {wanted.get(name, 'absent')}"
-        for name in {**shapes, **wanted}
-        if shapes.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise ConversionError(
-            f"{folder} holds a model of other sizes than the config (converted -> config):\n    "
-            + "\n    ".join(differing[:8]),
-            "use the config of that model, or set keys with --config.KEY=VALUE",
-        )
-
-    def place(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
-        return jax.device_put(leaf.astype(like.dtype), like.sharding)
-
-    return jax.tree.map(place, params, abstract), record
 
 
 def sampler_settings(config: ConfigDict) -> SamplerSettings:

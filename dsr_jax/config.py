@@ -44,6 +44,11 @@ def base_config() -> ConfigDict:
                 "attn_kv_bias": False,
                 "remat": "none",
                 "attention": "auto",
+                # Of "ditdh" alone: its wide head, and the encoder's table.
+                "decoder_hidden_size": 2048,
+                "decoder_depth": 2,
+                "decoder_num_heads": 16,
+                "use_pos_embed": True,
             },
             "registers": {"num": 36, "start": 4},
             # All but the name is for "rae"; image_size 0 makes the encoder see 16 patches a side.
@@ -262,6 +267,7 @@ def check(config: ConfigDict) -> None:
     positive = (
         "data.global_batch data.image_size data.channels data.num_classes train.steps optim.lr "
         "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
+        "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
         "objective.time_bins log.every_steps checkpoint.every_steps checkpoint.keep_latest"
     )
     leaves = dict(_leaves(config))

@@ -16,6 +16,15 @@ DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
     }
 )
 
+DIT_DH: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        name: {**sizes, "decoder_hidden_size": 2048, "decoder_depth": 2, "decoder_num_heads": 16}
+        for name, sizes in DIT.items()
+    }
+)
+"""The same encoders with the wide head. Source: spec denoiser 2.4 (XL was released; S is RAE's
+guide)."""
+
 REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
 """First block with diffusion registers: XL released; S and B follow from the paper's GFLOPs; L is
 JiT-L's, which has the same depth."""

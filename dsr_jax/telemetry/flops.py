@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 TIME_FEATURES = 512
 """Width of the Fourier features that enter the time MLP."""
@@ -66,18 +67,87 @@ def dit_forward_flops(
       attn_kv_bias: One learned key and value more in every block.
       time_features: Inputs of the time MLP.
     """
-    matrices = 3 if use_swiglu else 2
-
-    def block(length: int) -> int:
-        keys = length + int(attn_kv_bias)
-        projections = length * (4 * hidden**2 + matrices * hidden * mlp_hidden)
-        return projections + 2 * length * keys * hidden + 6 * hidden**2
-
     before = min(register_start, depth) if num_registers else depth
-    blocks = before * block(tokens) + (depth - before) * block(tokens + num_registers)
+    sizes: Any = {
+        "hidden": hidden,
+        "mlp_hidden": mlp_hidden,
+        "use_swiglu": use_swiglu,
+        "attn_kv_bias": attn_kv_bias,
+    }
+    blocks = before * _block(tokens, 1, **sizes)
+    blocks += (depth - before) * _block(tokens + num_registers, 1, **sizes)
     ends = tokens * hidden * (patch_inputs + patch_outputs) + 2 * hidden**2
-    time = time_features * hidden + hidden**2
-    return 2 * (blocks + ends + time)
+    return 2 * (blocks + ends + _time(hidden, time_features))
+
+
+def dit_dh_forward_flops(
+    *,
+    hidden: int,
+    depth: int,
+    mlp_hidden: int,
+    decoder_hidden: int,
+    decoder_depth: int,
+    decoder_mlp_hidden: int,
+    tokens: int,
+    patch_inputs: int,
+    num_registers: int = 0,
+    register_start: int = 0,
+    use_swiglu: bool = True,
+    time_features: int = TIME_FEATURES,
+) -> int:
+    """FLOPs of one network evaluation of DiTDH on one sample.
+
+    The head's modulations are of each token, and so cost as many products as it has tokens.
+
+    Args:
+      hidden: Width D of the encoder.
+      depth: Its blocks.
+      mlp_hidden: Hidden units of its feed-forward.
+      decoder_hidden: Width E of the head.
+      decoder_depth: Its blocks.
+      decoder_mlp_hidden: Hidden units of its feed-forward.
+      tokens: Patch tokens N.
+      patch_inputs: Numbers p*p*C that make a token, and that come out of one.
+      num_registers: Register tokens R of either part.
+      register_start: First block of the encoder that sees its registers.
+      use_swiglu: Three matrices in the feed-forward, else two.
+      time_features: Inputs of the time MLP.
+    """
+    length = tokens + num_registers
+    before = min(register_start, depth) if num_registers else depth
+    encoder: Any = {"hidden": hidden, "mlp_hidden": mlp_hidden, "use_swiglu": use_swiglu}
+    blocks = before * _block(tokens, 1, **encoder) + (depth - before) * _block(length, 1, **encoder)
+    blocks += decoder_depth * _block(
+        length,
+        length,
+        hidden=decoder_hidden,
+        mlp_hidden=decoder_mlp_hidden,
+        use_swiglu=use_swiglu,
+    )
+    # Both parts see the input; only the head's patches reach the final layer.
+    ends = tokens * (patch_inputs * (hidden + 2 * decoder_hidden) + 2 * decoder_hidden**2)
+    projector = length * hidden * decoder_hidden if hidden != decoder_hidden else 0
+    return 2 * (blocks + ends + projector + _time(hidden, time_features))
+
+
+def _block(
+    length: int,
+    conditions: int,
+    *,
+    hidden: int,
+    mlp_hidden: int,
+    use_swiglu: bool,
+    attn_kv_bias: bool = False,
+) -> int:
+    """Multiply-accumulates of a block on `length` tokens with so many different conditions."""
+    matrices = 3 if use_swiglu else 2
+    keys = length + int(attn_kv_bias)
+    projections = length * (4 * hidden**2 + matrices * hidden * mlp_hidden)
+    return projections + 2 * length * keys * hidden + 6 * conditions * hidden**2
+
+
+def _time(hidden: int, features: int) -> int:
+    return features * hidden + hidden**2
 
 
 def train_step_flops(forward_flops: int, batch: int, *, recompute: bool = False) -> int:

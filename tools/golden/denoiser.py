@@ -19,14 +19,9 @@ from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.models.rope import rope_tables, rotate
 from tools.golden.compare import Case, Check
 
-_STACKS = tuple(
-    f"{prefix}blocks{part}"
-    for prefix, parts in (
-        ("", ("", "_pre", "_reg")),
-        ("enc_", ("", "_pre", "_reg")),
-        ("dec_", ("",)),
-    )
-    for part in parts
+_STACKS = (
+    *("blocks", "blocks_pre", "blocks_reg"),
+    *("enc_blocks", "enc_blocks_pre", "enc_blocks_reg", "dec_blocks"),
 )
 """Every network's stacks, in the order of their blocks."""
 

@@ -1,0 +1,169 @@
+"""From a config to the denoiser it names, its cost, and converted weights for it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsr_jax.config import ConfigDict, base_config
+from dsr_jax.convert.families import DENOISERS
+from dsr_jax.convert.files import load_converted
+from dsr_jax.core.errors import ConfigError, ConversionError
+from dsr_jax.core.trees import flatten_names
+from dsr_jax.core.typing import Array, Params
+from dsr_jax.models.blocks import mlp_width
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.dit import LightningDiT
+from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.precision import Precision
+from dsr_jax.parallel.axes import Constrain
+from dsr_jax.spaces import InputSpace
+from dsr_jax.telemetry import flops
+
+# Where a config holds the constructor arguments that are not in its section `model`.
+_CONFIG_KEYS = {
+    "num_registers": "registers.num",
+    "register_start": "registers.start",
+    "num_classes": "data.num_classes",
+    "input_size": "side of the space's latents",
+    "in_channels": "channels of the space's latents",
+}
+
+
+def make_model(
+    config: ConfigDict, space: InputSpace, constrain: Constrain | None = None
+) -> DiffusionTransformer:
+    """The denoiser for the latents of `space`.
+
+    Raises:
+      ConfigError: If the model's name is unknown, it lacks a setting that is not at its default,
+        or its sizes do not fit each other.
+    """
+    height, width, channels = space.latent_shape
+    if height != width:
+        raise ConfigError(f"latents of {height} x {width} are not square")
+    kind = _denoiser_class(config)
+    model = kind(
+        input_size=height,
+        in_channels=channels,
+        num_classes=config.data.num_classes,
+        num_registers=config.registers.num,
+        register_start=config.registers.start,
+        precision=Precision(config.precision.compute),
+        constrain=constrain or Constrain(),
+        **_model_settings(config, kind),
+    )
+    model.check_sizes()
+    return model
+
+
+def _denoiser_class(config: ConfigDict) -> type[DiffusionTransformer]:
+    """The class that config.model.name names.
+
+    Raises:
+      ConfigError: If there is none of that name.
+    """
+    name = config.model.name
+    if name not in DENOISERS:
+        raise ConfigError(f"config.model.name={name!r}", f"choose from {', '.join(DENOISERS)}")
+    return DENOISERS[name].model
+
+
+def _model_settings(config: ConfigDict, kind: type[DiffusionTransformer]) -> dict[str, Any]:
+    """The constructor arguments in config.model; others may not differ from their defaults."""
+    known = {field.name for field in dataclasses.fields(kind)} - {"name"}
+    defaults = base_config().model.to_dict()
+    settings = {}
+    for key, value in config.model.items():
+        if key in known:
+            settings[key] = value
+        elif key != "name" and value != defaults[key]:
+            raise ConfigError(
+                f"config.model.{key}={value!r}, but {config.model.name} has no such setting",
+                f"leave it at {defaults[key]!r}, or choose another config.model.name",
+            )
+    return settings
+
+
+def forward_flops(model: DiffusionTransformer) -> int:
+    """FLOPs of one evaluation of the denoiser on one sample."""
+
+    def mlp_hidden(width: int) -> int:
+        return mlp_width(width, model.mlp_ratio, model.use_swiglu)
+
+    shared: Any = {
+        "hidden": model.hidden_size,
+        "depth": model.depth,
+        "mlp_hidden": mlp_hidden(model.hidden_size),
+        "tokens": model.grid**2,
+        "patch_inputs": model.in_channels * model.patch_size**2,
+        "num_registers": model.num_registers,
+        "register_start": model.register_start,
+        "use_swiglu": model.use_swiglu,
+    }
+    if isinstance(model, DiTDH):
+        return flops.dit_dh_forward_flops(
+            decoder_hidden=model.decoder_hidden_size,
+            decoder_depth=model.decoder_depth,
+            decoder_mlp_hidden=mlp_hidden(model.decoder_hidden_size),
+            **shared,
+        )
+    assert isinstance(model, LightningDiT)
+    return flops.dit_forward_flops(
+        patch_outputs=shared["patch_inputs"] * (2 if model.learn_sigma else 1),
+        attn_kv_bias=model.attn_kv_bias,
+        **shared,
+    )
+
+
+def restore_converted(
+    folder: str, model: DiffusionTransformer, abstract: Params
+) -> tuple[Params, dict[str, Any]]:
+    """Reads weights that `dsr_jax.convert` wrote onto the devices.
+
+    Args:
+      folder: The converted model.
+      model: The config's model.
+      abstract: Its parameters' shapes and shardings.
+
+    Returns:
+      Parameters, and the record of the conversion.
+
+    Raises:
+      ConversionError: If they are of another kind or other sizes than the config's model.
+    """
+    params, record = load_converted(folder)
+    family = next(key for key, known in DENOISERS.items() if known.model is type(model))
+    if record["family"] != family:
+        raise ConversionError(
+            f"{folder} holds a {record['family']}, not a denoiser of the config's kind, {family}",
+            f"name a folder that python -m dsr_jax.convert {family} wrote",
+        )
+    # Other ratios can give the same widths, and without registers their start means nothing.
+    ignored = {"mlp_ratio"} | (set() if model.num_registers else {"register_start"})
+    differing = [
+        f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
+        for name, value in record["model"].items()
+        if name not in ignored and value != getattr(model, name)
+    ]
+    shapes, wanted = (
+        {name: leaf.shape for name, leaf in flatten_names(tree).items()}
+        for tree in (params, abstract)
+    )
+    differing += [
+        f"{name}: {shapes.get(name, 'absent')} -> {wanted.get(name, 'absent')}"
+        for name in {**shapes, **wanted}
+        if shapes.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ConversionError(
+            f"{folder} holds a model of other sizes than the config (converted -> config):\n    "
+            + "\n    ".join(differing[:8]),
+            "use the config of that model, or set keys with --config.KEY=VALUE",
+        )
+
+    def place(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
+        return jax.device_put(leaf.astype(like.dtype), like.sharding)
+
+    return jax.tree.map(place, params, abstract), record
