@@ -76,6 +76,11 @@ def infer_model(
     total = parts.count_blocks(state)
     head_depth = decoder_depth or _infer_head_depth(state, total, width, head_width)
     depth = total - head_depth
+    if depth < 1:
+        raise ConversionError(
+            f"the file's {total} blocks leave none for the encoder before a head of {head_depth}",
+            "give --decoder-depth (the official models: 2)",
+        )
     return DiTDH(
         input_size=_infer_grid(state) * patch,
         in_channels=channels,

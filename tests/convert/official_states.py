@@ -2,17 +2,18 @@
 
 import numpy as np
 
-from dsr_jax.convert.lightningdit import lightningdit_rules, rope_buffers
-from dsr_jax.models.dit import LightningDiT
+from dsr_jax.convert.families import family_of
+from dsr_jax.models.denoiser import DiffusionTransformer
 
 
-def make_state(model: LightningDiT, seed: int = 0) -> dict[str, np.ndarray]:
+def make_state(model: DiffusionTransformer, seed: int = 0) -> dict[str, np.ndarray]:
     """Random parameters under the original's names, and its constants."""
-    rules, random = lightningdit_rules(model), np.random.RandomState(seed)
+    family, random = family_of(model), np.random.RandomState(seed)
+    rules = family.rules(model)
     state = {}
     for rule in rules.rules:
         for target, names in rule.pieces():
             shape = rule.source_shape(rules.shapes[target])
             for name in names:
                 state[name] = (0.2 * random.standard_normal(shape)).astype(np.float32)
-    return state | rope_buffers(model)
+    return state | family.constants(model)

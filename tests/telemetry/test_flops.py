@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsr_jax.build import forward_flops
 from dsr_jax.models.dit import LightningDiT
-from dsr_jax.telemetry.flops import dit_forward_flops, mfu, peak_flops, train_step_flops
+from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.telemetry.flops import (
+    dit_dh_forward_flops,
+    dit_forward_flops,
+    mfu,
+    peak_flops,
+    train_step_flops,
+)
 
 PAPER = [
     ("S", 384, 12, 1024, 4, 12.4, 13.7),
@@ -43,6 +51,27 @@ def test_the_papers_table(
         return round(flops / 1e9, 1)
 
     assert (gflops(0), gflops(36)) == (base, registers)
+
+
+def test_the_head_models_figures() -> None:
+    """GFLOPs of DiTDH-XL as its paper's convention gives them (spec denoiser 4)."""
+
+    def gflops(num_registers: int) -> float:
+        flops = dit_dh_forward_flops(
+            hidden=1152,
+            depth=28,
+            mlp_hidden=3072,
+            decoder_hidden=2048,
+            decoder_depth=2,
+            decoder_mlp_hidden=5461,
+            tokens=256,
+            patch_inputs=768,
+            num_registers=num_registers,
+            register_start=8,
+        )
+        return round(flops / 1e9, 2)
+
+    assert (gflops(0), gflops(36)) == (323.16, 359.27)
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
@@ -104,6 +133,34 @@ def test_the_models_own_matrix_products(changes: dict[str, Any]) -> None:
         attn_kv_bias=options.get("attn_kv_bias", False),
     )
     assert matmul_flops(model.apply, variables, *inputs) == analytic
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_registers": 4, "register_start": 2, "use_swiglu": False, "patch_size": 2},
+        {"num_registers": 9, "decoder_hidden_size": 48},
+    ],
+)
+def test_the_head_models_own_matrix_products(changes: dict[str, Any]) -> None:
+    model = DiTDH(
+        **{
+            "input_size": 6,
+            "in_channels": 5,
+            "hidden_size": 48,
+            "depth": 3,
+            "num_heads": 4,
+            "num_classes": 3,
+            "decoder_hidden_size": 96,
+            "decoder_depth": 2,
+            "decoder_num_heads": 6,
+        }
+        | changes
+    )
+    inputs = (jnp.zeros((1, 6, 6, 5)), jnp.zeros(1), jnp.zeros(1, int))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
 
 
 def test_the_compilers_count_of_one_product() -> None:
