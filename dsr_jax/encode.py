@@ -36,8 +36,10 @@ from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.progress import Progress
 
 _PROGRESS, _RECORD = "progress.npz", "statistics.json"
-_ENCODING = ("encoder", "image_size", "preln", "neurons", "num_registers", "register_scale")
-_ENCODING += ("normal_values", "shared_maximum", "spare_first_token")
+_ENCODING = (
+    *("encoder", "image_size", "preln", "neurons", "num_registers", "register_scale"),
+    *("normal_values", "shared_maximum", "spare_first_token"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,7 +182,8 @@ def save(out: Path, recipe: dict[str, Any], statistics: LatentStatistics, step: 
     """Writes the sums over the batches before `step`, on the primary process."""
     if is_primary():
         buffer = io.BytesIO()
-        np.savez(buffer, recipe=json.dumps(recipe), step=step, **statistics.state())
+        arrays: dict[str, Any] = {"recipe": json.dumps(recipe), "step": step, **statistics.state()}
+        np.savez(buffer, **arrays)
         write_atomic(out / _PROGRESS, buffer.getvalue())
 
 

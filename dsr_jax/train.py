@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
 from dsr_jax import build
@@ -82,6 +84,10 @@ class Run:
         )
         step = build.make_step(config, self.model, self.space, self.optimizer)
         self.step = build.jit_step(step, self.abstract, self.batch_sharding, self.mesh)
+        if config.sample.every_steps:
+            # A space that gives no images says so now, not at the first picture.
+            latents = jax.ShapeDtypeStruct((1, *self.space.latent_shape), jnp.float32)
+            jax.eval_shape(self.space.decode, self.variables, latents)
         draw = build.make_sampler(config, self.model, self.space, self.mesh, self.rules)
         self.results = Results(config, workdir, draw, self.variables, self.mesh.size)
         check_packages(config.log.tensorboard, config.log.wandb)

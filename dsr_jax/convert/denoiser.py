@@ -135,7 +135,7 @@ def count_blocks(state: Mapping[str, np.ndarray]) -> int:
 
 def infer_registers(
     state: Mapping[str, np.ndarray], tokens: str, register_start: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Number of registers and their first block, as constructor arguments.
 
     Args:

@@ -127,7 +127,7 @@ class Attention(nn.Module):
       kernel: See `attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
-      init: Start of the projections.
+      linear_init: Start of the projections.
     """
 
     num_heads: int
@@ -137,7 +137,7 @@ class Attention(nn.Module):
     kernel: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
 
     @nn.compact
     def __call__(self, x: Array, rope: Rope | None = None) -> Array:
@@ -147,7 +147,7 @@ class Attention(nn.Module):
             3,
             (heads, head_dim),
             ("embed", "heads", "head_dim"),
-            init=self.init,
+            linear_init=self.linear_init,
             precision=self.precision,
             name="qkv",
         )(x)
@@ -164,7 +164,7 @@ class Attention(nn.Module):
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
             num_inputs=2,
-            init=self.init,
+            linear_init=self.linear_init,
             precision=self.precision,
             name="proj",
         )(mixed)

@@ -87,7 +87,7 @@ class Block(nn.Module):
       attention: Attention kernel.
       precision: Dtype policy.
       constrain: Layout of activations.
-      init: Start of all linear layers but the modulation, which starts at zero.
+      linear_init: Start of all linear layers but the modulation, which starts at zero.
     """
 
     num_heads: int
@@ -99,7 +99,7 @@ class Block(nn.Module):
     attention: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
 
     @nn.compact
     def __call__(self, x: Array, condition: Array, rope: Rope | None) -> tuple[Array, None]:
@@ -123,7 +123,7 @@ class Block(nn.Module):
             self.attention,
             self.precision,
             self.constrain,
-            self.init,
+            self.linear_init,
             name="attn",
         )(normed * (1 + scale_attn) + shift_attn, rope)
         self.sow("intermediates", "attn_out", mixed)
@@ -139,7 +139,7 @@ class Block(nn.Module):
     def _feed_forward(self, width: int) -> nn.Module:
         hidden = mlp_width(width, self.mlp_ratio, self.use_swiglu)
         kind = SwiGLU if self.use_swiglu else Mlp
-        return kind(hidden, init=self.init, precision=self.precision, name="mlp")
+        return kind(hidden, linear_init=self.linear_init, precision=self.precision, name="mlp")
 
 
 def make_stack(

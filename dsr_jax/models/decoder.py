@@ -122,7 +122,7 @@ class ViTDecoder(nn.Module):
             ("channels", "embed"),
             precision=self.precision,
             name="embed",
-            init=TORCH_DEFAULT,
+            linear_init=TORCH_DEFAULT,
         )(tokens[:, int(drop_first) :])
         x = self.precision.island("residual", x).reshape(len(x), side, side, -1)
         x = resample(x, config.grid, config.grid, "bilinear").reshape(len(x), config.grid**2, -1)
@@ -140,7 +140,7 @@ class ViTDecoder(nn.Module):
             ("embed", None),
             precision=self.precision,
             name="pred",
-            init=TORCH_DEFAULT,
+            linear_init=TORCH_DEFAULT,
         )(x)
         logits = self.precision.island("output", logits)
         return DecoderOutput(logits, unpatchify(logits, config.patch_size, 3))

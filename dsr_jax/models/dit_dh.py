@@ -58,7 +58,7 @@ class DiTDH(DiffusionTransformer):
             self.decoder_num_heads,
             tokens,
             condition,
-            init=TORCH_DEFAULT,
+            linear_init=TORCH_DEFAULT,
         )
         out = FinalLayer(
             self.patch_size**2 * self.in_channels,
@@ -81,7 +81,7 @@ class DiTDH(DiffusionTransformer):
     def _encode(self, x: Array, t: Array, labels: Array) -> Array:
         """Returns the head's conditions [B, R+N, E]."""
         time = FourierTimeEmbed(
-            self.hidden_size, init=TORCH_DEFAULT, precision=self.precision, name="t_embedder"
+            self.hidden_size, linear_init=TORCH_DEFAULT, precision=self.precision, name="t_embedder"
         )(t)
         label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
         condition = jax.nn.silu(self.precision.island("conditioning", time + label))
@@ -90,13 +90,13 @@ class DiTDH(DiffusionTransformer):
         tokens = self._embed_patches("s_embedder", self.hidden_size, x)
         if self.use_pos_embed:
             tokens = tokens + self._positions()
-        tokens = self._run_depth(tokens, condition, "enc_", init=TORCH_DEFAULT)
+        tokens = self._run_depth(tokens, condition, "enc_", linear_init=TORCH_DEFAULT)
         tokens = jax.nn.silu(time[:, None] + tokens)
         if self.decoder_hidden_size != self.hidden_size:
             tokens = Dense(
                 (self.decoder_hidden_size,),
                 ("embed", None),
-                init=TORCH_DEFAULT,
+                linear_init=TORCH_DEFAULT,
                 precision=self.precision,
                 name="s_projector",
             )(tokens)

@@ -87,13 +87,13 @@ class FourierTimeEmbed(nn.Module):
     Attributes:
       width: Model width D.
       num_frequencies: Entries of the frequency vector W.
-      init: Start of the layers' biases; their kernels are always normal.
+      linear_init: Start of the layers' biases; their kernels are always normal.
       precision: Dtype policy.
     """
 
     width: int
     num_frequencies: int = 256
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
@@ -105,7 +105,7 @@ class FourierTimeEmbed(nn.Module):
         t = self.precision.island("time_embedding", t)
         angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        shared: Any = {"kernel_init": nn.initializers.normal(0.02), "init": self.init}
+        shared: Any = {"kernel_init": nn.initializers.normal(0.02), "linear_init": self.linear_init}
         hidden = Dense((self.width,), ("frequencies", "embed"), **shared, name="mlp_0")(features)
         return Dense((self.width,), ("embed", None), **shared, name="mlp_2")(jax.nn.silu(hidden))
 

@@ -98,8 +98,8 @@ class Dense(nn.Module):
       axes: Logical axes of the kernel, input dimensions first.
       num_inputs: How many trailing dimensions of the input are contracted.
       use_bias: Adds a bias of shape `features`.
-      init: Start of kernel and bias.
-      kernel_init: Initialiser of the flattened [in, out] matrix; replaces that of `init`.
+      linear_init: Start of kernel and bias.
+      kernel_init: Initialiser of the flattened [in, out] matrix; replaces that of `linear_init`.
       precision: Dtype policy.
     """
 
@@ -107,7 +107,7 @@ class Dense(nn.Module):
     axes: tuple[str | None, ...]
     num_inputs: int = 1
     use_bias: bool = True
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
     kernel_init: Initializer | None = None
     precision: Precision = Precision()
 
@@ -117,11 +117,11 @@ class Dense(nn.Module):
         n = self.num_inputs
         shape = (*x.shape[x.ndim - n :], *self.features)
         fan_in = int(np.prod(shape[:n]))
-        init = flattened(self.kernel_init or self.init.kernel(fan_in), n)
+        init = flattened(self.kernel_init or self.linear_init.kernel(fan_in), n)
         kernel = add_param(self, "kernel", init, self.axes, shape)
         bias = None
         if self.use_bias:
-            init = self.init.bias(fan_in)
+            init = self.linear_init.bias(fan_in)
             bias = add_param(self, "bias", init, self.axes[n:], self.features)
         return linear(x, kernel, bias, n, self.precision)
 
@@ -138,7 +138,7 @@ class SplitDense(nn.Module):
       features: Dimensions of each output.
       axes: Logical axes of one output's kernel, input dimension first.
       use_bias: Adds a bias of shape `features` to each.
-      init: Start of the fused kernel and bias.
+      linear_init: Start of the fused kernel and bias.
       precision: Dtype policy.
     """
 
@@ -146,7 +146,7 @@ class SplitDense(nn.Module):
     features: tuple[int, ...]
     axes: tuple[str | None, ...]
     use_bias: bool = True
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
@@ -155,11 +155,11 @@ class SplitDense(nn.Module):
         shape = (self.count, *self.features)
         axes = (self.axes[0], None, *self.axes[1:])
         fan_in = x.shape[-1]
-        init = flattened(self.init.kernel(fan_in), 1)
+        init = flattened(self.linear_init.kernel(fan_in), 1)
         kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
         bias = None
         if self.use_bias:
-            bias = add_param(self, "bias", self.init.bias(fan_in), axes[1:], shape)
+            bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
         return tuple(
             linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
             for i in range(self.count)
@@ -221,18 +221,18 @@ class SwiGLU(nn.Module):
 
     Attributes:
       hidden: Width M of each half.
-      init: Start of the layers.
+      linear_init: Start of the layers.
       precision: Dtype policy.
     """
 
     hidden: int
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., D] to [..., D]."""
-        shared: Any = {"init": self.init, "precision": self.precision}
+        shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
         gate, value = SplitDense(2, (self.hidden,), ("embed", "mlp"), **shared, name="w12")(x)
         hidden = jax.nn.silu(gate) * value
         return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="w3")(hidden)
@@ -244,19 +244,19 @@ class Mlp(nn.Module):
     Attributes:
       hidden: Width M between the two layers.
       approximate: Tanh approximation of GELU (timm's DiT) instead of the exact one.
-      init: Start of the layers.
+      linear_init: Start of the layers.
       precision: Dtype policy.
     """
 
     hidden: int
     approximate: bool = True
-    init: LinearInit = XAVIER
+    linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., D] to [..., D]."""
-        shared: Any = {"init": self.init, "precision": self.precision}
+        shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
         y = Dense((self.hidden,), ("embed", "mlp"), **shared, name="fc1")(x)
         y = jax.nn.gelu(y, approximate=self.approximate)
         return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="fc2")(y)

@@ -189,7 +189,7 @@ class ViTAttention(nn.Module):
                 heads,
                 axes,
                 use_bias=use_bias,
-                init=config.linear_init,
+                linear_init=config.linear_init,
                 precision=self.precision,
                 name=name,
             )(x)
@@ -203,7 +203,7 @@ class ViTAttention(nn.Module):
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
             num_inputs=2,
-            init=config.linear_init,
+            linear_init=config.linear_init,
             precision=self.precision,
             name="out",
         )(attend(q, k, v, self.attention))
@@ -235,7 +235,7 @@ class ViTMlp(nn.Module):
 
     def _project(self, name: str, features: int, axes: tuple[str, str]) -> nn.Module:
         init = self.config.linear_init
-        return Dense((features,), axes, init=init, precision=self.precision, name=name)
+        return Dense((features,), axes, linear_init=init, precision=self.precision, name=name)
 
 
 def make_vit_stack(

@@ -201,9 +201,8 @@ class RAE:
     def normalise_images(self, images: Array) -> Array:
         """Resizes images [B, H, W, 3] in [0, 1] and normalises them as the encoder expects."""
         size = self.image_size
-        images = resample(images, size, size, "bicubic")
         mean, std = self._pixels()
-        return (images - mean) / std
+        return (jnp.asarray(resample(images, size, size, "bicubic")) - mean) / std
 
     def decode(self, variables: PyTree, latents: Array) -> Array:
         """Maps latents [B, h, w, C] to images [B, H, W, 3], not clipped to [0, 1].
@@ -220,12 +219,12 @@ class RAE:
             mean, deviation = self._statistics(variables)
             latents = latents * deviation + mean
         tokens = latents.reshape(len(latents), -1, latents.shape[-1])
-        image = self.decoder.apply({"params": variables["decoder"]}, tokens).image
-        mean, std = self._pixels()
-        return image * std + mean
+        out: Any = self.decoder.apply({"params": variables["decoder"]}, tokens)
+        pixel_mean, pixel_std = self._pixels()
+        return out.image * pixel_std + pixel_mean
 
     def _tokens(self, variables: PyTree, images: Array) -> Array:
-        out = self.encoder.apply(
+        out: Any = self.encoder.apply(
             {"params": variables["encoder"]},
             self.normalise_images(images),
             variables.get("registers"),
@@ -240,4 +239,4 @@ class RAE:
 
     def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
         config = self.encoder.config
-        return np.float32(config.pixel_mean), np.float32(config.pixel_std)
+        return np.array(config.pixel_mean, np.float32), np.array(config.pixel_std, np.float32)

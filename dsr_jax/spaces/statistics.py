@@ -111,7 +111,7 @@ class LatentStatistics:
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays from which `from_state` goes on."""
-        return {"count": np.int64(self.count), "sums": self.sums.copy()}
+        return {"count": np.asarray(self.count, np.int64), "sums": self.sums.copy()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> "LatentStatistics":
