@@ -4,6 +4,7 @@ Entry points call these functions; nothing else does.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,8 +27,10 @@ from dsr_jax.data.sources import Source
 from dsr_jax.data.sources import make_source as open_source
 from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.objectives import make_objective as objective_by_name
+from dsr_jax.diffusion.paths import flip_time
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
+from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
@@ -194,12 +197,21 @@ def make_state(
     return abstract, jax.jit(lambda: nn.unbox(init()), out_shardings=layout)
 
 
-def denoiser(model: nn.Module) -> Callable[[Params, Array, Array, Array], Array]:
-    """The model as a function `(params, x, t, labels) -> out`."""
+def denoiser(
+    model: DiffusionTransformer, prediction: str = "velocity"
+) -> Callable[[Params, Array, Array, Array], Array]:
+    """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
+
+    Args:
+      model: The network, whose own time may run the other way.
+      prediction: What it predicts.
+    """
 
     def apply(params: Params, x: Array, t: Array, labels: Array) -> Array:
-        out: Any = model.apply({"params": params}, x, t, labels)
-        return out
+        network: Any = functools.partial(model.apply, {"params": params})
+        if model.reversed_time:
+            network = flip_time(network, prediction)
+        return network(x, t, labels)
 
     return apply
 
@@ -214,11 +226,11 @@ def sampler_settings(config: ConfigDict) -> SamplerSettings:
 
 
 def make_sampler(
-    config: ConfigDict, model: nn.Module, space: InputSpace, mesh: Mesh, rules: Rules
+    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, mesh: Mesh, rules: Rules
 ) -> SampleFn:
     """A compiled function from parameters, indices and labels to images."""
     return make_sample_fn(
-        denoiser(model),
+        denoiser(model, config.objective.prediction),
         make_objective(config),
         sampler_settings(config),
         space.decode,
@@ -241,11 +253,11 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
 
 
 def make_step(
-    config: ConfigDict, model: nn.Module, space: InputSpace, optimizer: Optimizer
+    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, optimizer: Optimizer
 ) -> TrainStep:
     """The training step, to be compiled by `jit_step`."""
     return make_train_step(
-        denoiser(model),
+        denoiser(model, config.objective.prediction),
         space.encode,
         make_objective(config),
         make_time_sampler(config),

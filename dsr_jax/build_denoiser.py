@@ -101,6 +101,7 @@ def forward_flops(model: DiffusionTransformer) -> int:
         "num_registers": model.num_registers,
         "register_start": model.register_start,
         "use_swiglu": model.use_swiglu,
+        "time_features": model.time_features,
     }
     if isinstance(model, DiTDH):
         return flops.dit_dh_forward_flops(

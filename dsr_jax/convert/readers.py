@@ -1,5 +1,6 @@
 """State dicts from files: safetensors without torch, `.pt` files without pickled code."""
 
+import argparse
 import json
 import os
 import pickle
@@ -87,7 +88,9 @@ def _read_torch(path: Path, entry: str | None) -> dict[str, np.ndarray]:
             f"reading {path} needs torch", "pip install 'dsr_jax[torch]', or use safetensors"
         ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # SiT and JiT store their command line beside the weights; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path} is refused: {str(error).splitlines()[0]}",

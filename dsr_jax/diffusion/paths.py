@@ -24,18 +24,20 @@ def expand(t: Array, x: Array) -> Array:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
-def flip_time(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Translates a velocity field between the two conventions: t -> 1 - t, v -> -v.
+def flip_time(function: Callable[..., Array], prediction: str = "velocity") -> Callable[..., Array]:
+    """Translates a network between the two conventions: t -> 1 - t, and velocities v -> -v.
 
     Args:
-      function: `(x, t, *args) -> velocity` in one convention.
+      function: `(x, t, *args) -> prediction` in one convention.
+      prediction: What it predicts; data, noise and score are the same in both.
 
     Returns:
-      The same field in the other convention.
+      The same network in the other convention.
     """
+    sign = -1 if prediction == "velocity" else 1
 
     def flipped(x: Array, t: Array, *args: Array) -> Array:
-        return -function(x, 1 - t, *args)
+        return sign * function(x, 1 - t, *args)
 
     return flipped
 

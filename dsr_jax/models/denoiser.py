@@ -4,7 +4,7 @@ Source: DSR lightningDiT.py and DDT.py; paper section "diffusion registers"; spe
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -122,7 +122,13 @@ class DiffusionTransformer(nn.Module):
       attention: Attention kernel, see `models.attention.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
+      reversed_time: Time runs from t = 0, noise, to t = 1, data, as in the network's own source;
+        who uses the network translates (`diffusion.paths.flip_time`).
+      time_features: Width of what enters the time MLP.
     """
+
+    reversed_time: ClassVar[bool] = False
+    time_features: ClassVar[int] = 512
 
     input_size: int
     in_channels: int

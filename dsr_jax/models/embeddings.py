@@ -105,9 +105,47 @@ class FourierTimeEmbed(nn.Module):
         t = self.precision.island("time_embedding", t)
         angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        shared: Any = {"kernel_init": nn.initializers.normal(0.02), "linear_init": self.linear_init}
-        hidden = Dense((self.width,), ("frequencies", "embed"), **shared, name="mlp_0")(features)
-        return Dense((self.width,), ("embed", None), **shared, name="mlp_2")(jax.nn.silu(hidden))
+        return time_mlp(features, self.width, self.linear_init)
+
+
+class SinusoidalTimeEmbed(nn.Module):
+    """Cosines and sines of t in [0, 1] at fixed frequencies, then the same MLP, all in float32.
+
+    Source: SiT models.py (TimestepEmbedder, which is given t itself); spec denoiser 10.1.
+
+    Attributes:
+      width: Model width D.
+      num_frequencies: Number of frequencies, from 1 down to almost 1/10000.
+      precision: Dtype policy.
+    """
+
+    width: int
+    num_frequencies: int = 128
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """Maps t [B] to [B, D]."""
+        steps = np.arange(self.num_frequencies) / self.num_frequencies
+        angles = self.precision.island("time_embedding", t)[:, None] * np.float32(10000.0**-steps)
+        features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        self.sow("intermediates", "features", features)
+        return time_mlp(features, self.width)
+
+
+def time_mlp(features: Array, width: int, linear_init: LinearInit = XAVIER) -> Array:
+    """Maps features of the time [B, F] to [B, width] by two layers.
+
+    Adds the layers `mlp_0` and `mlp_2` to the module whose compact method calls it.
+
+    Args:
+      features: Sines and cosines.
+      width: Model width D.
+      linear_init: Start of the layers' biases; their kernels are always normal.
+    """
+    shared: Any = {"kernel_init": nn.initializers.normal(0.02), "linear_init": linear_init}
+    hidden = Dense((width,), ("frequencies", "embed"), **shared, name="mlp_0")(features)
+    return Dense((width,), ("embed", None), **shared, name="mlp_2")(jax.nn.silu(hidden))
 
 
 class LabelEmbed(nn.Module):

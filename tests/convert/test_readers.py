@@ -1,5 +1,6 @@
 """Readers of foreign files: choice of entry, damaged files, and no code from pickles."""
 
+import argparse
 import json
 import pickle
 import sys
@@ -73,6 +74,12 @@ def test_entry_of_a_torch_file(torch, tmp_path):
     for entry in ("optimizer", "step"):
         with pytest.raises(ConversionError, match=f"no entry '{entry}'\n.*model, ema"):
             read_state(path, entry)
+
+
+def test_a_command_line_beside_the_weights_is_read_over(torch, tmp_path):
+    arguments = argparse.Namespace(model="SiT-XL/2", epochs=1400)
+    torch.save({"ema": tensors(torch), "args": arguments}, tmp_path / "0400000.pt")
+    check_equal(read_state(tmp_path / "0400000.pt"))
 
 
 def test_torch_files_without_ema_or_entries(torch, tmp_path):

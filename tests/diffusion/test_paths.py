@@ -86,6 +86,8 @@ def test_flipping_time_twice_is_nothing() -> None:
     flipped = flip_time(field)
     np.testing.assert_allclose(flipped(x, T), -field(x, 1 - T))
     np.testing.assert_allclose(flip_time(flipped)(x, T), field(x, T), rtol=1e-5)
+    for prediction in ("data", "noise", "score"):
+        np.testing.assert_allclose(flip_time(field, prediction)(x, T), field(x, 1 - T))
 
 
 def test_time_bins_count_every_sample_once() -> None:
