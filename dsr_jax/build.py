@@ -87,7 +87,11 @@ def make_time_sampler(config: ConfigDict) -> TimeSampler:
     """The distribution of training times."""
     section = config.objective
     return time_sampler_by_name(
-        section.time_distribution, section.path, section.prediction, section.time_shift
+        section.time_distribution,
+        section.path,
+        section.prediction,
+        section.time_shift,
+        section.time_range,
     )
 
 
@@ -218,10 +222,11 @@ def denoiser(
 
 def sampler_settings(config: ConfigDict) -> SamplerSettings:
     """Solver and guidance, as config.sample says."""
-    section = config.sample
-    names = {field.name for field in dataclasses.fields(SamplerSettings)} - {"time_shift"}
+    section, times = config.sample, {"time_shift", "time_range"}
+    names = {field.name for field in dataclasses.fields(SamplerSettings)} - times
     return SamplerSettings(
-        time_shift=config.objective.time_shift, **{name: section[name] for name in names}
+        **{name: config.objective[name] for name in times},
+        **{name: section[name] for name in names},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsr_jax.convert import dit_dh, lightningdit
+from dsr_jax.convert import dit_dh, lightningdit, sit
 from dsr_jax.convert.files import save_converted, source_record
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import RuleSet, flax_to_torch, torch_to_flax
@@ -18,12 +18,13 @@ from dsr_jax.core.typing import Params
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.sit import SiT
 
 _NOT_SIZES = ("parent", "name", "precision", "constrain", "remat", "attention")
 
 _OPTIONS: Mapping[str, tuple[int, str]] = MappingProxyType(
     {
-        "num_heads": (0, "default: read off the rope table"),
+        "num_heads": (0, "default: read off the file, or that of a released size"),
         "register_start": (-1, "first block with registers"),
         "decoder_num_heads": (0, "heads of the wide blocks; default: read off the rope table"),
         "decoder_depth": (0, "number of wide blocks; default: read off their width"),
@@ -71,6 +72,14 @@ DENOISERS: Mapping[str, DenoiserFamily] = MappingProxyType(
             tuple(_OPTIONS),
             "their denoiser with a wide shallow head (DiTwDDTHead)",
         ),
+        "sit": DenoiserFamily(
+            SiT,
+            sit.sit_rules,
+            lightningdit.rope_buffers,
+            sit.infer_model,
+            ("num_heads", "register_start"),
+            "SiT, the denoiser on the latents of a VAE",
+        ),
     }
 )
 
@@ -114,7 +123,7 @@ def export_denoiser(params: Params, record: Mapping[str, Any]) -> dict[str, np.n
 
 
 def add_denoiser_commands(families: Any) -> None:
-    """Adds `lightningdit` and `ditdh` to the command's subparsers."""
+    """Adds a command for each denoiser to the subparsers."""
     for name, family in DENOISERS.items():
         parser = families.add_parser(name, help=family.help)
         parser.add_argument("--source", required=True, help="ep-*.pt or a safetensors file")

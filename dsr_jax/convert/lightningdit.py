@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -34,10 +35,23 @@ def rope_buffers(model: LightningDiT) -> dict[str, np.ndarray]:
 def infer_model(
     state: Mapping[str, np.ndarray], *, num_heads: int = 0, register_start: int = -1
 ) -> LightningDiT:
-    """Reads a model's sizes and flags off its state dict.
+    """Reads a model's sizes and flags off its state dict; arguments as `infer_sizes` has them.
+
+    Raises:
+      ConversionError: If the file is of another model, or a size is needed that it does not hold.
+    """
+    sizes = infer_sizes(state, "LightningDiT", num_heads=num_heads, register_start=register_start)
+    return LightningDiT(**sizes)
+
+
+def infer_sizes(
+    state: Mapping[str, np.ndarray], model: str, *, num_heads: int, register_start: int
+) -> dict[str, Any]:
+    """Reads constructor arguments off a state dict.
 
     Args:
       state: Arrays by PyTorch name.
+      model: What the file should be of, for messages.
       num_heads: Attention heads; 0 derives them from the rope table or the q/k norm.
       register_start: First block with registers, which the file does not hold.
 
@@ -47,11 +61,11 @@ def infer_model(
     swiglu = "blocks.0.mlp.w12.weight" in state
     output = f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"
     needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-    parts.check_keys(state, "LightningDiT", (*needed, output, "final_layer.linear.weight"))
+    parts.check_keys(state, model, (*needed, output, "final_layer.linear.weight"))
     tokens, width = state["pos_embed"].shape[1:]
     _, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads_keys = ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight")
-    return LightningDiT(
+    return dict(
         input_size=math.isqrt(tokens) * patch,
         in_channels=channels,
         hidden_size=width,

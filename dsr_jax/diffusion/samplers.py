@@ -3,7 +3,7 @@
 Source: DSR stage2/transport/{transport,integrators}.py; spec denoiser 6.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from dsr_jax.diffusion import solvers
 from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.paths import DIFFUSION_FORMS, expand
 from dsr_jax.diffusion.solvers import Velocity
-from dsr_jax.diffusion.time_sampling import shift_time, time_support
+from dsr_jax.diffusion.time_sampling import choose_range, shift_time, time_support
 
 ODE_METHODS = (*solvers.FIXED_STEP, "dopri5")
 SDE_METHODS = ("euler", "heun")
@@ -30,6 +30,7 @@ def time_grid(
     *,
     last_step: float | None = None,
     sample_eps: float | None = None,
+    time_range: Sequence[float] = (),
 ) -> Array:
     """Sampling times from noise to data, shifted as in training.
 
@@ -40,6 +41,7 @@ def time_grid(
       shift: Factor on the odds of t.
       last_step: For SDE samplers: unshifted time at which the grid ends, 0 for the data itself.
       sample_eps: Distance from both ends for noise and score predictions.
+      time_range: Lowest and highest training time before the shift; () for the prediction's own.
 
     Returns:
       Decreasing times [n].
@@ -51,7 +53,7 @@ def time_grid(
         raise ConfigError(f"config.sample.num_points={num_points}", "two points make one step")
     if shift < 1:
         raise ConfigError(f"config.objective.time_shift={shift}", "use 1 or more")
-    low, high = time_support(path, prediction, sample_eps)
+    low, high = choose_range(time_range, time_support(path, prediction, sample_eps))
     if last_step is not None:
         low, high = 0.0, 1 - last_step
     return shift_time(1 - jnp.linspace(low, high, num_points), shift)

@@ -5,6 +5,7 @@ Source: DSR stage2/transport/transport.py; spec denoiser 5.4.
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -41,6 +42,24 @@ def time_support(path: str, prediction: str, eps: float | None = None) -> tuple[
         return (0.0, 1 - 1e-5) if path.startswith("vp") else (0.0, 0.999)
     eps = default_eps(path, prediction) if eps is None else eps
     return eps, 1 - eps
+
+
+def choose_range(
+    time_range: Sequence[float], default: tuple[float, float]
+) -> tuple[float, float]:
+    """The range that a config names, or the default where it names none.
+
+    Raises:
+      ConfigError: If it is no pair of increasing times in [0, 1].
+    """
+    if not time_range:
+        return default
+    if len(time_range) != 2 or not 0 <= time_range[0] < time_range[1] <= 1:
+        raise ConfigError(
+            f"config.objective.time_range={tuple(time_range)}",
+            "use (LOW,HIGH) within 0 and 1, as SiT's (0.0,1.0), or () for the prediction's own",
+        )
+    return (time_range[0], time_range[1])
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,11 @@ class TimeSampler:
 
 
 def make_time_sampler(
-    distribution: str, path: str, prediction: str, shift: float = 1.0
+    distribution: str,
+    path: str,
+    prediction: str,
+    shift: float = 1.0,
+    time_range: Sequence[float] = (),
 ) -> TimeSampler:
     """Builds a sampler from config values.
 
@@ -101,12 +124,13 @@ def make_time_sampler(
       path: Name of the path.
       prediction: What the network predicts; decides the support.
       shift: Factor on the odds of t.
+      time_range: Lowest and highest time before the shift; () for those of `time_support`.
 
     Raises:
-      ConfigError: If the distribution cannot be read.
+      ConfigError: If the distribution or the range cannot be read.
     """
     kind, *numbers = distribution.split("_")
-    t_min, t_max = time_support(path.lower(), prediction)
+    t_min, t_max = choose_range(time_range, time_support(path.lower(), prediction))
     try:
         mu, sigma = (float(n) for n in numbers) if kind == "logit-normal" else (0.0, 1.0)
         if kind == "uniform" and numbers:

@@ -41,7 +41,7 @@ class LightningDiT(DiffusionTransformer):
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.precision, name="x_embedder")(x)
         self.sow("intermediates", "x_embedder_out", tokens)
         tokens = self.precision.island("residual", tokens) + self._positions()
-        time = FourierTimeEmbed(self.hidden_size, precision=self.precision, name="t_embedder")(t)
+        time = self._embed_time(t)
         label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
         condition = self.precision.island("conditioning", time + label)
         self.sow("intermediates", "condition", (time, label, condition))
@@ -57,3 +57,7 @@ class LightningDiT(DiffusionTransformer):
         )(tokens[:, self.num_registers :], condition)
         self.sow("intermediates", "final_tokens", out)
         return unpatchify(out, self.patch_size, channels)[..., : self.in_channels]
+
+    def _embed_time(self, t: Array) -> Array:
+        """Maps t [B] to [B, D]."""
+        return FourierTimeEmbed(self.hidden_size, precision=self.precision, name="t_embedder")(t)

@@ -25,6 +25,21 @@ DIT_DH: Mapping[str, Mapping[str, int]] = MappingProxyType(
 """The same encoders with the wide head. Source: spec denoiser 2.4 (XL was released; S is RAE's
 guide)."""
 
+SIT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        name: {
+            **sizes,
+            "patch_size": 2,
+            "use_swiglu": False,
+            "use_rope": False,
+            "use_rmsnorm": False,
+            "learn_sigma": True,
+        }
+        for name, sizes in DIT.items()
+    }
+)
+"""The same sizes with SiT's flags. Source: spec denoiser 10.1."""
+
 REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
 """First block with diffusion registers: XL released; S and B follow from the paper's GFLOPs; L is
 JiT-L's, which has the same depth."""

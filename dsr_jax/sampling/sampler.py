@@ -40,8 +40,10 @@ class SamplerSettings:
       method: One of METHODS: an ODE solver, or "sde-euler", "sde-heun".
       num_points: Points of the time grid, one more than solver steps.
       guidance: Scale of classifier-free guidance, 1 for none.
+      guidance_channels: Guides only the first so many channels of the latent, 0 for all of them.
       interval: Times (t = 0 data, 1 noise), ends included, in which guidance is on.
       time_shift: Factor on the odds of t, as in training.
+      time_range: Lowest and highest time of training, () for the prediction's own.
       seed: Of the noise.
       uint8: Cast of the images, see `to_uint8`.
       rtol: Relative tolerance of dopri5.
@@ -55,8 +57,10 @@ class SamplerSettings:
     method: str = "euler"
     num_points: int = 50
     guidance: float = 1.0
+    guidance_channels: int = 0
     interval: tuple[float, float] = (0.0, 1.0)
     time_shift: float = 1.0
+    time_range: tuple[float, ...] = ()
     seed: int = 0
     uint8: str = "truncate"
     rtol: float = 1e-3
@@ -90,7 +94,7 @@ class SamplerSettings:
         if self.method != "dopri5":
             unused |= {"rtol", "atol"}
         if self.guidance == 1:
-            unused |= {"interval"}
+            unused |= {"interval", "guidance_channels"}
         return {name: value for name, value in values.items() if name not in unused}
 
 
@@ -133,6 +137,7 @@ def make_sample_fn(
             settings.guidance,
             null_label,
             settings.interval,
+            settings.guidance_channels or None,
         )
 
         def predict(x: Array, t: Array) -> Array:
@@ -169,6 +174,7 @@ def _grid(objective: Objective, settings: SamplerSettings) -> np.ndarray:
         objective.prediction,
         settings.time_shift,
         last_step=last_step,
+        time_range=settings.time_range,
     )
     return np.asarray(times)
 

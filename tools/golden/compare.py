@@ -34,7 +34,7 @@ TOLERANCES: Mapping[str, float] = {
 ABSOLUTE = frozenset({"stress_params", "levels"})
 """Rows that bound the difference itself."""
 
-RUNNER_MODULES = ("denoiser", "diffusion", "training", "encoder", "registers", "rae")
+RUNNER_MODULES = ("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.models.rope import rope_tables, rotate
+from dsr_jax.models.sit import SiT
 from tools.golden.compare import Case, Check
 
 _STACKS = (
@@ -97,9 +98,22 @@ def _dit_dh(params: Mapping[str, Any], **shared: Any) -> DiTDH:
     )
 
 
+def _sit(params: Mapping[str, Any], **shared: Any) -> SiT:
+    # The original has no arguments for these.
+    fixed = dict.fromkeys(("use_swiglu", "use_rope", "use_rmsnorm", "use_qknorm"), False)
+    return SiT(
+        hidden_size=params["hidden_size"],
+        depth=params["depth"],
+        num_heads=params["num_heads"],
+        learn_sigma=params.get("learn_sigma", True),
+        **{**shared, **fixed, "patch_size": params.get("patch_size", 2)},
+    )
+
+
 _BUILDERS: Mapping[str, Callable[..., DiffusionTransformer]] = {
     "LightningDiT": _lightningdit,
     "DiTwDDTHead": _dit_dh,
+    "SiT": _sit,
 }
 
 
@@ -129,7 +143,7 @@ def run_network(case: Case) -> list[Check]:
     grad_fn = jax.jit(jax.grad(forward, argnums=(0, 1), has_aux=True))
     (grad_p, grad_x), (out, kept) = grad_fn(params, jnp.asarray(nhwc(io["x"])))
     checks = [Check("out", nchw(out), io["out"], "forward")]
-    checks += _intermediates(model, kept, params, io)
+    checks += intermediates(model, kept, params, io)
     checks.append(Check("grad_x", nchw(grad_x), io["grad_x"], "gradient"))
     gradients = official(model, grad_p)
     for key in io:
@@ -139,7 +153,7 @@ def run_network(case: Case) -> list[Check]:
     return checks
 
 
-def _intermediates(
+def intermediates(
     model: DiffusionTransformer,
     kept: Mapping[str, Any],
     params: Params,

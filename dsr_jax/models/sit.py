@@ -1,0 +1,36 @@
+"""SiT: the diffusion transformer on the latents of a VAE, with diffusion registers as an option.
+
+Source: SiT models.py; spec denoiser 10.1 and 10.5.
+"""
+
+from typing import ClassVar
+
+from dsr_jax.core.typing import Array
+from dsr_jax.models.dit import LightningDiT
+from dsr_jax.models.embeddings import SinusoidalTimeEmbed
+
+
+class SiT(LightningDiT):
+    """LightningDiT's network with the flags of its ancestor, and fixed sinusoids of the time.
+
+    LayerNorm without parameters, no rotary position, a tanh-GELU feed-forward, patches of two, and
+    twice the channels, of which the second half is dropped. Time runs from t = 0, noise, to t = 1,
+    data. The original never trains the position table: `config.optim.freeze=("pos_embed",)`.
+
+    No code of SiT with registers was released; they are LightningDiT's here, which leaves no choice
+    open but the rotary position that SiT lacks.
+    """
+
+    reversed_time: ClassVar[bool] = True
+    time_features: ClassVar[int] = 256
+
+    patch_size: int = 2
+    use_swiglu: bool = False
+    use_rope: bool = False
+    use_rmsnorm: bool = False
+    learn_sigma: bool = True
+
+    def _embed_time(self, t: Array) -> Array:
+        return SinusoidalTimeEmbed(
+            self.hidden_size, self.time_features // 2, self.precision, name="t_embedder"
+        )(t)
