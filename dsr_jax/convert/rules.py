@@ -16,6 +16,8 @@ import numpy as np
 
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names, unflatten_names
+from dsr_jax.models.depth import Stack as Stack
+from dsr_jax.models.depth import cut_depth
 
 _SHOWN = 10
 
@@ -80,29 +82,11 @@ def vector(*parts: int) -> Layout:
     return Layout((), (parts,))
 
 
-@dataclass(frozen=True)
-class Stack:
-    """A scanned run of layers.
-
-    Attributes:
-      name: Path of the stack in the parameter tree.
-      first: Number of its first layer in the source.
-      end: Number behind its last.
-    """
-
-    name: str
-    first: int
-    end: int
-
-
 def cut_stacks(
     depth: int, num_registers: int, register_start: int, prefix: str = ""
 ) -> tuple[Stack, ...]:
     """The stacks of a denoiser whose registers join before block `register_start`."""
-    if not num_registers:
-        return (Stack(f"{prefix}blocks", 0, depth),)
-    before = (Stack(f"{prefix}blocks_pre", 0, register_start),) if register_start else ()
-    return (*before, Stack(f"{prefix}blocks_reg", register_start, depth))
+    return cut_depth(depth, {"reg": register_start} if num_registers else {}, prefix)
 
 
 @dataclass(frozen=True)

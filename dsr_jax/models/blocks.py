@@ -11,6 +11,7 @@ import jax
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import ATTENTION_RESIDUALS, Attention, Rope
+from dsr_jax.models.dropout import ATTENTION_OUTPUT, MLP_HIDDEN, Dropout
 from dsr_jax.models.layers import (
     XAVIER,
     Dense,
@@ -102,11 +103,18 @@ class Block(nn.Module):
     linear_init: LinearInit = XAVIER
 
     @nn.compact
-    def __call__(self, x: Array, condition: Array, rope: Rope | None) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, condition: Array, rope: Rope | None, dropout: Dropout | None = None
+    ) -> tuple[Array, None]:
         """Maps tokens [B, L, D] to [B, L, D]; returned as a scan's (carry, output).
 
-        The condition is [B, D], or [B, L, D] where each token has its own.
+        The condition is [B, D], or [B, L, D] where each token has its own. Dropout acts on the
+        output of the attention and on the hidden units of the feed-forward.
         """
+
+        def drop(x: Array, place: int) -> Array:
+            return x if dropout is None else dropout(x, place)
+
         width = x.shape[-1]
         x = self.constrain(x, "act_batch", "act_len", "act_embed")
         vectors = modulation(condition, 6, width, self.precision)
@@ -126,11 +134,14 @@ class Block(nn.Module):
             self.linear_init,
             name="attn",
         )(normed * (1 + scale_attn) + shift_attn, rope)
+        mixed = drop(mixed, ATTENTION_OUTPUT)
         self.sow("intermediates", "attn_out", mixed)
         x = x + self.precision.island("residual", gate_attn * mixed)
 
         normed = make_norm(self.use_rmsnorm, "norm2", self.precision)(x)
-        mixed = self._feed_forward(width)(normed * (1 + scale_mlp) + shift_mlp)
+        mixed = self._feed_forward(width)(
+            normed * (1 + scale_mlp) + shift_mlp, lambda hidden: drop(hidden, MLP_HIDDEN)
+        )
         self.sow("intermediates", "mlp_out", mixed)
         x = x + self.precision.island("residual", gate_mlp * mixed)
         self.sow("intermediates", "block_out", x)

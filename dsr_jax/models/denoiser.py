@@ -4,6 +4,8 @@ Source: DSR lightningDiT.py and DDT.py; paper section "diffusion registers"; spe
 """
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,7 +15,9 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope
 from dsr_jax.models.blocks import make_norm, make_stack, modulation
-from dsr_jax.models.embeddings import sincos_init
+from dsr_jax.models.depth import cut_depth
+from dsr_jax.models.dropout import Dropout
+from dsr_jax.models.embeddings import sincos_init, unpatchify
 from dsr_jax.models.layers import Dense, add_param, zeros
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rope_tables
@@ -187,39 +191,66 @@ class DiffusionTransformer(nn.Module):
         registers = jnp.broadcast_to(registers, (tokens.shape[0], *registers.shape[1:]))
         return jnp.concatenate([registers, tokens], axis=1)
 
-    def _run_depth(self, tokens: Array, condition: Array, prefix: str = "", **block: Any) -> Array:
-        """Runs the whole depth; registers join on the way and stay in front.
+    def joins(self) -> dict[str, int]:
+        """First block of every kind of tokens that joins the patches on the way."""
+        return {"reg": self.register_start} if self.num_registers else {}
+
+    def _run_depth(
+        self,
+        tokens: Array,
+        condition: Array,
+        prefix: str = "",
+        *,
+        add: Mapping[str, Callable[[Array], Array]] = MappingProxyType({}),
+        dropout: Dropout | None = None,
+        **block: Any,
+    ) -> Array:
+        """Runs the whole depth; other tokens join on the way and stay in front.
 
         Args:
           tokens: [B, N, D].
           condition: [B, D].
           prefix: Put before the names of the stacks and of the registers' tables.
+          add: For every kind in `joins` but the registers, what puts its tokens in front.
+          dropout: That of all blocks.
           **block: Attributes of `models.blocks.Block` beyond those of the denoiser.
 
         Returns:
-          [B, R+N, D].
+          [B, R+N, D], with R tokens that joined.
         """
-        num, start = self.num_registers, self.register_start
-        if not num:
-            return self._run_stack(
-                f"{prefix}blocks", self.depth, self.num_heads, tokens, condition, **block
-            )
-        if start:
+        adders = {"reg": lambda tokens: self._add_registers(tokens, prefix), **add}
+        for stack in cut_depth(self.depth, self.joins(), prefix):
+            for kind, start in self.joins().items():
+                if start == stack.first:
+                    tokens = adders[kind](tokens)
             tokens = self._run_stack(
-                f"{prefix}blocks_pre", start, self.num_heads, tokens, condition, **block
+                stack.name,
+                stack.end - stack.first,
+                self.num_heads,
+                tokens,
+                condition,
+                dropout and dropout.layers(stack.first, stack.end),
+                **block,
             )
-        tokens = self._add_registers(tokens, prefix)
-        name, rest = f"{prefix}blocks_reg", self.depth - start
-        return self._run_stack(name, rest, self.num_heads, tokens, condition, **block)
+        return tokens
 
     def _run_stack(
-        self, name: str, depth: int, num_heads: int, tokens: Array, condition: Array, **block: Any
+        self,
+        name: str,
+        depth: int,
+        num_heads: int,
+        tokens: Array,
+        condition: Array,
+        dropout: Dropout | None = None,
+        **block: Any,
     ) -> Array:
-        """Runs one scanned stack; tokens beyond the grid's are registers and stay unrotated."""
+        """Runs one scanned stack; tokens beyond the grid's are no patches and stay unrotated."""
         stack = make_stack(
             depth,
             self.remat,
             name,
+            # The condition and rope are every block's, dropout is each block's own.
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             num_heads=num_heads,
             mlp_ratio=self.mlp_ratio,
             use_swiglu=self.use_swiglu,
@@ -231,7 +262,21 @@ class DiffusionTransformer(nn.Module):
             **block,
         )
         rope = self._rope(tokens.shape[-1] // num_heads, tokens.shape[1] - self.grid**2)
-        return stack(tokens, condition, rope)[0]
+        return stack(tokens, condition, rope, dropout)[0]
+
+    def _predict(
+        self, tokens: Array, condition: Array, channels: int, use_norm: bool = True
+    ) -> Array:
+        """Maps the patches' tokens [B, N, D] to [B, h, w, channels] by the final layer."""
+        out = FinalLayer(
+            self.patch_size**2 * channels,
+            self.use_rmsnorm,
+            use_norm,
+            self.precision,
+            name="final_layer",
+        )(tokens, condition)
+        self.sow("intermediates", "final_tokens", out)
+        return unpatchify(out, self.patch_size, channels)
 
     def _rope(self, head_dim: int, num_prefix: int) -> Rope | None:
         if not self.use_rope:

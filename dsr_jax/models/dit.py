@@ -6,8 +6,8 @@ Source: DSR lightningDiT.py; paper section "diffusion registers"; spec denoiser 
 import flax.linen as nn
 
 from dsr_jax.core.typing import Array
-from dsr_jax.models.denoiser import DiffusionTransformer, FinalLayer
-from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed, unpatchify
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
 
 
 class LightningDiT(DiffusionTransformer):
@@ -48,16 +48,11 @@ class LightningDiT(DiffusionTransformer):
 
         tokens = self._run_depth(tokens, condition, attn_kv_bias=self.attn_kv_bias)
         channels = self.in_channels * (2 if self.learn_sigma else 1)
-        out = FinalLayer(
-            self.patch_size**2 * channels,
-            self.use_rmsnorm,
-            self.final_norm,
-            self.precision,
-            name="final_layer",
-        )(tokens[:, self.num_registers :], condition)
-        self.sow("intermediates", "final_tokens", out)
-        return unpatchify(out, self.patch_size, channels)[..., : self.in_channels]
+        patches = tokens[:, self.num_registers :]
+        return self._predict(patches, condition, channels, self.final_norm)[..., : self.in_channels]
 
     def _embed_time(self, t: Array) -> Array:
         """Maps t [B] to [B, D]."""
-        return FourierTimeEmbed(self.hidden_size, precision=self.precision, name="t_embedder")(t)
+        return FourierTimeEmbed(
+            self.hidden_size, self.time_features // 2, precision=self.precision, name="t_embedder"
+        )(t)

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 
 from dsr_jax.core.typing import Array
-from dsr_jax.models.denoiser import DiffusionTransformer, FinalLayer, check_heads
-from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed, unpatchify
+from dsr_jax.models.denoiser import DiffusionTransformer, check_heads
+from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
 from dsr_jax.models.layers import TORCH_DEFAULT, Dense
 
 
@@ -60,14 +60,8 @@ class DiTDH(DiffusionTransformer):
             condition,
             linear_init=TORCH_DEFAULT,
         )
-        out = FinalLayer(
-            self.patch_size**2 * self.in_channels,
-            self.use_rmsnorm,
-            precision=self.precision,
-            name="final_layer",
-        )(tokens[:, self.num_registers :], condition[:, self.num_registers :])
-        self.sow("intermediates", "final_tokens", out)
-        return unpatchify(out, self.patch_size, self.in_channels)
+        tokens, condition = (x[:, self.num_registers :] for x in (tokens, condition))
+        return self._predict(tokens, condition, self.in_channels)
 
     def check_sizes(self) -> None:
         """Checks that sizes fit each other.

@@ -216,6 +216,10 @@ class LayerNorm(nn.Module):
         return y
 
 
+def _identity(x: Array) -> Array:
+    return x
+
+
 class SwiGLU(nn.Module):
     """`w3(silu(a) * b)` with `a, b = w12(x)`.
 
@@ -230,11 +234,11 @@ class SwiGLU(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., D] to [..., D]."""
+    def __call__(self, x: Array, drop: Callable[[Array], Array] = _identity) -> Array:
+        """Maps [..., D] to [..., D]; `drop` acts on the hidden units [..., M]."""
         shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
         gate, value = SplitDense(2, (self.hidden,), ("embed", "mlp"), **shared, name="w12")(x)
-        hidden = jax.nn.silu(gate) * value
+        hidden = drop(jax.nn.silu(gate) * value)
         return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="w3")(hidden)
 
 
@@ -254,9 +258,9 @@ class Mlp(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., D] to [..., D]."""
+    def __call__(self, x: Array, drop: Callable[[Array], Array] = _identity) -> Array:
+        """Maps [..., D] to [..., D]; `drop` acts on the hidden units [..., M]."""
         shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
         y = Dense((self.hidden,), ("embed", "mlp"), **shared, name="fc1")(x)
-        y = jax.nn.gelu(y, approximate=self.approximate)
+        y = drop(jax.nn.gelu(y, approximate=self.approximate))
         return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="fc2")(y)
