@@ -11,10 +11,14 @@ from typing import Any
 
 from dsr_jax.convert.decoder import FAMILY as DECODER
 from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
+from dsr_jax.convert.discriminator import FAMILY as DISCRIMINATOR
+from dsr_jax.convert.discriminator import add_discriminator_command, export_backbone
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
 from dsr_jax.convert.families import add_denoiser_commands, export_denoiser
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
+from dsr_jax.convert.lpips import FAMILY as LPIPS
+from dsr_jax.convert.lpips import add_lpips_command, lpips_rules
 from dsr_jax.convert.rules import flax_to_torch
 from dsr_jax.convert.statistics import add_statistics_command
 from dsr_jax.core.cli import run_main
@@ -37,6 +41,10 @@ def export(args: argparse.Namespace) -> None:
         state = flax_to_torch(params, encoder_rules(config_of_record(record)))
     elif record["family"] == DECODER:
         state = flax_to_torch(params, decoder_rules(DecoderConfig(**record["model"])))
+    elif record["family"] == DISCRIMINATOR:
+        state = export_backbone(params, record)
+    elif record["family"] == LPIPS:
+        state = flax_to_torch(params, lpips_rules(tuple(record["model"]["channels"])))
     else:
         state = export_denoiser(params, record)
     out = Path(args.out)
@@ -73,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add_denoiser_commands(families)
     add_encoder_commands(families)
     add_decoder_command(families)
+    add_lpips_command(families)
+    add_discriminator_command(families)
     add_statistics_command(families)
     back = families.add_parser("export", help="a converted folder back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")

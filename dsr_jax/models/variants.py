@@ -40,6 +40,26 @@ SIT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """The same sizes with SiT's flags. Source: spec denoiser 10.1."""
 
+_JIT = {
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "class_token_start": 4},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "class_token_start": 8},
+    "H": {"hidden_size": 1280, "depth": 32, "num_heads": 16, "class_token_start": 10},
+}
+
+JIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        f"{name}-{patch_size}": {
+            **sizes,
+            "patch_size": patch_size,
+            "bottleneck_dim": 256 if name == "H" else 128,
+            "num_class_tokens": 32,
+        }
+        for name, sizes in _JIT.items()
+        for patch_size in (16, 32)
+    }
+)
+"""Sizes and patches, 16 for images of 256 and 32 for those of 512. Source: spec denoiser 11."""
+
 REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
 """First block with diffusion registers: XL released; S and B follow from the paper's GFLOPs; L is
 JiT-L's, which has the same depth."""
@@ -120,3 +140,28 @@ DECODERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     }
 )
 """Fields of `models.decoder.DecoderConfig` by the official names.  Source: spec encoder 7."""
+
+VGG16_CHANNELS = (64, 128, 256, 512, 512)
+"""Widths of VGG16's slices: `models.lpips.LPIPS.channels`."""
+
+_DINO = {
+    "family": "dino",
+    "image_size": 224,
+    "depth": 12,
+    "activation": "gelu_tanh",
+    "use_cls": True,
+    "position_resampling": "bilinear",
+    **IMAGENET_STATISTICS,
+}
+_DINO_S = {**_DINO, "hidden_size": 384, "num_heads": 6, "mlp_dim": 1536}
+
+DINO: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "S_8": {**_DINO_S, "patch_size": 8},
+        "S_16": {**_DINO_S, "patch_size": 16},
+        "B_16": {**_DINO, "hidden_size": 768, "num_heads": 12, "mlp_dim": 3072, "patch_size": 16},
+    }
+)
+"""Backbones of the discriminator by the official names: fields of `models.vit.ViTConfig`. The
+original DINO has the exact GELU; the discriminator runs it with the approximate one.  Source: spec
+encoder 9."""

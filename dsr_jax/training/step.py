@@ -3,8 +3,9 @@
 Source: DSR train.py; spec denoiser 8.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from dsr_jax.diffusion.guidance import drop_labels
 from dsr_jax.diffusion.objectives import Objective, bin_losses
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.state import TrainState, update_ema
+
+State = TypeVar("State", bound=TrainState)
 
 ApplyFn = Callable[[Params, Array, Array, Array], Array]
 """`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`."""
@@ -72,14 +75,12 @@ def loss_and_grads(
     return loss, grads
 
 
-def apply_gradients(state: TrainState, grads: PyTree, optimizer: Optimizer) -> TrainState:
+def apply_gradients(state: State, grads: PyTree, optimizer: Optimizer) -> State:
     """Returns the state after one update: parameters, moments, then averages, then the count."""
     params, opt_state = optimizer.apply(grads, state.opt_state, state.params, state.step)
-    return TrainState(
-        step=state.step + 1,
-        params=params,
-        ema=update_ema(state.ema, params),
-        opt_state=opt_state,
+    ema = update_ema(state.ema, params)
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state
     )
 
 
@@ -140,7 +141,7 @@ def make_train_step(
         def keys(stream: str) -> Array:
             return sample_keys(stream_key(seed, stream, step), batch["index"])
 
-        x1 = encode(variables, _to_unit_range(batch["image"]), keys("encode"))
+        x1 = encode(variables, to_unit_range(batch["image"]), keys("encode"))
         x1 = jax.lax.stop_gradient(x1.astype(jnp.float32))
         u = uniform_per_sample(keys("label_dropout"))
         labels = drop_labels(batch["label"], u, label_dropout, null_label)
@@ -218,7 +219,8 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, dict(batch))
 
 
-def _to_unit_range(images: Array) -> Array:
+def to_unit_range(images: Array) -> Array:
+    """Maps uint8 images to [0, 1]; floats are there already."""
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     return images

@@ -34,7 +34,10 @@ TOLERANCES: Mapping[str, float] = {
 ABSOLUTE = frozenset({"stress_params", "levels"})
 """Rows that bound the difference itself."""
 
-RUNNER_MODULES = ("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit")
+RUNNER_MODULES = (
+    *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit"),
+    "stage1",
+)
 
 
 @dataclass(frozen=True)
