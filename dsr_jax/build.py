@@ -18,6 +18,7 @@ from dsr_jax.build_denoiser import forward_flops as forward_flops
 from dsr_jax.build_denoiser import make_model as make_model
 from dsr_jax.build_denoiser import restore_converted as restore_converted
 from dsr_jax.build_rae import file_digests, make_rae
+from dsr_jax.build_vae import make_vae
 from dsr_jax.config import ConfigDict, architecture
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import stream_key
@@ -74,7 +75,9 @@ def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace
         return PixelSpace(config.data.image_size, config.data.channels), {}
     if config.space.name == "rae":
         return make_rae(config, mesh)
-    raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels, rae")
+    if config.space.name == "vae":
+        return make_vae(config, mesh)
+    raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels, rae, vae")
 
 
 def make_objective(config: ConfigDict) -> Objective:

@@ -23,7 +23,7 @@ from dsr_jax.spaces import RAE
 PATCHES = 16
 """Patches a side of the encoder's input, unless the config says otherwise."""
 
-FILES = ("encoder", "decoder", "statistics", "neurons")
+FILES = ("encoder", "decoder", "statistics", "neurons", "vae")
 """Keys of `config.space` that name files."""
 
 
@@ -38,7 +38,7 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
       ConversionError: If a folder or file is missing, damaged or of another kind.
       ConfigError: If they do not fit each other, or the config.
     """
-    _check(config)
+    check_images(config, "encoder", "python -m dsr_jax.convert wrote of an encoder")
     section, precision = config.space, Precision(config.precision.compute)
     sizes, encoder = load_encoder(section.encoder)
     decoder = decoder_params = None
@@ -64,12 +64,22 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
     return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
 
 
-def _check(config: ConfigDict) -> None:
+def check_images(config: ConfigDict, key: str, origin: str) -> None:
+    """Checks that a network is named, and that the images are those of such networks.
+
+    Args:
+      config: The whole config.
+      key: Key of `config.space` that names its folder.
+      origin: Whence the folder comes, for the message.
+
+    Raises:
+      ConfigError: Naming the key and a value that would do.
+    """
     for wrong, problem, remedy in (
         (
-            not config.space.encoder,
-            "config.space.encoder is not set",
-            "name a folder that python -m dsr_jax.convert wrote of an encoder",
+            not config.space[key],
+            f"config.space.{key} is not set",
+            f"name a folder that {origin}",
         ),
         (
             config.data.channels != 3,
@@ -78,7 +88,7 @@ def _check(config: ConfigDict) -> None:
         ),
         (
             config.eval.judge,
-            f"config.eval.judge={config.eval.judge!r} with config.space.name='rae'",
+            f"config.eval.judge={config.eval.judge!r} with config.space.name={config.space.name!r}",
             "leave the judge empty: it looks at the pixels of the data set",
         ),
     ):

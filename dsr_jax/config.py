@@ -21,6 +21,7 @@ from dsr_jax.core.provenance import provenance
 
 # A change of these makes the parameters of an existing run meaningless.
 ARCHITECTURE_SECTIONS = ("model", "registers", "space")
+_SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale"}}
 
 
 def base_config() -> ConfigDict:
@@ -51,9 +52,11 @@ def base_config() -> ConfigDict:
                 "use_pos_embed": True,
             },
             "registers": {"num": 36, "start": 4},
-            # All but the name is for "rae"; image_size 0 makes the encoder see 16 patches a side.
+            # Behind vae and scale all is for "rae", whose image_size 0 is 16 patches a side.
             "space": {
                 "name": "pixels",
+                "vae": "",
+                "scale": 0.18215,
                 "encoder": "",
                 "decoder": "",
                 "statistics": "",
@@ -245,9 +248,10 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """The values that decide the parameters' names and shapes, by dotted key."""
     values = to_json(config)
-    if values["space"]["name"] == "pixels":
-        # The other keys of the section have no effect.
-        values["space"] = {"name": "pixels"}
+    space = values["space"]
+    # The other keys of the section have no effect.
+    effective = _SPACE_KEYS.get(space["name"], set(space) - _SPACE_KEYS["vae"] | {"name"})
+    values["space"] = {key: space[key] for key in space if key in effective}
     return {
         f"config.{key}": value
         for key, value in _leaves(values)

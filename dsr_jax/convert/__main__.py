@@ -20,6 +20,8 @@ from dsr_jax.convert.hub import add_encoder_commands, config_of_record
 from dsr_jax.convert.lpips import FAMILY as LPIPS
 from dsr_jax.convert.lpips import add_lpips_command, lpips_rules
 from dsr_jax.convert.rules import flax_to_torch
+from dsr_jax.convert.sdvae import FAMILY as SDVAE
+from dsr_jax.convert.sdvae import add_vae_command, export_vae
 from dsr_jax.convert.statistics import add_statistics_command
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConversionError
@@ -39,6 +41,8 @@ def export(args: argparse.Namespace) -> None:
     params, record = load_converted(args.source)
     if record["family"] in FAMILIES:
         state = flax_to_torch(params, encoder_rules(config_of_record(record)))
+    elif record["family"] == SDVAE:
+        state = export_vae(params, record)
     elif record["family"] == DECODER:
         state = flax_to_torch(params, decoder_rules(DecoderConfig(**record["model"])))
     elif record["family"] == DISCRIMINATOR:
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add_denoiser_commands(families)
     add_encoder_commands(families)
     add_decoder_command(families)
+    add_vae_command(families)
     add_lpips_command(families)
     add_discriminator_command(families)
     add_statistics_command(families)

@@ -82,6 +82,9 @@ def _attend_cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
+_CUDNN_CHANNELS = 128
+"""Channels of a head that cudnn takes on all GPUs; the VAE's one head has 512."""
+
 _KERNELS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "einsum": _attend_einsum,
     "xla": _attend_xla,
@@ -97,7 +100,7 @@ def attend(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
       k: Keys [B, M, H, K].
       v: Values [B, M, H, K].
       kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), or "auto": einsum on a CPU, cudnn for
-        bfloat16 on a GPU, xla elsewhere.
+        bfloat16 on a GPU where heads have no more channels than it takes, xla elsewhere.
 
     Returns:
       [B, L, H, K] in the dtype of `q`.
@@ -107,7 +110,7 @@ def attend(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
     """
     if kernel == "auto":
         platform = jax.default_backend()
-        cudnn = platform == "gpu" and q.dtype == jnp.bfloat16
+        cudnn = platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= _CUDNN_CHANNELS
         kernel = "einsum" if platform == "cpu" else "cudnn" if cudnn else "xla"
     if kernel not in _KERNELS:
         raise ConfigError(

@@ -3,5 +3,6 @@
 from dsr_jax.spaces.base import InputSpace
 from dsr_jax.spaces.pixels import PixelSpace
 from dsr_jax.spaces.rae import RAE
+from dsr_jax.spaces.vae import VAE
 
-__all__ = ["RAE", "InputSpace", "PixelSpace"]
+__all__ = ["RAE", "VAE", "InputSpace", "PixelSpace"]
