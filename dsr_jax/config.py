@@ -15,142 +15,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dsr_jax.base_config import base_config as base_config
 from dsr_jax.core import files
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.provenance import provenance
 
 # A change of these makes the parameters of an existing run meaningless.
-ARCHITECTURE_SECTIONS = ("model", "registers", "space")
+ARCHITECTURE_SECTIONS = ("model", "registers", "space", "decoder")
 _SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale"}}
-
-
-def base_config() -> ConfigDict:
-    """Returns every key with its default: the paper's recipe where it has one (spec denoiser 8)."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": {
-                "name": "lightningdit",
-                "hidden_size": 384,
-                "depth": 12,
-                "num_heads": 6,
-                "patch_size": 1,
-                "mlp_ratio": 4.0,
-                "learn_sigma": False,
-                "use_qknorm": False,
-                "use_swiglu": True,
-                "use_rope": True,
-                "use_rmsnorm": True,
-                "final_norm": True,
-                "attn_kv_bias": False,
-                "remat": "none",
-                "attention": "auto",
-                # Of "ditdh" alone: its wide head, and the encoder's table.
-                "decoder_hidden_size": 2048,
-                "decoder_depth": 2,
-                "decoder_num_heads": 16,
-                "use_pos_embed": True,
-            },
-            "registers": {"num": 36, "start": 4},
-            # Behind vae and scale all is for "rae", whose image_size 0 is 16 patches a side.
-            "space": {
-                "name": "pixels",
-                "vae": "",
-                "scale": 0.18215,
-                "encoder": "",
-                "decoder": "",
-                "statistics": "",
-                "neurons": "",
-                "image_size": 0,
-                "num_registers": 1,
-                "register_scale": (1.0,),
-                "normal_values": "zero",
-                "shared_maximum": True,
-                "spare_first_token": True,
-                "noise_tau": 0.0,
-                "norm_scaled_noise": False,
-                "post_stat_norm": False,
-                "preln": False,
-                "eps": 1e-5,
-            },
-            "data": {
-                "source": "digits",
-                "root": "",
-                "split": "train",
-                "image_size": 8,
-                "channels": 1,
-                "num_classes": 10,
-                "global_batch": 1024,
-                "flip": True,
-                "workers": 0,
-                "on_corrupt": "error",
-            },
-            "objective": {
-                "path": "linear",
-                "prediction": "data",
-                "loss_weight": "",
-                "time_distribution": "logit-normal_0_1",
-                "time_shift": 1.0,
-                "time_range": (),
-                "label_dropout": 0.1,
-                "time_bins": 8,
-            },
-            "optim": {
-                "lr": 2e-4,
-                "b1": 0.9,
-                "b2": 0.95,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "schedule": "constant",
-                "final_lr": 2e-4,
-                "warmup_steps": 0,
-                "warmup_from_zero": False,
-                "decay_end_steps": 0,
-                "clip_norm": 0.0,
-                "accumulate": 1,
-                "freeze": (),
-            },
-            "ema": {"decays": (0.9999,)},
-            "train": {"steps": 100_080, "stop_after_steps": 0},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "sharding": {"rules": "fsdp", "overrides": ()},
-            "precision": {"compute": "float32", "matmul": "default"},
-            "checkpoint": {
-                "every_steps": 5_000,
-                "keep_latest": 2,
-                "keep_every": 25_000,
-                "restore_step": -1,
-            },
-            "log": {
-                "every_steps": 100,
-                "tensorboard": False,
-                "wandb": "",
-                "profile_start": 0,
-                "profile_steps": 0,
-            },
-            "sample": {
-                "every_steps": 10_000,
-                "num": 64,
-                "batch": 64,
-                "ema": "0.9999",
-                "method": "euler",
-                "num_points": 50,
-                "guidance": 1.0,
-                "guidance_channels": 0,
-                "interval": (0.0, 1.0),
-                "seed": 0,
-                "uint8": "truncate",
-                "rtol": 1e-3,
-                "atol": 1e-6,
-                "sde_form": "sigma",
-                "sde_norm": 1.0,
-                "last_step": "mean",
-                "last_step_size": 0.04,
-            },
-            "eval": {"judge": "", "num_samples": 0},
-        },
-        convert_dict=True,
-    ).lock()
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -252,11 +124,15 @@ def architecture(config: ConfigDict) -> dict[str, Any]:
     # The other keys of the section have no effect.
     effective = _SPACE_KEYS.get(space["name"], set(space) - _SPACE_KEYS["vae"] | {"name"})
     values["space"] = {key: space[key] for key in space if key in effective}
+    sections = ("space", "decoder") if trains_decoder(config) else ("model", "registers", "space")
     return {
-        f"config.{key}": value
-        for key, value in _leaves(values)
-        if key.split(".")[0] in ARCHITECTURE_SECTIONS
+        f"config.{key}": value for key, value in _leaves(values) if key.split(".")[0] in sections
     }
+
+
+def trains_decoder(config: ConfigDict) -> bool:
+    """Whether this is a config of python -m dsr_jax.train_decoder."""
+    return config.decoder.hidden_size > 0
 
 
 def check(config: ConfigDict) -> None:
@@ -274,6 +150,7 @@ def check(config: ConfigDict) -> None:
         "data.global_batch data.image_size data.channels data.num_classes train.steps optim.lr "
         "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
         "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
+        "decoder.depth decoder.num_heads decoder.mlp_dim decoder.patch_size gan.kernel_size "
         "objective.time_bins log.every_steps checkpoint.every_steps checkpoint.keep_latest"
     )
     leaves = dict(_leaves(config))
@@ -288,6 +165,8 @@ def check(config: ConfigDict) -> None:
         f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
         f"choose from none, {', '.join(known)}",
     )
+    for key in ("decoder.hidden_size", "lpips.weight", "gan.weight", "data.crop_from"):
+        require(leaves[key] >= 0, f"config.{key}={leaves[key]}", "use 0 for none")
     dropout = config.objective.label_dropout
     require(0 <= dropout <= 1, f"config.objective.label_dropout={dropout}", "use 0 to 1")
     require(

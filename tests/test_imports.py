@@ -77,7 +77,7 @@ def violations(relative: str, source: str) -> list[str]:
         elif room in ALLOWED and target != room:
             if not any(ours == name or ours.startswith(name + ".") for name in ALLOWED[room]):
                 problems.append(f"{relative}: {room} may not import {ours}")
-        elif room == "config" and target != "core" and not ours.startswith("models.variants"):
+        elif room == "config" and not ours.startswith(("core", "models.variants", "base_config")):
             problems.append(f"{relative}: config may not import {ours}")
     return problems
 

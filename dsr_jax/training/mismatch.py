@@ -47,7 +47,7 @@ def check_arrays(
         remedy = "use the config that it was written with: config.json in its run's folder"
     else:
         what = "fits the model, but not the training state"
-        remedy = "config.ema.decays and the optimizer cannot change within a run"
+        remedy = "config.ema.decays, optimizer and discriminator cannot change within a run"
     differences = "\n    ".join(lines)
     raise CheckpointError(
         f"checkpoint {path} {what} (checkpoint -> config):\n    {differences}", remedy
