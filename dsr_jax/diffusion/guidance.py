@@ -1,7 +1,7 @@
 """Classifier-free guidance and autoguidance, each as one batched evaluation.
 
-Source: DSR lightningDiT.py and DDT.py (forward_with_cfg, forward_with_autoguidance), SiT models.py;
-spec denoiser 1.14, 2.5, 10.1.
+Source: DSR lightningDiT.py and DDT.py (forward_with_cfg, forward_with_autoguidance), SiT models.py,
+JiT denoiser.py; spec denoiser 1.14, 2.5, 10.1, 11.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,28 @@ from dsr_jax.diffusion.paths import expand
 
 Interval = tuple[float, float]
 
+_ROUNDING = 1e-6
+
 
 def drop_labels(labels: Array, u: Array, probability: float, null_label: int) -> Array:
     """Replaces labels [B] by the null label where the uniform draw u [B] is below probability."""
     return jnp.where(u < probability, null_label, labels)
 
 
-def _strength(t: Array, scale: float, interval: Interval) -> Array:
-    """Guidance scale per sample: `scale` inside the closed interval, 1 outside."""
+def _strength(t: Array, scale: float, interval: Interval, open_ends: bool = False) -> Array:
+    """Guidance scale per sample: `scale` inside the interval, 1 outside.
+
+    Without its ends, the interval holds no grid point at an end however 1 - t was rounded, except
+    that of pure noise, t = 1.
+    """
     low, high = interval
     if not low < high:
         raise ConfigError(f"guidance interval {interval}", "use (low, high) with low < high")
-    return jnp.where((t >= low) & (t <= high), scale, 1.0)
+    if open_ends:
+        inside = (t > low + _ROUNDING) & ((t < high - _ROUNDING) | (high >= 1))
+    else:
+        inside = (t >= low) & (t <= high)
+    return jnp.where(inside, scale, 1.0)
 
 
 def classifier_free(
@@ -34,6 +44,7 @@ def classifier_free(
     null_label: int,
     interval: Interval = (0.0, 1.0),
     channels: int | None = None,
+    open_ends: bool = False,
 ) -> Denoiser:
     """Guides away from the unconditional prediction.
 
@@ -45,6 +56,7 @@ def classifier_free(
       null_label: Label of "no class".
       interval: Times (t = 0 data, 1 noise), both ends included, in which guidance is on.
       channels: Guides only the first so many channels, as SiT does with 3 of 4.
+      open_ends: Leaves out both ends of the interval, as JiT does, but never pure noise.
 
     Raises:
       ConfigError: If the interval is empty.
@@ -58,7 +70,7 @@ def classifier_free(
             jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([labels, nulls])
         )
         conditional, unconditional = jnp.split(both, 2)
-        strength = expand(_strength(t, scale, interval), x)
+        strength = expand(_strength(t, scale, interval, open_ends), x)
         mixed = unconditional + strength * (conditional - unconditional)
         if channels is None:
             return mixed

@@ -40,12 +40,15 @@ class Objective:
       prediction: "velocity", "data", "noise" or "score".
       loss_weight: "" (none), "velocity" or "likelihood"; only noise and score use it.
       t_eps: Floor of the denominator that turns a data prediction into a velocity.
+      clip_target: The floor stands in the target, too, as in JiT, so that at every time the best
+        prediction is the data itself; only for data prediction.
     """
 
     path: Path = flax.struct.field(pytree_node=False)
     prediction: str = flax.struct.field(pytree_node=False)
     loss_weight: str = flax.struct.field(pytree_node=False, default="")
     t_eps: float = flax.struct.field(pytree_node=False, default=0.05)
+    clip_target: bool = flax.struct.field(pytree_node=False, default=False)
 
     def velocity(self, out: Array, x: Array, t: Array) -> Array:
         """Turns the network's output at (x [B, ...], t [B]) into a velocity."""
@@ -58,8 +61,8 @@ class Objective:
     def _velocity_from_data(self, data: Array, x: Array, t: Array) -> Array:
         at = expand(t, x)
         if self.path.name == "linear":
-            # DSR-compat: the floor stands in the prediction only, not in the target, so below
-            # t_eps the best prediction is not the data itself.
+            # DSR-compat: unless `clip_target` says otherwise, the floor stands in the prediction
+            # only, so below t_eps the best prediction is not the data itself.
             return (x - data) / jnp.maximum(at, self.t_eps)
         noise = (x - self.path.alpha(at) * data) / jnp.maximum(self.path.sigma(at), self.t_eps)
         return self.path.d_alpha(at) * data + self.path.d_sigma(at) * noise
@@ -91,6 +94,8 @@ class Objective:
           t: Times [B].
         """
         xt, ut = self.path.interpolate(x1, x0, t)
+        if self.clip_target:
+            ut = self.velocity(x1, xt, t)
         out = apply_fn(xt, t)
         errors = self._errors(out, xt, ut, x0, t)
         return LossTerms(jnp.mean(errors, axis=tuple(range(1, errors.ndim))), errors, out)
@@ -113,12 +118,19 @@ class Objective:
 
 
 def make_objective(
-    path: str, prediction: str, loss_weight: str | None = "", t_eps: float = 0.05
+    path: str,
+    prediction: str,
+    loss_weight: str | None = "",
+    t_eps: float = 0.05,
+    *,
+    noise_scale: float = 1.0,
+    clip_target: bool = False,
 ) -> Objective:
     """Builds a checked objective from config values.
 
     Raises:
-      ConfigError: For an unknown name, or a weight that the prediction ignores.
+      ConfigError: For an unknown name, a scale that the path does not take, or a weight or a clip
+        that the prediction ignores.
     """
     if prediction not in PREDICTIONS:
         raise ConfigError(
@@ -134,7 +146,12 @@ def make_objective(
             f"config.objective.loss_weight={weight!r} has no effect on {prediction} prediction",
             "leave it empty; only noise and score losses are weighted",
         )
-    return Objective(get_path(path), prediction, weight, t_eps)
+    if clip_target and prediction != "data":
+        raise ConfigError(
+            f"config.objective.clip_target has no effect on {prediction} prediction",
+            "leave it False; only a data prediction is divided by the time",
+        )
+    return Objective(get_path(path).scaled(noise_scale), prediction, weight, t_eps, clip_target)
 
 
 def bin_losses(loss: Array, t: Array, num_bins: int) -> tuple[Array, Array]:

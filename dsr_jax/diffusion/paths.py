@@ -7,6 +7,7 @@ other way; `flip_time` translates at their border.
 Source: DSR stage2/transport/path.py; spec denoiser 5.2.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Path:
       d_alpha: Derivative of alpha.
       d_sigma: Derivative of sigma.
       beta: Replaces what `drift` derives from the coefficients by `(beta x / 2, beta / 2)`.
+      noise_scale: Standard deviation of the noise, which sigma contains, and with which sampling
+        starts.
     """
 
     name: str
@@ -61,6 +64,28 @@ class Path:
     d_alpha: Callable[[Array], Array]
     d_sigma: Callable[[Array], Array]
     beta: Callable[[Array], Array] | None = None
+    noise_scale: float = 1.0
+
+    def scaled(self, noise_scale: float) -> "Path":
+        """The same path to noise of another standard deviation.
+
+        Raises:
+          ConfigError: If that is not positive, or the drift does not follow the coefficients.
+        """
+        if noise_scale == self.noise_scale:
+            return self
+        if noise_scale <= 0 or self.beta is not None:
+            raise ConfigError(
+                f"config.objective.noise_scale={noise_scale} on the path {self.name!r}",
+                "use a positive scale, and 1 with the path 'vp'",
+            )
+        factor = noise_scale / self.noise_scale
+        return dataclasses.replace(
+            self,
+            sigma=lambda t: factor * self.sigma(t),
+            d_sigma=lambda t: factor * self.d_sigma(t),
+            noise_scale=noise_scale,
+        )
 
     def interpolate(self, x1: Array, x0: Array, t: Array) -> tuple[Array, Array]:
         """Returns x_t and its velocity u_t, both shaped like the data x1 [B, ...]."""

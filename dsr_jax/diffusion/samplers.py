@@ -17,7 +17,8 @@ from dsr_jax.diffusion.paths import DIFFUSION_FORMS, expand
 from dsr_jax.diffusion.solvers import Velocity
 from dsr_jax.diffusion.time_sampling import choose_range, shift_time, time_support
 
-ODE_METHODS = (*solvers.FIXED_STEP, "dopri5")
+HEUN_THEN_EULER = "heun-euler"
+ODE_METHODS = (*solvers.FIXED_STEP, HEUN_THEN_EULER, "dopri5")
 SDE_METHODS = ("euler", "heun")
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
@@ -76,7 +77,8 @@ def sample_ode(
       velocity: `(x [B, ...], t [B]) -> dx/dt`.
       noise: State [B, ...] at grid[0].
       grid: Monotone times [n].
-      method: One of ODE_METHODS; "heun" is "heun2".
+      method: One of ODE_METHODS; "heun" is "heun2", "heun-euler" JiT's solver, whose last step is
+        Euler's, so that the network never sees t = 0.
       rtol: Relative tolerance of dopri5.
       atol: Absolute tolerance of dopri5.
       error_norm: Step control of dopri5, per "sample" or over the "batch" as in the original;
@@ -100,12 +102,19 @@ def sample_ode(
         states = solvers.dopri5(velocity, noise, grid, rtol, atol, error_norm)
         return states if return_trajectory else states[-1]
 
-    def step(x: Array, times: tuple[Array, Array]) -> tuple[Array, Any]:
-        x = solvers.fixed_step(velocity, x, *times, method)
-        return x, x if return_trajectory else None
+    def run(x: Array, times: Array, method: str) -> tuple[Array, Any]:
+        def step(x: Array, ends: tuple[Array, Array]) -> tuple[Array, Any]:
+            x = solvers.fixed_step(velocity, x, *ends, method)
+            return x, x if return_trajectory else None
 
-    last, states = jax.lax.scan(step, noise, (grid[:-1], grid[1:]))
-    return jnp.concatenate([noise[None], states]) if return_trajectory else last
+        return jax.lax.scan(step, x, (times[:-1], times[1:]))
+
+    if method != HEUN_THEN_EULER:
+        last, states = run(noise, grid, method)
+        return jnp.concatenate([noise[None], states]) if return_trajectory else last
+    x, states = run(noise, grid[:-1], "heun2")
+    last = solvers.fixed_step(velocity, x, grid[-2], grid[-1], "euler")
+    return jnp.concatenate([noise[None], states, last[None]]) if return_trajectory else last
 
 
 def sample_sde(

@@ -79,6 +79,36 @@ class PatchEmbed(nn.Module):
         )(patchify(x, self.patch_size))
 
 
+class BottleneckPatchEmbed(nn.Module):
+    """A strided convolution to a few channels and a 1x1 convolution to the width.
+
+    Source: JiT model_jit.py (BottleneckPatchEmbed); spec denoiser 11.
+
+    Attributes:
+      bottleneck: Channels in between.
+      width: Model width D.
+      patch_size: Side p of a patch.
+      precision: Dtype policy.
+    """
+
+    bottleneck: int
+    width: int
+    patch_size: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, h, w, C] to tokens [B, N, D], row-major."""
+        shared: Any = {"num_inputs": 3, "precision": self.precision}
+        axes = ("patch", "patch", "channels")
+        narrow = Dense((self.bottleneck,), (*axes, None), use_bias=False, **shared, name="proj1")(
+            patchify(x, self.patch_size)
+        )
+        return Dense((self.width,), (*axes, "embed"), **shared, name="proj2")(
+            narrow[:, :, None, None]
+        )
+
+
 class FourierTimeEmbed(nn.Module):
     """Learned Gaussian Fourier features of t in [0, 1], then a two-layer MLP, all in float32.
 

@@ -41,7 +41,8 @@ class SamplerSettings:
       num_points: Points of the time grid, one more than solver steps.
       guidance: Scale of classifier-free guidance, 1 for none.
       guidance_channels: Guides only the first so many channels of the latent, 0 for all of them.
-      interval: Times (t = 0 data, 1 noise), ends included, in which guidance is on.
+      interval: Times (t = 0 data, 1 noise) in which guidance is on.
+      open_interval: Leaves out the interval's ends, but never t = 1.
       time_shift: Factor on the odds of t, as in training.
       time_range: Lowest and highest time of training, () for the prediction's own.
       seed: Of the noise.
@@ -59,6 +60,7 @@ class SamplerSettings:
     guidance: float = 1.0
     guidance_channels: int = 0
     interval: tuple[float, float] = (0.0, 1.0)
+    open_interval: bool = False
     time_shift: float = 1.0
     time_range: tuple[float, ...] = ()
     seed: int = 0
@@ -94,7 +96,13 @@ class SamplerSettings:
         if self.method != "dopri5":
             unused |= {"rtol", "atol"}
         if self.guidance == 1:
-            unused |= {"interval", "guidance_channels"}
+            unused |= {"interval", "open_interval", "guidance_channels"}
+        # Younger settings: left out where they change nothing, as recipes were before them.
+        unused |= {
+            name
+            for name in ("time_range", "open_interval", "guidance_channels")
+            if not values[name]
+        }
         return {name: value for name, value in values.items() if name not in unused}
 
 
@@ -132,12 +140,14 @@ def make_sample_fn(
     def draw(params: Params, variables: PyTree, indices: Array, labels: Array) -> Samples:
         noise_key = stream_key(settings.seed, "sample_noise")
         noise = normal_per_sample(sample_keys(noise_key, indices), latent_shape)
+        noise = objective.path.noise_scale * noise
         guided = classifier_free(
             lambda x, t, y: apply_fn(params, x, t, y),
             settings.guidance,
             null_label,
             settings.interval,
             settings.guidance_channels or None,
+            settings.open_interval,
         )
 
         def predict(x: Array, t: Array) -> Array:

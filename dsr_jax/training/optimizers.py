@@ -36,7 +36,9 @@ class LearningRate:
       final: Last rate; not used by "constant".
       warmup_steps: Steps W before the decay.
       decay_end_steps: Step E at which the decay ends; taken as W if it is smaller.
-      warmup_from_zero: During the warm-up the rate is base * (k + 1) / W, else it is `base`.
+      warmup_from_zero: During the warm-up the rate is base * (k + warmup_offset) / W, else it is
+        `base`.
+      warmup_offset: 1 as in DSR, or 0 as in JiT, where the first step has rate 0.
     """
 
     base: float
@@ -45,6 +47,7 @@ class LearningRate:
     warmup_steps: int = 0
     decay_end_steps: int = 0
     warmup_from_zero: bool = False
+    warmup_offset: int = 1
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -54,6 +57,7 @@ class LearningRate:
         _require("lr", self.base, 0 < self.base < math.inf, "it must be positive")
         _require("final_lr", self.final, 0 <= self.final < math.inf, "it must not be negative")
         _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "use 0 for none")
+        _require("warmup_offset", self.warmup_offset, self.warmup_offset in (0, 1), "use 0 or 1")
         _require(
             "decay_end_steps",
             self.decay_end_steps,
@@ -77,7 +81,8 @@ class LearningRate:
                 factor = ratio + (1 - ratio) * 0.5 * (1 + xp.cos(np.pi * progress))
             factor = xp.where(k >= end, ratio, factor)
         if warm:
-            factor = xp.where(k < warm, (k + 1) / warm if self.warmup_from_zero else 1.0, factor)
+            rising = (k + self.warmup_offset) / warm if self.warmup_from_zero else 1.0
+            factor = xp.where(k < warm, rising, factor)
         return self.base * factor
 
 

@@ -21,8 +21,9 @@ from dsr_jax.training.state import TrainState, update_ema
 
 State = TypeVar("State", bound=TrainState)
 
-ApplyFn = Callable[[Params, Array, Array, Array], Array]
-"""`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`."""
+ApplyFn = Callable[..., Array]
+"""`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`; a network with dropout takes
+one key per sample [B] behind them."""
 
 
 class Encode(Protocol):
@@ -40,11 +41,13 @@ class Draws(NamedTuple):
       t: Times [B].
       x0: Noise [B, h, w, C].
       labels: Labels [B], some of them replaced by the null label.
+      dropout: Keys [B] for the network's dropout, None where it has none.
     """
 
     t: Array
     x0: Array
     labels: Array
+    dropout: Array | None = None
 
 
 TrainStep = Callable[[TrainState, Batch, PyTree], tuple[TrainState, Metrics]]
@@ -67,7 +70,8 @@ def loss_and_grads(
     """
 
     def mean_loss(p: Params) -> tuple[Array, Array]:
-        network = lambda x, t: apply_fn(p, x, t, draws.labels)  # noqa: E731
+        more = () if draws.dropout is None else (draws.dropout,)
+        network = lambda x, t: apply_fn(p, x, t, draws.labels, *more)  # noqa: E731
         loss = objective.loss(network, x1, draws.x0, draws.t).loss.astype(jnp.float32)
         return jnp.mean(loss), loss
 
@@ -94,6 +98,7 @@ def make_train_step(
     seed: int,
     null_label: int,
     label_dropout: float = 0.1,
+    dropout: bool = False,
     accumulate: int = 1,
     num_time_bins: int = 8,
 ) -> TrainStep:
@@ -113,6 +118,7 @@ def make_train_step(
       seed: The run's seed.
       null_label: Label of "no class".
       label_dropout: Share of labels replaced by it.
+      dropout: Gives the network keys for dropout.
       accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
       num_time_bins: Equal intervals of t for which losses are reported.
 
@@ -146,7 +152,8 @@ def make_train_step(
         u = uniform_per_sample(keys("label_dropout"))
         labels = drop_labels(batch["label"], u, label_dropout, null_label)
         t = time_sampler(uniform_per_sample(keys("time")))
-        return x1, Draws(t, normal_per_sample(keys("noise"), x1.shape[1:]), labels)
+        noise = normal_per_sample(keys("noise"), x1.shape[1:])
+        return x1, Draws(t, noise, labels, keys("dropout") if dropout else None)
 
     def micro_step(
         state: TrainState, batch: Batch, variables: PyTree

@@ -1,0 +1,126 @@
+"""JiT: a diffusion transformer on pixels that predicts the image itself.
+
+Source: JiT model_jit.py; spec denoiser 11.
+"""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.dropout import Dropout, make_dropout, middle_half
+from dsr_jax.models.embeddings import BottleneckPatchEmbed, LabelEmbed, SinusoidalTimeEmbed
+
+
+class JiT(DiffusionTransformer):
+    """Diffusion transformer on large patches of pixels, with class tokens and registers.
+
+    Patches pass a bottleneck on their way in. Before one block the class tokens join: copies of the
+    label's embedding, each with a learned vector of its own. Like registers they are not rotated,
+    see every later block and are dropped before the final layer. Time runs from t = 0, noise, to
+    t = 1, data. The original never trains the position table: `config.optim.freeze=("pos_embed",)`.
+
+    No code of JiT with registers was released. Here they join beside the class tokens, or alone
+    (`num_class_tokens=0`), each at its own block; those in front do not matter to attention.
+
+    Attributes:
+      bottleneck_dim: Width between pixels and tokens.
+      num_class_tokens: Class tokens; 0 for none.
+      class_token_start: First block that sees them.
+      dropout: Share of values dropped in the middle half of the depth while training.
+    """
+
+    reversed_time: ClassVar[bool] = True
+    time_features: ClassVar[int] = 256
+
+    use_qknorm: bool = True
+    bottleneck_dim: int = 128
+    num_class_tokens: int = 32
+    class_token_start: int = 4
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: Array, t: Array, labels: Array, dropout_keys: Array | None = None
+    ) -> Array:
+        """Predicts the image.
+
+        Args:
+          x: Noised images [B, h, w, C].
+          t: Time [B] in [0, 1], 0 = noise, 1 = data.
+          labels: Classes [B] in 0..K.
+          dropout_keys: One random key per sample [B] while training; None drops nothing.
+
+        Returns:
+          [B, h, w, C] in float32.
+        """
+        self.check_sizes()
+        tokens = BottleneckPatchEmbed(
+            self.bottleneck_dim,
+            self.hidden_size,
+            self.patch_size,
+            self.precision,
+            name="x_embedder",
+        )(x)
+        self.sow("intermediates", "x_embedder_out", tokens)
+        tokens = self.precision.island("residual", tokens) + self._positions()
+        time = SinusoidalTimeEmbed(
+            self.hidden_size, self.time_features // 2, self.precision, name="t_embedder"
+        )(t)
+        label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
+        condition = self.precision.island("conditioning", time + label)
+        self.sow("intermediates", "condition", (time, label, condition))
+
+        tokens = self._run_depth(
+            tokens,
+            condition,
+            add={"ctx": lambda tokens: self._add_class_tokens(tokens, label)},
+            dropout=self._dropout(dropout_keys),
+        )
+        patches = tokens[:, self.num_registers + self.num_class_tokens :]
+        return self._predict(patches, condition, self.in_channels)
+
+    def check_sizes(self) -> None:
+        """Checks that sizes fit each other.
+
+        Raises:
+          ConfigError: Naming the offending keys and a value that would do.
+        """
+        super().check_sizes()
+        if self.bottleneck_dim < 1 or self.num_class_tokens < 0:
+            raise ConfigError(
+                f"config.model.bottleneck_dim={self.bottleneck_dim}, "
+                f"num_class_tokens={self.num_class_tokens}",
+                "JiT-B has 128 and 32; 0 class tokens leave them out",
+            )
+        if self.num_class_tokens and not 0 <= self.class_token_start < self.depth:
+            raise ConfigError(
+                f"config.model.class_token_start={self.class_token_start} lies outside blocks "
+                f"0..{self.depth - 1}",
+                "JiT-B starts at block 4 of 12, JiT-H at block 10 of 32",
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"config.model.dropout={self.dropout}", "use 0 for none, less than 1")
+
+    def joins(self) -> dict[str, int]:
+        """First block of every kind of tokens that joins the patches on the way."""
+        context = {"ctx": self.class_token_start} if self.num_class_tokens else {}
+        return context | super().joins()
+
+    def _add_class_tokens(self, tokens: Array, label: Array) -> Array:
+        """Puts class tokens in front of the tokens: [B, L, D] -> [B, num_class_tokens + L, D]."""
+        places = self._table(
+            "in_context_posemb",
+            self.num_class_tokens,
+            self.hidden_size,
+            nn.initializers.normal(0.02),
+        )
+        return jnp.concatenate([label[:, None] + places, tokens], axis=1)
+
+    def _dropout(self, keys: Array | None) -> Dropout | None:
+        if keys is None or not self.dropout:
+            return None
+        return make_dropout(keys, middle_half(self.depth, self.dropout))
