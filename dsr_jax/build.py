@@ -83,7 +83,13 @@ def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace
 def make_objective(config: ConfigDict) -> Objective:
     """What the denoiser predicts, and its loss."""
     section = config.objective
-    return objective_by_name(section.path, section.prediction, section.loss_weight)
+    return objective_by_name(
+        section.path,
+        section.prediction,
+        section.loss_weight,
+        noise_scale=section.noise_scale,
+        clip_target=section.clip_target,
+    )
 
 
 def make_time_sampler(config: ConfigDict) -> TimeSampler:
@@ -108,6 +114,7 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
         warmup_steps=section.warmup_steps,
         decay_end_steps=section.decay_end_steps,
         warmup_from_zero=section.warmup_from_zero,
+        warmup_offset=section.warmup_offset,
     )
     return Optimizer(
         rate,
@@ -120,12 +127,21 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
     )
 
 
-def make_source(config: ConfigDict, split: str | None = None) -> Source:
-    """The data set; `split` replaces the config's."""
+def make_source(config: ConfigDict, split: str | None = None, random_crops: bool = False) -> Source:
+    """The data set.
+
+    Args:
+      config: The config.
+      split: Replaces the config's.
+      random_crops: For `global_batches`, which cut images to their size where the config says so;
+        else all are brought to it here.
+    """
     section = config.data
+    larger = section.crop_from if random_crops else 0
     return open_source(
         section.source,
-        image_size=section.image_size,
+        image_size=larger or section.image_size,
+        fit="short_side" if larger else "crop",
         channels=section.channels,
         root=section.root or None,
         split=split or section.split,
@@ -149,6 +165,7 @@ def global_batches(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             flip=section.flip,
+            crop=section.image_size if section.crop_from else 0,
             workers=section.workers,
         ):
             # Devices have no 64-bit integers; 32 unsigned bits last for four billion samples.
@@ -206,19 +223,21 @@ def make_state(
 
 def denoiser(
     model: DiffusionTransformer, prediction: str = "velocity"
-) -> Callable[[Params, Array, Array, Array], Array]:
+) -> Callable[..., Array]:
     """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
+
+    With one key per sample behind the labels, a model that has dropout trains.
 
     Args:
       model: The network, whose own time may run the other way.
       prediction: What it predicts.
     """
 
-    def apply(params: Params, x: Array, t: Array, labels: Array) -> Array:
+    def apply(params: Params, x: Array, t: Array, labels: Array, *dropout_keys: Array) -> Array:
         network: Any = functools.partial(model.apply, {"params": params})
         if model.reversed_time:
             network = flip_time(network, prediction)
-        return network(x, t, labels)
+        return network(x, t, labels, *dropout_keys)
 
     return apply
 
@@ -254,7 +273,7 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
         "step": step,
         "ema": ema,
         "sampler": sampler_settings(config).recipe(),
-        "objective": {key: config.objective[key] for key in ("path", "prediction")},
+        "objective": {key: config.objective[key] for key in ("path", "prediction", "noise_scale")},
         "precision": config.precision.to_dict(),
         "architecture": architecture(config) | file_digests(config),
     }
@@ -273,6 +292,7 @@ def make_step(
         seed=config.seed,
         null_label=config.data.num_classes,
         label_dropout=config.objective.label_dropout,
+        dropout=getattr(model, "dropout", 0.0) > 0,
         accumulate=config.optim.accumulate,
         num_time_bins=config.objective.time_bins,
     )

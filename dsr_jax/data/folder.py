@@ -27,13 +27,16 @@ class ImageFolder:
       split: For example "train" or "val".
       image_size: Side of the square images (`images.center_crop`).
       channels: 3, or 1 for grey.
+      fit: How images are brought to that size, see `images.FITS`.
 
     Raises:
       DataError: If the folder or its classes or images are not there; says what is.
     """
 
-    def __init__(self, root: str, split: str, image_size: int, channels: int) -> None:
-        self._root = _resolve(Path(root), split)
+    def __init__(
+        self, root: str, split: str, image_size: int, channels: int, fit: str = "crop"
+    ) -> None:
+        self._root, self._fit = _resolve(Path(root), split), fit
         self.name = f"folder {self._root}"
         self.image_shape = (image_size, image_size, channels)
         self.class_names = _subfolders(self._root)
@@ -72,7 +75,8 @@ class ImageFolder:
         """
         content, label = self.encoded(index)
         size, _, channels = self.image_shape
-        image = decode_image(content, str(self._root / self._files[index]), size, channels)
+        path = str(self._root / self._files[index])
+        image = decode_image(content, path, size, channels, fit=self._fit)
         return {"image": image, "label": np.int32(label)}
 
 

@@ -3,7 +3,7 @@
 Order of operations, and why:
 
     shuffle, repeat     position in the endless stream -> record; each epoch is a permutation
-    index, flip         still before the stream is divided, so both are keyed by global position
+    index, crop, flip   still before the stream is divided, so both are keyed by global position
     batch, [p + n*s::n] local batch number s*n + p is the p-th of n equal pieces of step s
 
 So process p of n holds rows p*b .. (p+1)*b of the global batch, which is the same array on 1, 2 or
@@ -44,6 +44,7 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     flip: bool = False,
+    crop: int = 0,
     workers: int = 0,
 ) -> Iterator[HostBatch]:
     """Yields this process's part of the batches of steps start_step, start_step + 1, ... for ever.
@@ -58,6 +59,7 @@ def make_batches(
       process_index: This process.
       process_count: Processes that read together.
       flip: Mirror half of the images, left to right.
+      crop: Side of a square to cut at a random place; 0 takes images as they are.
       workers: Reader processes; 0 reads with threads of this process, which is right unless
         decoding is the bottleneck. With workers, the main module must be guarded by
         `if __name__ == "__main__"`.
@@ -84,6 +86,8 @@ def make_batches(
         )
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     records = records.map_with_index(_add_index)
+    if crop:
+        records = records.random_map(functools.partial(_crop, crop))
     if flip:
         records = records.random_map(_flip)
     first = process_index + process_count * start_step
@@ -142,6 +146,17 @@ def _local_batch(batch: int, process_index: int, process_count: int) -> int:
 
 def _add_index(position: int, record: Record) -> dict[str, Any]:
     return {**record, "index": np.int64(position)}
+
+
+def _crop(size: int, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    image = record["image"]
+    if min(image.shape[:2]) < size:
+        raise DataError(
+            f"an image of {image.shape[:2]} pixels is too small for squares of {size}",
+            "set config.data.crop_from to at least config.data.image_size",
+        )
+    top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
+    return {**record, "image": image[top : top + size, left : left + size]}
 
 
 def _flip(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.images import crop_image, decode_image
+from dsr_jax.data.images import FITS, decode_image
 from dsr_jax.data.sources import Record
 
 
@@ -25,13 +25,20 @@ class ArrayRecords:
       image_size: Side of the square images (`images.center_crop`).
       channels: 3, or 1 for grey.
       num_classes: The files do not tell.
+      fit: How images are brought to that size, see `images.FITS`.
 
     Raises:
       DataError: If there are no such files, some are missing, or num_classes is.
     """
 
     def __init__(
-        self, root: str, split: str, image_size: int, channels: int, num_classes: int | None
+        self,
+        root: str,
+        split: str,
+        image_size: int,
+        channels: int,
+        num_classes: int | None,
+        fit: str = "crop",
     ) -> None:
         if num_classes is None:
             raise DataError("arrayrecord files do not tell their classes", "give num_classes")
@@ -48,6 +55,7 @@ class ArrayRecords:
                 "copy or pack them all, into an empty folder",
             )
         self._records = grain.sources.ArrayRecordDataSource(files)
+        self._fit = fit
         self.name = f"arrayrecord {Path(root) / pattern}"
         self.num_classes = num_classes
         self.image_shape = (image_size, image_size, channels)
@@ -72,7 +80,8 @@ class ArrayRecords:
                 "set config.data.num_classes",
             )
         size, _, channels = self.image_shape
-        image = decode_image(record["image"], f"{index} of {self.name}", size, channels)
+        origin = f"{index} of {self.name}"
+        image = decode_image(record["image"], origin, size, channels, fit=self._fit)
         return {"image": image, "label": np.int32(label)}
 
 
@@ -102,13 +111,20 @@ class Tfds:
       split: Any TFDS split, for example "train" or "train[:90%]".
       image_size: Side of the square images (`images.center_crop`).
       channels: 3, or 1 for grey.
+      fit: How images are brought to that size, see `images.FITS`.
 
     Raises:
       DataError: If TFDS is missing, or the data set is not prepared there or has other features.
     """
 
     def __init__(
-        self, dataset: str, data_dir: str | None, split: str, image_size: int, channels: int
+        self,
+        dataset: str,
+        data_dir: str | None,
+        split: str,
+        image_size: int,
+        channels: int,
+        fit: str = "crop",
     ) -> None:
         try:
             import tensorflow_datasets as tfds
@@ -133,6 +149,7 @@ class Tfds:
                 f"TFDS {dataset!r} has the features {', '.join(features)}",
                 "choose a data set with image and label",
             )
+        self._fit = fit
         self.name = f"tfds {dataset} {split}"
         self.num_classes = features["label"].num_classes
         self.image_shape = (image_size, image_size, channels)
@@ -147,4 +164,4 @@ class Tfds:
         pixels = record["image"]
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         size, _, channels = self.image_shape
-        return {"image": crop_image(image, size, channels), "label": np.int32(record["label"])}
+        return {"image": FITS[self._fit](image, size, channels), "label": np.int32(record["label"])}

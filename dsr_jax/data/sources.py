@@ -50,6 +50,7 @@ def make_source(
     split: str = "train",
     num_classes: int | None = None,
     on_corrupt: str = "error",
+    fit: str = "crop",
 ) -> Source:
     """Makes the source called `name`.
 
@@ -65,6 +66,8 @@ def make_source(
         "arrayrecord" requires it.
       on_corrupt: "error" raises on an unreadable image file; "skip" takes the next readable record
         in its place, so that the stream remains a function of (seed, step).
+      fit: How image files are brought to that size, see `images.FITS`; "short_side" gives images
+        of different shapes, to be cropped by `make_batches`. Bundled images are square anyway.
 
     Raises:
       DataError: If there is no such source, the files are not there, or there are more classes than
@@ -72,7 +75,7 @@ def make_source(
     """
     if on_corrupt not in ("error", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r}", "choose from error, skip")
-    source = _make(name, image_size, channels, root, split, num_classes)
+    source = _make(name, image_size, channels, root, split, num_classes, fit)
     if num_classes is not None and source.num_classes > num_classes:
         raise DataError(
             f"{source.name} has {source.num_classes} classes, the label table {num_classes}",
@@ -88,6 +91,7 @@ def _make(
     root: str | None,
     split: str,
     num_classes: int | None,
+    fit: str,
 ) -> Source:
     # Imported here, because these modules need the names above.
     from dsr_jax.data import bundled, folder, records
@@ -102,11 +106,11 @@ def _make(
     if kind == "synthetic":
         return bundled.Shapes(split, image_size, channels, num_classes or 10)
     if kind == "folder":
-        return folder.ImageFolder(str(root), split, image_size, channels)
+        return folder.ImageFolder(str(root), split, image_size, channels, fit)
     if kind == "arrayrecord":
-        return records.ArrayRecords(str(root), split, image_size, channels, num_classes)
+        return records.ArrayRecords(str(root), split, image_size, channels, num_classes, fit)
     if kind == "tfds" and dataset:
-        return records.Tfds(dataset, root or None, split, image_size, channels)
+        return records.Tfds(dataset, root or None, split, image_size, channels, fit)
     raise DataError(
         f"no data source is called {name!r}",
         "choose from digits, synthetic, folder, arrayrecord, tfds:NAME",
