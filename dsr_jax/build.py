@@ -6,7 +6,7 @@ Entry points call these functions; nothing else does.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -41,6 +41,9 @@ from dsr_jax.spaces import InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import TrainStep, make_train_step
+
+State = TypeVar("State", bound=TrainState)
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 def set_precision(config: ConfigDict) -> None:
@@ -214,6 +217,13 @@ def make_state(
     def init() -> TrainState:
         return create_state(init_params(model, space, config.seed), optimizer, config.ema.decays)
 
+    return shard_state(config, init, mesh, rules)
+
+
+def shard_state(
+    config: ConfigDict, init: Callable[[], State], mesh: Mesh, rules: Rules
+) -> tuple[State, Callable[[], State]]:
+    """Does what `make_state` promises, for any function that makes a state in Flax's boxes."""
     abstract = _with_shardings(jax.eval_shape(init), rules, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if mesh.shape["fsdp"] > 1 and config.sharding.rules == "fsdp":
@@ -221,9 +231,7 @@ def make_state(
     return abstract, jax.jit(lambda: nn.unbox(init()), out_shardings=layout)
 
 
-def denoiser(
-    model: DiffusionTransformer, prediction: str = "velocity"
-) -> Callable[..., Array]:
+def denoiser(model: DiffusionTransformer, prediction: str = "velocity") -> Callable[..., Array]:
     """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
 
     With one key per sample behind the labels, a model that has dropout trains.
@@ -298,13 +306,14 @@ def make_step(
     )
 
 
-def jit_step(step: TrainStep, abstract: TrainState, batch: NamedSharding, mesh: Mesh) -> TrainStep:
+def jit_step(step: Step, abstract: TrainState, batch: NamedSharding, mesh: Mesh) -> Step:
     """Compiles lazily, with the state's shardings in and out and its buffers donated."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = shardings.replicated(mesh)
-    return jax.jit(
+    compiled: Any = jax.jit(
         step,
         in_shardings=(layout, batch, None),
         out_shardings=(layout, whole),
         donate_argnums=0,
     )
+    return compiled

@@ -16,6 +16,7 @@ from dsr_jax.models.blocks import mlp_width
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.jit import JiT
 from dsr_jax.models.precision import Precision
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.spaces import InputSpace
@@ -110,6 +111,14 @@ def forward_flops(model: DiffusionTransformer) -> int:
             decoder_mlp_hidden=mlp_hidden(model.decoder_hidden_size),
             **shared,
         )
+    if isinstance(model, JiT):
+        return flops.dit_forward_flops(
+            patch_outputs=shared["patch_inputs"],
+            bottleneck=model.bottleneck_dim,
+            num_class_tokens=model.num_class_tokens,
+            class_token_start=model.class_token_start,
+            **shared,
+        )
     assert isinstance(model, LightningDiT)
     return flops.dit_forward_flops(
         patch_outputs=shared["patch_inputs"] * (2 if model.learn_sigma else 1),
@@ -143,6 +152,8 @@ def restore_converted(
         )
     # Other ratios can give the same widths, and without registers their start means nothing.
     ignored = {"mlp_ratio"} | (set() if model.num_registers else {"register_start"})
+    if not getattr(model, "num_class_tokens", 0):
+        ignored.add("class_token_start")
     differing = [
         f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
         for name, value in record["model"].items()

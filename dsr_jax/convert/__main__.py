@@ -14,7 +14,7 @@ from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
 from dsr_jax.convert.discriminator import FAMILY as DISCRIMINATOR
 from dsr_jax.convert.discriminator import add_discriminator_command, export_backbone
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
-from dsr_jax.convert.families import add_denoiser_commands, export_denoiser
+from dsr_jax.convert.families import DENOISERS, add_denoiser_commands, export_denoiser
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
 from dsr_jax.convert.lpips import FAMILY as LPIPS
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> None:
     """Writes a converted model as a torch or safetensors state dict."""
     params, record = load_converted(args.source)
+    entries: Sequence[str] = ("ema",)
     if record["family"] in FAMILIES:
         state = flax_to_torch(params, encoder_rules(config_of_record(record)))
     elif record["family"] == SDVAE:
@@ -51,6 +52,8 @@ def export(args: argparse.Namespace) -> None:
         state = flax_to_torch(params, lpips_rules(tuple(record["model"]["channels"])))
     else:
         state = export_denoiser(params, record)
+        # Whichever of a checkpoint's averages the original reads, it finds these weights.
+        entries = DENOISERS[record["family"]].entries
     out = Path(args.out)
     if out.exists():
         raise ConversionError(f"{out} exists", "name a new file; nothing was written")
@@ -59,11 +62,11 @@ def export(args: argparse.Namespace) -> None:
 
         write_atomic(out, save(state))
     else:
-        _save_torch(out, state)
+        _save_torch(out, state, entries)
     print(f"{args.source} -> {out}: {len(state)} tensors")
 
 
-def _save_torch(out: Path, state: dict[str, Any]) -> None:
+def _save_torch(out: Path, state: dict[str, Any], entries: Sequence[str]) -> None:
     try:
         import torch
     except ImportError as error:
@@ -72,7 +75,8 @@ def _save_torch(out: Path, state: dict[str, Any]) -> None:
             "pip install 'dsr_jax[torch]', or name a .safetensors file",
         ) from error
     with open_atomic(out) as file:
-        torch.save({"ema": {name: torch.from_numpy(x) for name, x in state.items()}}, file)
+        tensors = {name: torch.from_numpy(x) for name, x in state.items()}
+        torch.save(dict.fromkeys(entries, tensors), file)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,10 +29,17 @@ def pair(
 
 
 def embedding_rules() -> list[Rule]:
-    """Rules of what every denoiser makes of its input, time and label."""
+    """Rules of what a denoiser with patches and Fourier features makes of its inputs."""
     return [
         *pair("x_embedder.proj", "x_embedder/proj", CONV),
         Rule("t_embedder.W", "t_embedder/W"),
+        *condition_rules(),
+    ]
+
+
+def condition_rules() -> list[Rule]:
+    """Rules of the layers that read the time's features, and of the labels' table."""
+    return [
         *pair("t_embedder.mlp.0", "t_embedder/mlp_0"),
         *pair("t_embedder.mlp.2", "t_embedder/mlp_2"),
         Rule("y_embedder.embedding_table.weight", "y_embedder/embedding_table/embedding"),
@@ -95,20 +102,32 @@ def shapes_of_model(model: DiffusionTransformer) -> dict[str, tuple[int, ...]]:
     return shapes_of(abstract["params"])
 
 
+def register_rows(model: DiffusionTransformer, prefix: str = "") -> dict[str, int]:
+    """Rope's tables in LightningDiT's state dict, with how many unrotated rows each begins."""
+    names = {f"{prefix}feat_rope": 0}
+    if model.num_registers:
+        names[f"{prefix}feat_rope_incontext"] = model.num_registers
+    return names
+
+
 def rope_constants(
-    model: DiffusionTransformer, width: int, heads: int, prefix: str = ""
+    model: DiffusionTransformer, width: int, heads: int, rows: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """Rope's tables, which the original keeps in its state dict, and needs there to load it."""
+    """Rope's tables, which the original keeps in its state dict, and needs there to load it.
+
+    Args:
+      model: The network.
+      width: Width of the blocks.
+      heads: Their heads.
+      rows: For each table how many unrotated rows it begins with.
+    """
     if not model.use_rope:
         return {}
-    prefixes = {"feat_rope": 0}
-    if model.num_registers:
-        prefixes["feat_rope_incontext"] = model.num_registers
     return {
-        f"{prefix}{name}.freqs_{part}": table
-        for name, rows in prefixes.items()
+        f"{name}.freqs_{part}": table
+        for name, count in rows.items()
         for part, table in zip(
-            ("cos", "sin"), rope_tables(width // heads, model.grid, rows), strict=True
+            ("cos", "sin"), rope_tables(width // heads, model.grid, count), strict=True
         )
     }
 

@@ -41,9 +41,11 @@ def dit_dh_rules(model: DiTDH) -> RuleSet:
 
 def rope_buffers(model: DiTDH) -> dict[str, np.ndarray]:
     """The constants that the original keeps in its state dict, and needs there to load it."""
-    encoder = parts.rope_constants(model, model.hidden_size, model.num_heads, "enc_")
+    encoder = model.hidden_size, model.num_heads
     head = model.decoder_hidden_size, model.decoder_num_heads
-    return encoder | parts.rope_constants(model, *head, "dec_")
+    return parts.rope_constants(
+        model, *encoder, parts.register_rows(model, "enc_")
+    ) | parts.rope_constants(model, *head, parts.register_rows(model, "dec_"))
 
 
 def infer_model(

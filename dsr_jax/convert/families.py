@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsr_jax.convert import dit_dh, lightningdit, sit
+from dsr_jax.convert import dit_dh, jit, lightningdit, sit
 from dsr_jax.convert.files import save_converted, source_record
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import RuleSet, flax_to_torch, torch_to_flax
@@ -18,9 +18,10 @@ from dsr_jax.core.typing import Params
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.jit import JiT
 from dsr_jax.models.sit import SiT
 
-_NOT_SIZES = ("parent", "name", "precision", "constrain", "remat", "attention")
+_NOT_SIZES = ("parent", "name", "precision", "constrain", "remat", "attention", "dropout")
 
 _OPTIONS: Mapping[str, tuple[int, str]] = MappingProxyType(
     {
@@ -28,6 +29,7 @@ _OPTIONS: Mapping[str, tuple[int, str]] = MappingProxyType(
         "register_start": (-1, "first block with registers"),
         "decoder_num_heads": (0, "heads of the wide blocks; default: read off the rope table"),
         "decoder_depth": (0, "number of wide blocks; default: read off their width"),
+        "class_token_start": (-1, "first block with class tokens; default: that of its size"),
     }
 )
 """Defaults and explanations of what a file may not tell."""
@@ -44,6 +46,8 @@ class DenoiserFamily:
       infer: Reads a network's sizes off a state dict.
       options: Sizes that `infer` takes, for files that do not tell them.
       help: What the family is, in a few words.
+      prefix: What checkpoints put before every name.
+      entries: State dicts of its checkpoints.
     """
 
     model: type[DiffusionTransformer]
@@ -52,6 +56,8 @@ class DenoiserFamily:
     infer: Callable[..., DiffusionTransformer]
     options: tuple[str, ...]
     help: str
+    prefix: str = ""
+    entries: tuple[str, ...] = ("ema",)
 
 
 DENOISERS: Mapping[str, DenoiserFamily] = MappingProxyType(
@@ -69,7 +75,7 @@ DENOISERS: Mapping[str, DenoiserFamily] = MappingProxyType(
             dit_dh.dit_dh_rules,
             dit_dh.rope_buffers,
             dit_dh.infer_model,
-            tuple(_OPTIONS),
+            ("num_heads", "register_start", "decoder_num_heads", "decoder_depth"),
             "their denoiser with a wide shallow head (DiTwDDTHead)",
         ),
         "sit": DenoiserFamily(
@@ -79,6 +85,16 @@ DENOISERS: Mapping[str, DenoiserFamily] = MappingProxyType(
             sit.infer_model,
             ("num_heads", "register_start"),
             "SiT, the denoiser on the latents of a VAE",
+        ),
+        "jit": DenoiserFamily(
+            JiT,
+            jit.jit_rules,
+            jit.rope_buffers,
+            jit.infer_model,
+            ("num_heads", "class_token_start", "register_start"),
+            "JiT, the denoiser on pixels",
+            jit.PREFIX,
+            jit.ENTRIES,
         ),
     }
 )
@@ -98,7 +114,7 @@ def model_sizes(model: DiffusionTransformer) -> dict[str, Any]:
 def convert_denoiser(args: argparse.Namespace) -> None:
     """Reads an official denoiser's file into our format."""
     family = DENOISERS[args.family]
-    state = read_state(args.source, args.entry)
+    state = strip_prefix(read_state(args.source, args.entry), family.prefix)
     model = family.infer(state, **{name: getattr(args, name) for name in family.options})
     params = torch_to_flax(state, family.rules(model))
     save_converted(
@@ -119,7 +135,15 @@ def export_denoiser(params: Params, record: Mapping[str, Any]) -> dict[str, np.n
     """The original's state dict of a converted denoiser."""
     family = DENOISERS[record["family"]]
     model = family.model(**record["model"])
-    return flax_to_torch(params, family.rules(model)) | family.constants(model)
+    state = flax_to_torch(params, family.rules(model)) | family.constants(model)
+    return {family.prefix + name: value for name, value in state.items()}
+
+
+def strip_prefix(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The names without what a wrapper put before them, where it did so before all."""
+    if not all(name.startswith(prefix) for name in state):
+        return dict(state)
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def add_denoiser_commands(families: Any) -> None:
@@ -128,7 +152,9 @@ def add_denoiser_commands(families: Any) -> None:
         parser = families.add_parser(name, help=family.help)
         parser.add_argument("--source", required=True, help="ep-*.pt or a safetensors file")
         parser.add_argument("--out", required=True, help="new folder")
-        parser.add_argument("--entry", help="state dict inside the file; default ema, else model")
+        parser.add_argument(
+            "--entry", help=f"state dict inside the file; default {family.entries[0]}, else model"
+        )
         for option in family.options:
             default, explanation = _OPTIONS[option]
             flag = f"--{option.replace('_', '-')}"

@@ -29,7 +29,8 @@ def lightningdit_rules(model: LightningDiT) -> RuleSet:
 
 def rope_buffers(model: LightningDiT) -> dict[str, np.ndarray]:
     """The constants that the original keeps in its state dict, and needs there to load it."""
-    return parts.rope_constants(model, model.hidden_size, model.num_heads)
+    rows = parts.register_rows(model)
+    return parts.rope_constants(model, model.hidden_size, model.num_heads, rows)
 
 
 def infer_model(

@@ -22,7 +22,7 @@ def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict
       source: A `.safetensors` file, a snapshot folder that holds one (or several with an index),
         or a torch file.
       entry: Of a torch file that holds several state dicts ("ema", "model"); None takes "ema" if
-        there is one, else "model", else the file itself.
+        there is one, or JiT's "model_ema1", else "model", else the file itself.
 
     Returns:
       Arrays by name, without the prefixes that DDP and torch.compile add.
@@ -120,7 +120,7 @@ def _choose_entry(path: Path, content: Any, entry: str | None) -> Mapping[str, A
         raise ConversionError(f"{path} holds a {type(content).__name__}", "give a state dict")
     entries = _entries(content)
     if entry is None:
-        entry = next((name for name in ("ema", "model") if name in entries), None)
+        entry = next((name for name in ("ema", "model_ema1", "model") if name in entries), None)
         return content if entry is None else content[entry]
     if entry not in entries:
         raise ConversionError(

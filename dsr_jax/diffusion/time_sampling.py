@@ -44,9 +44,7 @@ def time_support(path: str, prediction: str, eps: float | None = None) -> tuple[
     return eps, 1 - eps
 
 
-def choose_range(
-    time_range: Sequence[float], default: tuple[float, float]
-) -> tuple[float, float]:
+def choose_range(time_range: Sequence[float], default: tuple[float, float]) -> tuple[float, float]:
     """The range that a config names, or the default where it names none.
 
     Raises:

@@ -48,9 +48,12 @@ def dit_forward_flops(
     register_start: int = 0,
     use_swiglu: bool = True,
     attn_kv_bias: bool = False,
+    bottleneck: int = 0,
+    num_class_tokens: int = 0,
+    class_token_start: int = 0,
     time_features: int = TIME_FEATURES,
 ) -> int:
-    """FLOPs of one network evaluation of LightningDiT on one sample.
+    """FLOPs of one network evaluation of LightningDiT, SiT or JiT on one sample.
 
     The number of heads does not matter.
 
@@ -65,18 +68,24 @@ def dit_forward_flops(
       register_start: First block that sees the registers.
       use_swiglu: Three matrices in the feed-forward, else two.
       attn_kv_bias: One learned key and value more in every block.
+      bottleneck: Width between patches and tokens, 0 for none.
+      num_class_tokens: Class tokens.
+      class_token_start: First block that sees them.
       time_features: Inputs of the time MLP.
     """
-    before = min(register_start, depth) if num_registers else depth
     sizes: Any = {
         "hidden": hidden,
         "mlp_hidden": mlp_hidden,
         "use_swiglu": use_swiglu,
         "attn_kv_bias": attn_kv_bias,
     }
-    blocks = before * _block(tokens, 1, **sizes)
-    blocks += (depth - before) * _block(tokens + num_registers, 1, **sizes)
-    ends = tokens * hidden * (patch_inputs + patch_outputs) + 2 * hidden**2
+    joined = ((num_registers, register_start), (num_class_tokens, class_token_start))
+    blocks = sum(
+        _block(tokens + sum(count for count, start in joined if i >= start), 1, **sizes)
+        for i in range(depth)
+    )
+    entrance = bottleneck * (patch_inputs + hidden) if bottleneck else patch_inputs * hidden
+    ends = tokens * (entrance + hidden * patch_outputs) + 2 * hidden**2
     return 2 * (blocks + ends + _time(hidden, time_features))
 
 

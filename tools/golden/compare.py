@@ -35,7 +35,7 @@ ABSOLUTE = frozenset({"stress_params", "levels"})
 """Rows that bound the difference itself."""
 
 RUNNER_MODULES = (
-    *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit", "vae"),
+    *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit", "jit", "vae"),
     "stage1",
 )
 
