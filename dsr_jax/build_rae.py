@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from dsr_jax.build_frozen import open_vit
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.decoder import load_decoder
 from dsr_jax.convert.hub import load_encoder
@@ -15,6 +16,7 @@ from dsr_jax.core.typing import PyTree
 from dsr_jax.models.decoder import ViTDecoder
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.precision import Precision
+from dsr_jax.models.variants import RANDOM_ENCODERS
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.parallel.shardings import replicated
 from dsr_jax.registers.neurons import load_neurons, neurons_to_mask
@@ -40,7 +42,9 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
     """
     check_images(config, "encoder", "python -m dsr_jax.convert wrote of an encoder")
     section, precision = config.space, Precision(config.precision.compute)
-    sizes, encoder = load_encoder(section.encoder)
+    sizes, encoder = open_vit(
+        "config.space.encoder", section.encoder, RANDOM_ENCODERS, load_encoder, config.seed
+    )
     decoder = decoder_params = None
     if section.decoder:
         decoder_sizes, decoder_params = load_decoder(section.decoder)

@@ -165,3 +165,22 @@ DINO: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Backbones of the discriminator by the official names: fields of `models.vit.ViTConfig`. The
 original DINO has the exact GELU; the discriminator runs it with the approximate one.  Source: spec
 encoder 9."""
+
+RANDOM_PREFIX = "random:"
+"""Where a config names a frozen network, this and a name below stand for random weights: for smoke
+runs and tests of sizes."""
+
+_TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 2}
+
+RANDOM_ENCODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        **ENCODERS,
+        "tiny": {**_TINY, "family": "siglip", "mlp_dim": 64, "activation": "gelu_tanh"},
+    }
+)
+RANDOM_BACKBONES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {**DINO, "tiny": {**_DINO, **_TINY, "mlp_dim": 64}}
+)
+RANDOM_LPIPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"vgg16": VGG16_CHANNELS, "tiny": (8, 8, 8, 8, 8)}
+)

@@ -50,11 +50,12 @@ class Hook:
 
     Attributes:
       every_steps: How often; also after the last step of the run. 0 for never.
-      call: `call(step, state)`; it must not donate the state.
+      call: `call(step, state)`; it must not donate the state. Numbers that it returns become a
+        log record.
     """
 
     every_steps: int
-    call: Callable[[int, TrainState], None]
+    call: Callable[[int, TrainState], Mapping[str, float] | None]
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether to call after `step`."""
@@ -207,7 +208,8 @@ def train_loop(
                 log.drain()
                 with instruments.clock.pause(state):
                     for hook in due:
-                        hook.call(step, state)
+                        if scores := hook.call(step, state):
+                            instruments.writer.write(step, scores)
         checkpoints.wait()
         stopped = "" if step >= total else stop.name if stopping else "stop_after_steps"
         if stopped:

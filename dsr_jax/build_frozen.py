@@ -1,0 +1,71 @@
+"""Frozen networks that a config names: converted folders, or random weights for smoke runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dsr_jax.convert.lpips import load_lpips
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.rng import stream_key
+from dsr_jax.core.typing import Array, Params
+from dsr_jax.models.lpips import LPIPS
+from dsr_jax.models.variants import RANDOM_LPIPS, RANDOM_PREFIX
+from dsr_jax.models.vit import ViT, ViTConfig
+from dsr_jax.parallel.processes import say
+
+
+def open_vit(
+    key: str,
+    name: str,
+    known: Mapping[str, Mapping[str, Any]],
+    load: Callable[[str], tuple[ViTConfig, Params]],
+    seed: int,
+) -> tuple[ViTConfig, Params]:
+    """Sizes and parameters of a frozen ViT.
+
+    Args:
+      key: The config's key, for messages and as the name of the random stream.
+      name: Its value: a converted folder, or "random:NAME".
+      known: Sizes by NAME.
+      load: Reads a folder.
+      seed: Of random weights.
+
+    Raises:
+      ConversionError: If the folder holds no such network.
+      ConfigError: If there is no NAME.
+    """
+    if not name.startswith(RANDOM_PREFIX):
+        return load(name)
+    config = ViTConfig(**_preset(key, name, known))
+    images = jnp.zeros((1, config.patch_size, config.patch_size, 3))
+    return config, _draw(key, ViT(config), seed, images)
+
+
+def open_lpips(key: str, name: str, seed: int) -> tuple[LPIPS, Params]:
+    """LPIPS and its parameters; arguments and errors as those of `open_vit`."""
+    if not name.startswith(RANDOM_PREFIX):
+        return load_lpips(name)
+    network = LPIPS(_preset(key, name, RANDOM_LPIPS))
+    images = jnp.zeros((1, 16, 16, 3))
+    return network, _draw(key, network, seed, images, images)
+
+
+def _preset(key: str, name: str, known: Mapping[str, Any]) -> Any:
+    preset = name.removeprefix(RANDOM_PREFIX)
+    if preset not in known:
+        choices = ", ".join(f"{RANDOM_PREFIX}{name}" for name in known)
+        raise ConfigError(f"{key}={name!r}", f"name a converted folder, or one of {choices}")
+    return known[preset]
+
+
+def _draw(key: str, network: nn.Module, seed: int, *inputs: Array) -> Params:
+    say(f"{key}: random weights, which are for trying things out")
+
+    @jax.jit
+    def init(stream: Array) -> Any:
+        return nn.unbox(network.init(stream, *inputs))["params"]
+
+    return init(stream_key(seed, key))

@@ -1,0 +1,95 @@
+"""Trains an autoencoder's decoder: `python -m dsr_jax.train_decoder --config=... --workdir=...`.
+
+The encoder is frozen; the decoder learns from L1, LPIPS and a discriminator (stage 1 of RAE). Any
+key of the config can be set behind it, as in `--config.gan.weight=0.0`. The same command continues
+a run that was stopped. The run's folder holds config.json, provenance.json, metrics.jsonl,
+checkpoints/, samples/ with images above their reconstructions and, at the end, summary.json and
+decoder_STEP/, which config.space.decoder reads.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from dsr_jax import build, build_decoder
+from dsr_jax.build_decoder import DecoderParts
+from dsr_jax.config import ConfigDict
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.trees import count_params
+from dsr_jax.data.sources import Source
+from dsr_jax.parallel import shardings
+from dsr_jax.reconstructions import Reconstructions
+from dsr_jax.run import Job, run_command
+from dsr_jax.training.decoder_step import DecoderState, make_decoder_step
+from dsr_jax.training.loop import Hook
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's); returns the exit status."""
+    return run_command(argv, make_job, "python -m dsr_jax.train_decoder", __doc__)
+
+
+def make_job(config: ConfigDict, workdir: Path) -> Job:
+    """Builds a decoder's training.
+
+    Raises:
+      DsrError: If what the config names does not exist or does not fit.
+    """
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    parts = build_decoder.make_parts(config, mesh, rules)
+    optimizer = build.make_optimizer(config)
+    source = build.make_source(config, random_crops=True)
+    sharding = shardings.batch_sharding(mesh, rules)
+    abstract, init = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
+    settings = build_decoder.make_settings(config)
+    step = build.jit_step(
+        make_decoder_step(parts.networks, settings, optimizer, seed=config.seed),
+        abstract,
+        sharding,
+        mesh,
+    )
+    reconstructions = Reconstructions(
+        config,
+        workdir,
+        build_decoder.make_reconstruct(config, parts),
+        parts.variables,
+        parts.decoder.config,
+        sharding,
+    )
+    return Job(
+        card=_card(config, parts, abstract, source, mesh),
+        mesh=mesh,
+        abstract=abstract,
+        init=init,
+        step=lambda state, batch: step(state, batch, parts.variables),
+        batches=build.global_batches(config, source, sharding),
+        hooks=[Hook(config.sample.every_steps, reconstructions.report)],
+        finish=reconstructions.finish,
+    )
+
+
+def _card(
+    config: ConfigDict, parts: DecoderParts, state: DecoderState, source: Source, mesh: Mesh
+) -> str:
+    """What is about to run, in a few lines."""
+    sizes, gan = parts.decoder.config, config.gan
+    losses = ["L1"]
+    if parts.lpips is not None:
+        losses.append(f"{config.lpips.weight:g} LPIPS")
+    if state.critic is not None:
+        losses.append(
+            f"{gan.weight:g} GAN from step {gan.generator_start:,} (its discriminator, "
+            f"{count_params(state.critic.params):,} parameters, from {gan.discriminator_start:,})"
+        )
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return (
+        f"decoder: {count_params(state.params):,} parameters, depth {sizes.depth}, latents "
+        f"{sizes.grid} x {sizes.grid} x {sizes.latent_channels} to {sizes.image_size} pixels\n"
+        f"losses: {' + '.join(losses)}\n"
+        f"data: {source.name}, {len(source):,} images; mesh: {axes}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
