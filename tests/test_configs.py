@@ -6,14 +6,19 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsr_jax import build
 from dsr_jax import config as configs
+from dsr_jax.build_vae import vae_space
 from dsr_jax.core.trees import flatten_names
+from dsr_jax.models.vae import VAEConfig
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.spaces import InputSpace
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -50,11 +55,21 @@ def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
     return {name: (leaf.shape, leaf.dtype) for name, leaf in flatten_names(vars(tree)).items()}
 
 
+def make_space(config: configs.ConfigDict) -> tuple[InputSpace, Any]:
+    """The config's input space; that of a VAE with shapes alone, of the released sizes."""
+    if config.space.name != "vae":
+        return build.make_space(config)
+    space = vae_space(config, VAEConfig())
+    image = jnp.zeros((1, space.network.config.factor, space.network.config.factor, 3))
+    params = jax.eval_shape(space.network.init, jax.random.key(0), image)["params"]
+    return space, space.make_variables(nn.unbox(params))
+
+
 @pytest.mark.parametrize(("path", "argument"), VARIANTS, ids=NAMES)
 def test_the_state_a_step_and_samples_have_their_shapes(path: Path, argument: str) -> None:
     config = configs.load(f"{path}:{argument}")
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    space, variables = build.make_space(config)
+    space, variables = make_space(config)
     model = build.make_model(config, space, Constrain(rules, mesh))
     optimizer = build.make_optimizer(config)
     abstract, _ = build.make_state(config, model, space, optimizer, mesh, rules)

@@ -101,6 +101,8 @@ def test_grid_is_shifted_and_ends_as_documented() -> None:
     grid = time_grid(50, "linear", "data", np.sqrt(48))
     assert grid[0] == 1 and grid[-1] == 0 and len(grid) == 50
     np.testing.assert_allclose(grid[1:4], [0.997002, 0.993895, 0.990674], atol=2e-6)
+    whole = time_grid(5, "linear", "velocity", time_range=(0.0, 1.0))
+    np.testing.assert_array_equal(whole, [1, 0.75, 0.5, 0.25, 0])
     assert float(time_grid(5, "linear", "velocity", np.sqrt(48))[-1]) == pytest.approx(
         float(shift_time(jnp.asarray(0.001), np.sqrt(48))), rel=1e-4
     )

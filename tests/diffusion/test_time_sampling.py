@@ -45,6 +45,14 @@ def test_velocity_stops_before_pure_noise() -> None:
     assert time_support("linear", "noise") == (1e-3, 1 - 1e-3)
 
 
+def test_a_named_range_replaces_the_predictions_own() -> None:
+    whole = make_time_sampler("uniform", "linear", "velocity", time_range=(0.0, 1.0))
+    assert (whole.t_min, whole.t_max) == (0.0, 1.0)
+    for times in ((0.5,), (0.7, 0.2), (0.0, 1.5)):
+        with pytest.raises(ConfigError, match=r"config.objective.time_range=\("):
+            make_time_sampler("uniform", "linear", "velocity", time_range=times)
+
+
 def test_shift_multiplies_odds() -> None:
     t = jnp.array([0.2, 0.5])
     shifted = shift_time(t, 3.0)

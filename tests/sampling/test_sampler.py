@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key
 from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
@@ -70,6 +71,40 @@ def test_guidance_moves_away_from_the_null_label_within_the_interval(interval, f
     assert (images == want[:, None, None, None]).all()
 
 
+def draw_decoded(settings, apply_fn, prediction, decode, variables, channels=1):
+    """Images by another decoder, of latents with so many channels."""
+    sample = make_sample_fn(
+        apply_fn,
+        make_objective("linear", prediction),
+        settings,
+        decode,
+        latent_shape=(2, 3, channels),
+        null_label=NULL,
+    )
+    table = jnp.append(10.0 + 4 * jnp.arange(10.0), 10.0)
+    return np.asarray(sample(table, variables, INDICES, LABELS).images)
+
+
+def test_guidance_of_some_channels_leaves_the_others_conditional():
+    settings = SamplerSettings(guidance=2.5, guidance_channels=1, uint8="round", num_points=6)
+    scale = lambda variables, latents: latents / 255  # noqa: E731
+    images = draw_decoded(settings, by_label, "data", scale, None, channels=3)
+    assert (images[..., 0] == (10 + 10 * LABELS)[:, None, None]).all()
+    assert (images[..., 1:] == (10 + 4 * LABELS)[:, None, None, None]).all()
+
+
+@pytest.mark.parametrize(("time_range", "length"), [((0.0, 1.0), 1.0), ((), 0.999)])
+def test_the_range_of_times_decides_how_far_velocities_go(time_range, length):
+    """One step along a velocity of 1, from the noise that the indices say."""
+    keys = sample_keys(stream_key(0, "sample_noise"), INDICES)
+    noise = normal_per_sample(keys, SHAPE)
+    ahead = lambda params, x, t, labels: jnp.ones_like(x)  # noqa: E731
+    way = lambda noise, latents: (noise - latents) * 100.05 / 255  # noqa: E731
+    settings = SamplerSettings(num_points=2, time_range=time_range)
+    images = draw_decoded(settings, ahead, "velocity", way, noise)
+    assert (images == int(length * 100.05)).all()
+
+
 @pytest.mark.parametrize("method", ["euler", "dopri5", "sde-heun"])
 def test_method_draws_what_the_index_says_in_any_batch(method):
     sample = make(SamplerSettings(method=method, num_points=4), by_noise)
@@ -130,6 +165,8 @@ def test_recipe_holds_what_has_an_effect():
         "uint8": "truncate",
     }
     assert "interval" in SamplerSettings(guidance=2.0).recipe()
+    assert "guidance_channels" in SamplerSettings(guidance=2.0, guidance_channels=3).recipe()
+    assert SamplerSettings(time_range=(0.0, 1.0)).recipe()["time_range"] == (0.0, 1.0)
     assert "rtol" in SamplerSettings(method="dopri5").recipe()
     assert "last_step" in SamplerSettings(method="sde-heun").recipe()
 

@@ -12,6 +12,8 @@ import pytest
 from dsr_jax.build import forward_flops
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.sit import SiT
+from dsr_jax.models.variants import SIT
 from dsr_jax.telemetry.flops import (
     dit_dh_forward_flops,
     dit_forward_flops,
@@ -159,6 +161,41 @@ def test_the_head_models_own_matrix_products(changes: dict[str, Any]) -> None:
         | changes
     )
     inputs = (jnp.zeros((1, 6, 6, 5)), jnp.zeros(1), jnp.zeros(1, int))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
+
+
+def test_sits_figures() -> None:
+    """GFLOPs of SiT-XL/2 and the same with registers (spec denoiser 4), and what they cost."""
+
+    def gflops(num_registers: int) -> float:
+        model = SiT(
+            input_size=32,
+            in_channels=4,
+            num_classes=1000,
+            num_registers=num_registers,
+            register_start=8,
+            **SIT["XL"],
+        )
+        return forward_flops(model) / 1e9
+
+    assert (round(gflops(0), 2), round(gflops(36), 2)) == (237.24, 261.99)
+    assert round(gflops(36) / gflops(0) - 1, 3) == 0.104
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_sits_own_matrix_products(registers: int) -> None:
+    model = SiT(
+        input_size=8,
+        in_channels=4,
+        hidden_size=48,
+        depth=3,
+        num_heads=4,
+        num_classes=3,
+        num_registers=registers,
+        register_start=2 if registers else 0,
+    )
+    inputs = (jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros(1, int))
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
 
