@@ -115,7 +115,7 @@ def _sde(case: Case, network: Network) -> list[Check]:
     """The reverse SDE with recorded noise."""
     io, settings = case.io, case.config["sde"]
     z, labels = jnp.asarray(nhwc(io["ode_z"])), jnp.asarray(io["tr_y"], jnp.int32)
-    noise, last = jnp.asarray(nhwc(io["sde_noise"])), settings["last_step"] or "none"
+    noise, last = jnp.asarray(nhwc(io["sde_noise"])), str(settings["last_step"]).lower()
     size = 0.0 if last == "none" else settings["last_step_size"]
     states = samplers.sample_sde(
         lambda x, t: network(x, t, labels),
@@ -123,6 +123,7 @@ def _sde(case: Case, network: Network) -> list[Check]:
         z,
         samplers.time_grid(settings["num_steps"], "linear", "velocity", last_step=size),
         lambda index: noise[index],
+        # Without a last step the solver itself takes the step to the data.
         method=settings["method"].lower(),
         form=settings["form"],
         norm=settings["norm"],
