@@ -12,8 +12,9 @@ import pytest
 from dsr_jax.build import forward_flops
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.jit import JiT
 from dsr_jax.models.sit import SiT
-from dsr_jax.models.variants import SIT
+from dsr_jax.models.variants import JIT, SIT
 from dsr_jax.telemetry.flops import (
     dit_dh_forward_flops,
     dit_forward_flops,
@@ -196,6 +197,52 @@ def test_sits_own_matrix_products(registers: int) -> None:
         register_start=2 if registers else 0,
     )
     inputs = (jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros(1, int))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
+
+
+@pytest.mark.parametrize(
+    ("variant", "digits", "with_class_tokens", "without"),
+    [("B-16", 2, 50.45, 46.4), ("L-16", 1, 175.9, 161.9), ("H-16", 1, 363.9, 334.3)],
+)
+def test_jits_figures(variant: str, digits: int, with_class_tokens: float, without: float) -> None:
+    """GFLOPs of JiT with and without its class tokens (spec denoiser 4)."""
+
+    def gflops(**changes: int) -> float:
+        sizes = {**JIT[variant], **changes}
+        return forward_flops(JiT(input_size=256, in_channels=3, num_classes=1000, **sizes)) / 1e9
+
+    assert round(gflops(), digits) == with_class_tokens
+    assert round(gflops(num_class_tokens=0), 1) == without
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_registers": 4, "register_start": 2},
+        {"num_registers": 4, "register_start": 0, "class_token_start": 3},
+        {"num_class_tokens": 0, "num_registers": 4, "register_start": 1},
+        {"num_class_tokens": 0},
+    ],
+)
+def test_jits_own_matrix_products(changes: dict[str, Any]) -> None:
+    model = JiT(
+        **{
+            "input_size": 12,
+            "in_channels": 3,
+            "patch_size": 2,
+            "hidden_size": 48,
+            "depth": 4,
+            "num_heads": 4,
+            "num_classes": 3,
+            "bottleneck_dim": 7,
+            "num_class_tokens": 5,
+            "class_token_start": 1,
+        }
+        | changes
+    )
+    inputs = (jnp.zeros((1, 12, 12, 3)), jnp.zeros(1), jnp.zeros(1, int))
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
 

@@ -1,0 +1,28 @@
+"""Where a depth is cut."""
+
+import pytest
+
+from dsr_jax.models.depth import Stack, cut_depth
+
+
+@pytest.mark.parametrize(
+    ("joins", "cuts"),
+    [
+        ({}, [("blocks", 0, 6)]),
+        ({"reg": 0}, [("blocks_reg", 0, 6)]),
+        ({"reg": 2}, [("blocks_pre", 0, 2), ("blocks_reg", 2, 6)]),
+        ({"ctx": 1, "reg": 4}, [("blocks_pre", 0, 1), ("blocks_ctx", 1, 4), ("blocks_reg", 4, 6)]),
+        ({"ctx": 4, "reg": 1}, [("blocks_pre", 0, 1), ("blocks_reg", 1, 4), ("blocks_ctx", 4, 6)]),
+        ({"ctx": 3, "reg": 3}, [("blocks_pre", 0, 3), ("blocks_reg", 3, 6)]),
+        ({"ctx": 0, "reg": 5}, [("blocks_ctx", 0, 5), ("blocks_reg", 5, 6)]),
+    ],
+)
+def test_a_stack_begins_where_tokens_join(joins, cuts):
+    assert cut_depth(6, joins) == tuple(Stack(*cut) for cut in cuts)
+
+
+def test_names_take_a_prefix():
+    assert [stack.name for stack in cut_depth(3, {"reg": 1}, "enc_")] == [
+        "enc_blocks_pre",
+        "enc_blocks_reg",
+    ]
