@@ -6,10 +6,13 @@ import sys
 import jax
 
 from dsr_jax.core.errors import MeshError
+from dsr_jax.core.memory import keep_freed_memory
 
 
 def start_processes() -> None:
     """Joins the other processes of the run, if there are any. Call it before any JAX computation.
+
+    Where computation is on the CPU, it also sets the allocator for it.
 
     A launcher that JAX cannot detect sets `DSR_COORDINATOR` (host:port), `DSR_NUM_PROCESSES` and
     `DSR_PROCESS_ID`; on Cloud TPU pods and under SLURM JAX finds them itself.
@@ -34,6 +37,8 @@ def start_processes() -> None:
         jax.distributed.initialize(given[names[0]], num_processes=count, process_id=rank)
     elif _in_cluster():
         jax.distributed.initialize()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
 
 
 def _in_cluster() -> bool:
