@@ -61,13 +61,16 @@ def _guided(case: Case, network: Network) -> list[Check]:
     """Guidance of the first channels; the others are of either half's own prediction."""
     io, null = case.io, case.config["params"]["num_classes"]
     half = len(io["y"]) // 2
-    x, t = jnp.asarray(nhwc(io["x"]))[:half], jnp.asarray(io["t_cfg"])[:half]
-    labels = jnp.asarray(io["y"][:half], jnp.int32)
-    scale = case.config["cfg_scale"]
-    guided = guidance.classifier_free(network, scale, null, channels=GUIDED_CHANNELS)(x, t, labels)
-    nulled = network(x, t, jnp.full_like(labels, null))
-    second = jnp.concatenate(
-        [guided[..., :GUIDED_CHANNELS], nulled[..., GUIDED_CHANNELS:]], axis=-1
+    x, t = nhwc(io["x"])[:half], io["t_cfg"][:half]
+    labels = io["y"][:half].astype(np.int32)
+    guide = guidance.classifier_free(
+        network, case.config["cfg_scale"], null, channels=GUIDED_CHANNELS
+    )
+    guided = np.asarray(guide(x, t, labels))
+    twice = np.concatenate([labels, np.full_like(labels, null)])
+    plain = network(np.concatenate([x, x]), np.concatenate([t, t]), twice)
+    second = np.concatenate(
+        [guided[..., :GUIDED_CHANNELS], plain[half:, ..., GUIDED_CHANNELS:]], axis=-1
     )
     got = np.concatenate([nchw(guided), nchw(second)])
     return [Check("cfg_out", got, io["cfg_out"], "forward")]
