@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsr_jax.config import ConfigDict, base_config
+from dsr_jax.config import ConfigDict, base_config, trains_decoder
 from dsr_jax.convert.families import DENOISERS
 from dsr_jax.convert.files import load_converted
 from dsr_jax.core.errors import ConfigError, ConversionError
@@ -41,6 +41,11 @@ def make_model(
       ConfigError: If the model's name is unknown, it lacks a setting that is not at its default,
         or its sizes do not fit each other.
     """
+    if trains_decoder(config):
+        raise ConfigError(
+            f"config.decoder.hidden_size={config.decoder.hidden_size}: no denoiser is trained",
+            "use python -m dsr_jax.train_decoder, or set it to 0",
+        )
     height, width, channels = space.latent_shape
     if height != width:
         raise ConfigError(f"latents of {height} x {width} are not square")
