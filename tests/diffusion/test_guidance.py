@@ -33,6 +33,22 @@ def test_guidance_extrapolates_and_its_interval_is_closed_and_per_sample() -> No
     np.testing.assert_allclose(got[1:], full[1:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [((0.1, 0.9), [1]), ((0.1, 1.0), [1, 2, 3]), ((0.0, 0.5), [0]), ((0.2, 0.9), [1])],
+)
+def test_an_open_interval_ends_before_its_ends(
+    interval: tuple[float, float], guided: list[int]
+) -> None:
+    """Also where 1 - t was rounded; but pure noise is never left out."""
+    times = 1 - jnp.array([0.9, 0.5, 0.1, 0.0])  # In float32, 1 - 0.9 is not 0.1.
+    x, labels = jnp.concatenate([X, X[:1]]), jnp.array([0, 3, 1, 2])
+    conditional = network(x, times, labels)
+    got = guidance.classifier_free(network, 2.5, NULL, interval, open_ends=True)(x, times, labels)
+    moved = np.abs(got - conditional).max(axis=(1, 2, 3)) > 1e-3
+    np.testing.assert_array_equal(np.flatnonzero(moved), guided)
+
+
 def test_some_channels_may_stay_conditional() -> None:
     conditional = network(X, T, Y)
     got = guidance.classifier_free(network, 2.5, NULL, channels=3)(X, T, Y)

@@ -69,6 +69,41 @@ def test_below_the_floor_the_target_keeps_its_own_denominator() -> None:
     assert objective.loss(lambda x, t: x1, x1, x0, t).loss.min() > 0.1
 
 
+def test_with_a_clipped_target_the_data_is_best_at_every_time() -> None:
+    x1, x0 = batch()
+    t = jnp.array([0.01, 0.3, 0.9])
+    objective = make_objective("linear", "data", clip_target=True)
+    assert objective.loss(lambda x, t: x1, x1, x0, t).loss.max() == 0
+    loss = objective.loss(lambda x, t: x1 + 0.1, x1, x0, t).loss
+    np.testing.assert_allclose(loss, 0.01 / jnp.maximum(t, 0.05) ** 2, rtol=1e-3)
+    with pytest.raises(ConfigError, match="clip_target has no effect on velocity"):
+        make_objective("linear", "velocity", clip_target=True)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", ["linear", "gvp", "vp-consistent"])
+def test_a_noise_scale_is_part_of_the_path(name: str, prediction: str) -> None:
+    """What is mixed, predicted and converted is that of noise with this standard deviation."""
+    x1, x0 = batch()
+    t = jnp.array([0.5, 0.7, 0.9])
+    objective = make_objective(name, prediction, noise_scale=2.0)
+    assert objective.path.noise_scale == 2
+    xt, ut = objective.path.interpolate(x1, x0, t)
+    want, slope = get_path(name).interpolate(x1, 2 * x0, t)
+    np.testing.assert_allclose(xt, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ut, slope, rtol=1e-5, atol=1e-6)
+    sigma = objective.path.sigma(t)[:, None, None, None]
+    perfect = {"velocity": ut, "data": x1, "noise": x0, "score": -x0 / sigma}[prediction]
+    np.testing.assert_allclose(objective.velocity(perfect, xt, t), ut, rtol=2e-3, atol=4e-3)
+    np.testing.assert_allclose(objective.score(perfect, xt, t), -x0 / sigma, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("linear", 0.0), ("linear", -1.0), ("vp", 2.0)])
+def test_impossible_noise_scales_are_named(name: str, scale: float) -> None:
+    with pytest.raises(ConfigError, match=f"noise_scale={scale} on the path '{name}'"):
+        make_objective(name, "data", noise_scale=scale)
+
+
 def test_weights_scale_noise_losses() -> None:
     x1, x0 = batch()
     plain, weighted = (

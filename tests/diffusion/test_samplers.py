@@ -66,6 +66,19 @@ def test_dopri5_steps_are_a_samples_own() -> None:
         assert bool(jnp.all(mixed[:1] == alone)) is same
 
 
+@pytest.mark.parametrize("points", [2, 3, 6])
+def test_the_last_step_may_be_eulers(points: int) -> None:
+    """Which never asks for a velocity at the data's end."""
+    grid = 1 - jnp.linspace(0.0, 1.0, points)
+    unending = lambda x, t: velocity(x, t) / (t > 0).reshape(-1, 1, 1, 1)  # noqa: E731
+    states = sample_ode(unending, start(), grid, "heun-euler", return_trajectory=True)
+    heun = sample_ode(velocity, start(), grid, "heun", return_trajectory=True)
+    np.testing.assert_allclose(states[:-1], heun[:-1], rtol=1e-6)
+    last = sample_ode(velocity, heun[-2], grid[-2:], "euler")
+    np.testing.assert_allclose(states[-1], last, rtol=1e-5)
+    assert not np.isfinite(sample_ode(unending, start(), grid, "heun")).any()
+
+
 @pytest.mark.parametrize("method", ODE_METHODS)
 def test_trajectories_begin_with_noise_and_end_with_the_sample(method: str) -> None:
     grid = time_grid(4, "linear", "data", 3.0)

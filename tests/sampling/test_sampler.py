@@ -149,6 +149,22 @@ def test_velocity_prediction_follows_the_flow():
     assert np.abs(images.astype(int) - (20 * LABELS + 10)[:, None, None, None]).max() <= 1
 
 
+def test_sampling_starts_with_noise_of_the_paths_scale():
+    """A network that predicts no velocity leaves the noise as it was."""
+    sample = make_sample_fn(
+        lambda params, x, t, labels: jnp.zeros_like(x),
+        make_objective("linear", "velocity", noise_scale=0.1),
+        SamplerSettings(num_points=2, uint8="round"),
+        lambda variables, latents: 0.5 + latents,
+        latent_shape=SHAPE,
+        null_label=NULL,
+    )
+    images, _ = sample({}, {}, INDICES, LABELS)
+    keys = sample_keys(stream_key(0, "sample_noise"), INDICES)
+    want = np.clip(0.5 + 0.1 * normal_per_sample(keys, SHAPE), 0, 1)
+    np.testing.assert_array_equal(images, np.round(255 * want))
+
+
 def test_samples_that_are_not_finite_are_told():
     table = jnp.append(jnp.where(jnp.arange(10.0) == 3, jnp.nan, 0.5), 0.0)
     _, finite = draw(SamplerSettings(num_points=3), by_label, table)
@@ -165,6 +181,7 @@ def test_recipe_holds_what_has_an_effect():
         "uint8": "truncate",
     }
     assert "interval" in SamplerSettings(guidance=2.0).recipe()
+    assert "open_interval" in SamplerSettings(guidance=2.0, open_interval=True).recipe()
     assert "guidance_channels" in SamplerSettings(guidance=2.0, guidance_channels=3).recipe()
     assert SamplerSettings(time_range=(0.0, 1.0)).recipe()["time_range"] == (0.0, 1.0)
     assert "rtol" in SamplerSettings(method="dopri5").recipe()

@@ -49,6 +49,13 @@ def test_constant_rate_keeps_its_warm_up() -> None:
     np.testing.assert_allclose([rate(k) for k in (0, 1, 3, 4, 999)], [0.025, 0.05, 0.1, 0.1, 0.1])
 
 
+def test_a_warm_up_may_begin_at_zero() -> None:
+    """JiT's first step has rate 0; the rate is reached one step later than in DSR."""
+    rate = LearningRate(0.1, warmup_steps=4, warmup_from_zero=True, warmup_offset=0)
+    np.testing.assert_allclose([rate(k) for k in (0, 1, 3, 4)], [0.0, 0.025, 0.075, 0.1])
+    np.testing.assert_allclose(jax.jit(rate)(jnp.int32(3)), 0.075, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("clip", "decay", "b2"), [(0.0, 0.0, 0.95), (0.5, 0.1, 0.999)])
 def test_updates_are_those_of_torch(clip: float, decay: float, b2: float) -> None:
     torch = pytest.importorskip("torch")
@@ -115,6 +122,7 @@ def test_a_pattern_that_matches_nothing_is_named(pattern: str) -> None:
         ("schedule", lambda: LearningRate(0.1, "step")),
         ("final_lr", lambda: LearningRate(0.1, final=-1.0)),
         ("warmup_steps", lambda: LearningRate(0.1, warmup_steps=-1)),
+        ("warmup_offset", lambda: LearningRate(0.1, warmup_offset=2)),
         ("decay_end_steps", lambda: LearningRate(0.1, "cosine")),
         ("b1", lambda: Optimizer(LearningRate(0.1), b1=1.0)),
         ("b2", lambda: Optimizer(LearningRate(0.1), b2=-0.1)),
