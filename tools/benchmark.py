@@ -1,6 +1,6 @@
 """Times our training step and sampler beside PyTorch's on this machine's CPU.
 
-    python tools/benchmark.py [train] [registers] [sample] [compile] [--size S] [--rounds 5]
+    python tools/benchmark.py [train] [registers] [sample] [encoder] [ttr] [compile] [--size S]
 
 Both sides run in one process and in turn, on the same weights and inputs in float32, with the same
 number of threads; the ratio is the median over pairs of neighbouring calls, so that other load on
@@ -9,11 +9,12 @@ the machine falls on both. What is compared:
     train      one training step (draws, loss, backward, AdamW, average) of a DiT with registers
     registers  our step with 36 registers beside our step without
     sample     10 Euler steps with classifier-free guidance
+    encoder    SigLIP2-B on 8 images, beside transformers'
+    ttr        the same with the published test-time registers, beside without
     compile    seconds to compile the training step of the XL model, without running it
 
-Before `train` and `sample` are timed, the two sides must agree: outputs and loss within 5e-5 of
-the largest value, parameters after a step within 2e-4. If they do not, nothing is printed and the
-exit status is 2.
+Before both sides are timed, they must agree: outputs and loss within 5e-5 of the largest value,
+parameters after a step within 2e-4. If they do not, nothing is printed and the exit status is 2.
 """
 
 import argparse
@@ -33,7 +34,9 @@ import jax
 
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.files import write_json
+from dsr_jax.core.memory import keep_freed_memory
 from dsr_jax.core.provenance import provenance
+from tools.benchmark_encoder import EncoderSides
 from tools.benchmark_sides import (
     Ours,
     check_samples,
@@ -45,7 +48,8 @@ from tools.benchmark_sides import (
     torch_batch,
 )
 
-TASKS = ("train", "registers", "sample", "compile")
+TASKS = ("train", "registers", "sample", "encoder", "ttr", "compile")
+NEED_TORCH = {"train", "sample", "encoder", "ttr"}
 SIZES = ("S", "B", "L", "XL", "tiny")
 
 
@@ -107,6 +111,12 @@ def time_sampling(ours: Ours, rounds: int) -> Timings:
     return in_turn({"dsr_jax": draw, "torch": draw_torch}, rounds, "sample")
 
 
+def time_encoder(sides: EncoderSides, rounds: int) -> Timings:
+    """Our encoder beside PyTorch's, after checking that they agree."""
+    sides.check()
+    return in_turn({"dsr_jax": sides.plain, "torch": sides.torch()}, rounds, "encoder")
+
+
 def run_task(task: str, args: argparse.Namespace) -> Timings:
     """Runs one of TASKS."""
     if task == "compile":
@@ -114,6 +124,11 @@ def run_task(task: str, args: argparse.Namespace) -> Timings:
         say(f"compile: {size}")
         ours = Ours(make_config(size, 1, True, args.remat))
         return {"dsr_jax": [measure(ours.compile)]}
+    if task in ("encoder", "ttr"):
+        sides = EncoderSides(args.size == "tiny", args.batch)
+        if task == "encoder":
+            return time_encoder(sides, args.rounds)
+        return in_turn({"registers": sides.with_registers, "none": sides.plain}, args.rounds, task)
     ours = Ours(make_config(args.size, args.batch, True, args.remat))
     if task == "train":
         return time_training(ours, args.rounds)
@@ -183,8 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Before either library starts its threads, whose number both take from here.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     jax.config.update("jax_platforms", "cpu")
+    # As the entry points do; it serves both sides.
+    keep_freed_memory()
     tasks = args.tasks or TASKS
-    if {"train", "sample"} & set(tasks):
+    if NEED_TORCH & set(tasks):
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -212,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(TASKS)}; default: all",
     )
     parser.add_argument("--size", choices=SIZES, default="S")
-    parser.add_argument("--batch", type=int, default=8, help="of the training step")
+    parser.add_argument("--batch", type=int, default=8, help="of the training step and the encoder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="")
     parser.add_argument("--threads", type=int, default=0, help="cores to use; default: all")

@@ -1,0 +1,93 @@
+"""SigLIP2 on both sides of `tools/benchmark.py`: ours, ours with test-time registers, PyTorch's."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsr_jax.convert.encoders import encoder_rules, take_encoder
+from dsr_jax.convert.rules import torch_to_flax
+from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.variants import ENCODERS
+from dsr_jax.models.vit import ViT, ViTConfig
+from dsr_jax.registers.neurons import neurons_to_mask, published_neurons
+from tools.benchmark_sides import channels_first, require_close
+
+NAME = "siglip2-base-patch16-256"
+TINY = {"image_size": 32, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+
+
+class EncoderSides:
+    """One randomly initialised encoder as a JAX and as a PyTorch program, on the same images.
+
+    Args:
+      tiny: A small network instead of SigLIP2-B.
+      batch: Images.
+    """
+
+    def __init__(self, tiny: bool, batch: int) -> None:
+        sizes = ViTConfig(**ENCODERS[NAME])
+        neurons = published_neurons(NAME)
+        if tiny:
+            sizes, neurons = dataclasses.replace(sizes, **TINY), {0: [3, 5], 1: [60]}
+        shape = (batch, sizes.image_size, sizes.image_size, 3)
+        self._images = np.random.default_rng(0).standard_normal(shape, np.float32)
+        self._torch = _make_torch(sizes)
+        state = {name: value.numpy() for name, value in self._torch.state_dict().items()}
+        rules = encoder_rules(sizes)
+        self._params = jax.device_put(torch_to_flax(take_encoder(state, "siglip"), rules))
+        self._pixels = jax.device_put(self._images)
+        model = ViT(sizes)
+        self._encode = jax.jit(lambda *args: model.apply({"params": args[0]}, *args[1:]).tokens)
+        mask = neurons_to_mask(neurons, sizes.depth, sizes.mlp_dim)
+        self._registers = jax.device_put(Intervention(mask=mask))
+
+    def plain(self) -> Any:
+        """Tokens [B, T, D] of ours."""
+        return jax.block_until_ready(self._encode(self._params, self._pixels))
+
+    def with_registers(self) -> Any:
+        """Tokens [B, T, D] of ours with the published register neurons."""
+        return jax.block_until_ready(self._encode(self._params, self._pixels, self._registers))
+
+    def torch(self) -> Callable[[], Any]:
+        """A function to PyTorch's tokens [B, T, D]."""
+        import torch
+
+        images, width = channels_first(self._images), self._torch.config.hidden_size
+
+        def encode() -> Any:
+            with torch.no_grad():
+                hidden = self._torch.encoder(inputs_embeds=self._torch.embeddings(images))
+                return torch.nn.functional.layer_norm(hidden.last_hidden_state, (width,), eps=1e-6)
+
+        return encode
+
+    def check(self) -> None:
+        """Compares ours with PyTorch's.
+
+        Raises:
+          NumericsError: If they differ.
+        """
+        require_close("output", "tokens", self.plain(), self.torch()())
+
+
+def _make_torch(sizes: ViTConfig) -> Any:
+    """transformers' network of the same sizes."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.depth,
+        num_attention_heads=sizes.num_heads,
+        intermediate_size=sizes.mlp_dim,
+    )
+    model = transformers.SiglipVisionModel(config).eval()
+    # Releases before 5 wrap the network once more.
+    return getattr(model, "vision_model", model)
