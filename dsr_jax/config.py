@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def load_file(path_and_arg: str) -> ConfigDict:
     """Runs `get_config(arg)` of "configs/x.py:arg".
 
     Raises:
-      ConfigError: If the file is missing or has no get_config.
+      ConfigError: If the file is missing, has no get_config, or sets a key that there is not.
     """
     path, _, arg = path_and_arg.partition(":")
     if not Path(path).is_file():
@@ -83,7 +84,16 @@ def load_file(path_and_arg: str) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {path!r} defines no get_config(arg)")
-    return module.get_config(arg or None)
+    try:
+        return module.get_config(arg or None)
+    except (AttributeError, KeyError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == spec.origin), "?")
+        problem = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{path}, line {line}: {problem}",
+            "keys and their types are those of dsr_jax/base_config.py",
+        ) from error
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.core.typing import Batch
-from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.parallel.processes import is_primary, say, start_processes, wait_for_all
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
@@ -93,6 +93,8 @@ def run_command(
     changes = configs.check_workdir(config, workdir)
     check_packages(config.log.tensorboard, config.log.wandb)
     job = make_job(config, workdir)
+    # The folder that others still look at must not change.
+    wait_for_all("workdir checked")
     for change in changes:
         say(f"changed since the last start: {change}")
     if is_primary():

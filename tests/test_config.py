@@ -56,6 +56,20 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
         configs.load(str(tmp_path / "empty.py"))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("config.optim.lrr = 1.0", "lrr"), ("config.train.steps = 'ten'", "steps")],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    text = "from dsr_jax.config import base_config\n\ndef get_config(arg):\n"
+    path = tmp_path / "mistake.py"
+    path.write_text(f"{text}    config = base_config()\n    {line}\n    return config\n")
+    with pytest.raises(ConfigError, match=rf"mistake.py, line 5: .*{message}"):
+        configs.load(str(path))
+
+
 def test_config_survives_json(tmp_path: Path) -> None:
     config = configs.load(DIGITS)
     configs.write_run_files(config, tmp_path / "run")

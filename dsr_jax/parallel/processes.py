@@ -4,6 +4,7 @@ import os
 import sys
 
 import jax
+from jax.experimental import multihost_utils
 
 from dsr_jax.core.errors import MeshError
 from dsr_jax.core.memory import keep_freed_memory
@@ -46,6 +47,12 @@ def _in_cluster() -> bool:
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tasks = os.environ.get("SLURM_NTASKS", "1")
     return len(hosts) > 1 or tasks not in ("", "1") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called it with the same `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def is_primary() -> bool:

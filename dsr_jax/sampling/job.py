@@ -24,7 +24,7 @@ from dsr_jax.core.errors import CheckpointError, DsrError, NumericsError
 from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_primary, wait_for_all
 from dsr_jax.parallel.shardings import fetch
 from dsr_jax.sampling.npz import write_npz
 
@@ -105,8 +105,7 @@ class SampleJob:
             indices = np.resize(rows, batch)
             self._write(draw(indices, self.labels[indices]), indices, len(rows))
             progress.add(len(rows))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{self.name} drawn")
+        wait_for_all(f"{self.name} drawn")
         _by_primary(self._assemble, np.zeros(0, bool))
         say(f"samples: {self.npz_path}")
         return self.npz_path

@@ -19,14 +19,13 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dsr_jax.core.errors import CheckpointError
 from dsr_jax.core.provenance import package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Params, PyTree
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_primary, wait_for_all
 from dsr_jax.training.checksums import checksums
 from dsr_jax.training.mismatch import check_arrays
 from dsr_jax.training.quiet import EchoFilter, without_echoes
@@ -81,7 +80,7 @@ class Checkpoints:
         if is_primary() and self.directory.is_dir():
             for leftover in self.directory.glob(f"*{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
-        _barrier("checkpoints opened")
+        wait_for_all("checkpoints opened")
         keep: list[Any] = [policies.LatestN(keep_latest)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
@@ -188,7 +187,7 @@ class Checkpoints:
             if is_primary():
                 for other in later:
                     _move_aside(self.directory, other)
-            _barrier("checkpoints set aside")
+            wait_for_all("checkpoints set aside")
             self._manager = self._open()
         return later
 
@@ -390,11 +389,6 @@ def _move_aside(directory: Path, step: int) -> None:
     names = (f"{step}", *(f"{step}.{count}" for count in range(1, 1000)))
     free = next(name for name in names if not (folder / name).exists())
     (directory / str(step)).rename(folder / free)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _first_line(error: BaseException) -> str:
