@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsr_jax import build
+from dsr_jax import build, build_decoder
 from dsr_jax import config as configs
 from dsr_jax.build_vae import vae_space
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.vae import VAEConfig
+from dsr_jax.models.variants import RANDOM_PREFIX
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.spaces import InputSpace
+from dsr_jax.training.decoder_step import make_decoder_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -65,22 +67,62 @@ def make_space(config: configs.ConfigDict) -> tuple[InputSpace, Any]:
     return space, space.make_variables(nn.unbox(params))
 
 
+def check_decoder(config: configs.ConfigDict) -> None:
+    """The state and a step of a decoder's training, with frozen networks of shapes alone."""
+    for section, key, network in (
+        (config.space, "encoder", "siglip2-base-patch16-256"),
+        (config.lpips, "folder", "vgg16"),
+        (config.gan, "backbone", "S_8"),
+    ):
+        if not section[key].startswith(RANDOM_PREFIX):
+            section[key] = f"{RANDOM_PREFIX}{network}"
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    optimizer, made = build.make_optimizer(config), []
+
+    def variables() -> Any:
+        made.append(build_decoder.make_parts(config, None, rules))
+        return made[0].variables
+
+    frozen = jax.eval_shape(variables)
+    (parts,) = made
+    abstract, _ = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
+    settings = build_decoder.make_settings(config)
+    step = make_decoder_step(parts.networks, settings, optimizer, seed=config.seed)
+    after, metrics = jax.eval_shape(step, abstract, make_batch(config), frozen)
+    assert shapes(after) == shapes(abstract)
+    assert metrics["loss"].shape == () and metrics["finite"].dtype == bool
+    batch = make_batch(config)["image"]
+    reconstruct = build_decoder.make_reconstruct(config, parts)
+    decoded = jax.eval_shape(reconstruct, abstract.ema[config.sample.ema], frozen, batch)
+    assert (decoded.shape, decoded.dtype) == (batch.shape, np.uint8)
+
+
+def make_batch(config: configs.ConfigDict) -> dict[str, Any]:
+    """Shapes of a global batch."""
+    data = config.data
+    rows = (data.global_batch,)
+    return {
+        "image": jax.ShapeDtypeStruct(
+            (*rows, data.image_size, data.image_size, data.channels), np.uint8
+        ),
+        "label": jax.ShapeDtypeStruct(rows, np.int32),
+        "index": jax.ShapeDtypeStruct(rows, np.uint32),
+    }
+
+
 @pytest.mark.parametrize(("path", "argument"), VARIANTS, ids=NAMES)
 def test_the_state_a_step_and_samples_have_their_shapes(path: Path, argument: str) -> None:
     config = configs.load(f"{path}:{argument}")
+    if configs.trains_decoder(config):
+        check_decoder(config)
+        return
     mesh, rules = build.make_mesh(config), build.make_rules(config)
     space, variables = make_space(config)
     model = build.make_model(config, space, Constrain(rules, mesh))
     optimizer = build.make_optimizer(config)
     abstract, _ = build.make_state(config, model, space, optimizer, mesh, rules)
 
-    data = config.data
-    size, rows = (data.image_size, data.image_size, data.channels), (data.global_batch,)
-    batch = {
-        "image": jax.ShapeDtypeStruct((*rows, *size), np.uint8),
-        "label": jax.ShapeDtypeStruct(rows, np.int32),
-        "index": jax.ShapeDtypeStruct(rows, np.uint32),
-    }
+    batch = make_batch(config)
     step = build.make_step(config, model, space, optimizer)
     after, metrics = jax.eval_shape(step, abstract, batch, variables)
     assert shapes(after) == shapes(abstract)
@@ -91,6 +133,7 @@ def test_the_state_a_step_and_samples_have_their_shapes(path: Path, argument: st
     count = -(-config.sample.batch // mesh.size) * mesh.size
     indices, labels = np.arange(count, dtype=np.uint32), np.zeros(count, np.int32)
     samples = jax.eval_shape(lambda *given: draw(*given, indices, labels), weights, variables)
+    size = batch["image"].shape[1:]
     assert samples.images.shape == (count, *size) and samples.images.dtype == np.uint8
 
 
@@ -133,7 +176,7 @@ def test_the_docstring_names_every_argument(path: Path, monkeypatch: pytest.Monk
 def test_the_commands_in_the_docstring_work(path: Path) -> None:
     """As far as the config goes: its file, argument and overrides."""
     text = docstring(path).replace("\\\n", " ")
-    commands = re.findall(r"python -m dsr_jax\.train (.*)", text)
+    commands = re.findall(r"python -m dsr_jax\.train(?:_decoder)? (.*)", text)
     assert commands
     for command in commands:
         words = shlex.split(command)

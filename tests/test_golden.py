@@ -12,7 +12,13 @@ from tools.golden.compare import find_cases, run_case
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = "denoiser_loss_weighting"
-SLOW = ("denoiser_ddt_reg", "denoiser_sampler_ode", "denoiser_sit_tiny", "denoiser_train_dit")
+SLOW = (
+    "denoiser_ddt_reg",
+    "denoiser_sampler_ode",
+    "denoiser_sit_tiny",
+    "denoiser_train_dit",
+    "encoder_stage1_step",
+)
 
 
 def cases():

@@ -182,5 +182,5 @@ RANDOM_BACKBONES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {**DINO, "tiny": {**_DINO, **_TINY, "mlp_dim": 64}}
 )
 RANDOM_LPIPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {"vgg16": VGG16_CHANNELS, "tiny": (8, 8, 8, 8, 8)}
+    {"vgg16": VGG16_CHANNELS, "tiny": (4, 4, 4, 4, 4)}
 )

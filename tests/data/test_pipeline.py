@@ -34,6 +34,50 @@ class Numbers:
         return {"image": image, "label": np.int32(index % 3)}
 
 
+class Grounds:
+    """Record i is an image of its own size in which every pixel tells its row and column."""
+
+    name = "grounds"
+    num_classes = 1
+    image_shape = (6, 6, 2)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Record:
+        rows, columns = np.mgrid[: 6 + index % 3, : 6 + index % 2]
+        image = np.stack([rows, columns], axis=-1).astype(np.uint8)
+        return {"image": image, "label": np.int32(0)}
+
+
+def test_crops_are_random_squares_fixed_by_the_sample() -> None:
+    def crops(hosts: int, start: int, seed: int = 0) -> np.ndarray:
+        parts = [
+            next(
+                make_batches(
+                    Grounds(),
+                    seed,
+                    8,
+                    start_step=start,
+                    process_index=host,
+                    process_count=hosts,
+                    crop=4,
+                )
+            )["image"]
+            for host in range(hosts)
+        ]
+        return np.concatenate(parts)
+
+    images = np.concatenate([crops(1, step) for step in range(20)])
+    corners = images[:, 0, 0]
+    np.testing.assert_array_equal(images[:, 3, 3], corners + 3)
+    assert [sorted(set(places)) for places in corners.T.tolist()] == [[*range(5)], [*range(4)]]
+    np.testing.assert_array_equal(crops(2, 3), images[24:32])
+    assert (crops(1, 3, seed=1) != images[24:32]).any()
+    with pytest.raises(DataError, match="too small for squares of 9.*\n.*crop_from"):
+        next(make_batches(Grounds(), 0, 8, crop=9))
+
+
 def global_batches(num: int, hosts: int, start_step: int = 0, **options: object) -> list[HostBatch]:
     """`num` global batches of 8, put together from `hosts` processes in process order."""
     iterators: list[Iterator[HostBatch]] = [

@@ -47,6 +47,15 @@ def test_every_fifth_digit_is_held_out() -> None:
     np.testing.assert_array_equal(train[4]["image"], whole[6]["image"])
 
 
+def test_images_keep_their_proportions_where_squares_are_cut_later(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(np.zeros((30, 45, 3), np.uint8)).save(tmp_path / "cat" / "wide.png")
+    source = make_source("folder", root=str(tmp_path), image_size=20, channels=3, fit="short_side")
+    assert source[0]["image"].shape == (20, 30, 3)
+    square = make_source("folder", root=str(tmp_path), image_size=20, channels=3)
+    assert square[0]["image"].shape == square.image_shape == (20, 20, 3)
+
+
 def test_digits_grow_by_repeating_pixels() -> None:
     small = make_source("digits", image_size=8, channels=1)[7]["image"]
     large = make_source("digits", image_size=24, channels=3)[7]["image"]

@@ -104,6 +104,12 @@ def test_hooks_are_called_at_their_cadence_with_the_state(again: Run) -> None:
     assert seen == [("a", 4, 4), ("b", 5, 5), ("a", 8, 8), ("a", 10, 10), ("b", 10, 10)]
 
 
+def test_what_a_hook_returns_is_logged_behind_its_step(again: Run) -> None:
+    again.train(STEPS, hooks=[Hook(5, lambda step, state: {"score": step / 2})])
+    scores = [record for record in read_metrics(again.workdir) if "score" in record]
+    assert scores == [{"step": 5, "score": 2.5}, {"step": 10, "score": 5.0}]
+
+
 def test_resume_refuses_a_damaged_checkpoint(again: Run) -> None:
     """It neither starts from scratch nor takes an older one by itself."""
     again.train(STEPS, stop_after_steps=6)

@@ -1,6 +1,7 @@
 """Golden cases of training RAE's decoder: discriminator, LPIPS, augmentation, one step."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -74,24 +75,25 @@ def load_lpips(state: Mapping[str, np.ndarray]) -> tuple[LPIPS, Params]:
 def run_discriminator(case: Case) -> list[Check]:
     """Features, logits, losses, gradients, and the singular vectors as the original moves them."""
     config, io = case.config, case.io
-    network, backbone, heads, spectral = load_discriminator(
-        case.weights(), config["recipe"], config["ks"]
-    )
+    network, *arrays = load_discriminator(case.weights(), config["recipe"], config["ks"])
+    backbone, heads, spectral = arrays
     real, fake = (jnp.asarray(nhwc(io[key])) for key in ("real", "fake"))
     judge: Any = jax.jit(network, static_argnames="train")
-    loss, gradient = jax.value_and_grad(
-        lambda x: generator_loss(judge(backbone, heads, spectral, x, train=False)[0])
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda x: generator_loss(network(*arrays, x, train=False)[0]))
     )(fake)
     quantised = quantise(fake)
     critic = Critic(step=jnp.zeros((), jnp.int32), params=heads, spectral=spectral, opt_state=())
-    terms, grads = critic_loss_and_grads(judge, LossSettings(), backbone, critic, real, quantised)
+    terms, grads = jax.jit(functools.partial(critic_loss_and_grads, network, LossSettings()))(
+        backbone, critic, real, quantised
+    )
     on_fake, between = judge(backbone, heads, spectral, quantised, train=True)
     on_real, _ = judge(backbone, heads, between, real, train=True)
     found = {
         "eval_logits_fake": judge(backbone, heads, spectral, fake, train=False)[0],
         "gen_loss": loss,
         "gen_loss_grad_fake": nchw(gradient),
-        "dino_activations": network.features(backbone, fake).swapaxes(2, 3),
+        "dino_activations": jax.jit(network.features)(backbone, fake).swapaxes(2, 3),
         "fake_quantised": nchw(quantised),
         "train_logits_fake": on_fake,
         "train_logits_real": on_real,
@@ -129,14 +131,14 @@ def run_lpips(case: Case) -> list[Check]:
     network, params = load_lpips(case.weights())
     given, target = (jnp.asarray(nhwc(io[key])) for key in ("input", "target"))
 
-    def distances(target: Array) -> Array:
-        found: Any = network.apply({"params": params}, given, target)
-        return found
+    def mean(target: Array) -> tuple[Array, Array]:
+        each: Any = network.apply({"params": params}, given, target)
+        return jnp.mean(each), each
 
-    each, gradient = distances(target), jax.grad(lambda x: jnp.mean(distances(x)))(target)
+    (average, each), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(target)
     return [
         Check("none", each[:, None, None, None], io["none"], "encoder"),
-        Check("mean", jnp.mean(each), io["mean"], "encoder"),
+        Check("mean", average, io["mean"], "encoder"),
         Check("grad_target", nchw(gradient), io["grad_target"], "gradient"),
     ]
 
@@ -175,7 +177,7 @@ def step_settings(config: Mapping[str, Any]) -> tuple[LossSettings, Optimizer]:
     loss, optim, schedule = config["loss"], config["optim"], config["sched"]
     rate = LearningRate(
         optim["lr"],
-        "cosine",
+        schedule.get("type", "cosine"),
         schedule["final_lr"],
         warmup_steps=schedule["warmup_steps"],
         decay_end_steps=schedule["decay_end_steps"],
