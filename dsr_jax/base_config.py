@@ -60,6 +60,8 @@ def base_config() -> ConfigDict:
             "data": {
                 "source": "digits",
                 "root": "",
+                # A folder of python -m dsr_jax.encode cache, read instead of images.
+                "latents": "",
                 "split": "train",
                 "image_size": 8,
                 "channels": 1,

@@ -23,6 +23,7 @@ from dsr_jax.config import ConfigDict, architecture
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import stream_key
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
+from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.pipeline import make_batches
 from dsr_jax.data.sources import Source
 from dsr_jax.data.sources import make_source as open_source
@@ -140,6 +141,8 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
         else all are brought to it here.
     """
     section = config.data
+    if section.latents:
+        return CachedLatents(section.latents)
     larger = section.crop_from if random_crops else 0
     return open_source(
         section.source,
@@ -167,8 +170,8 @@ def global_batches(
             start_step=start_step,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            flip=section.flip,
-            crop=section.image_size if section.crop_from else 0,
+            flip=section.flip and not section.latents,
+            crop=section.image_size if section.crop_from and not section.latents else 0,
             workers=section.workers,
         ):
             # Devices have no 64-bit integers; 32 unsigned bits last for four billion samples.

@@ -1,6 +1,8 @@
 """From `config.space` to the representation autoencoder that it names, with its frozen arrays."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +15,7 @@ from dsr_jax.convert.statistics import load_statistics
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import file_digest
 from dsr_jax.core.typing import PyTree
+from dsr_jax.data.latents import read_manifest
 from dsr_jax.models.decoder import ViTDecoder
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.precision import Precision
@@ -49,6 +52,8 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
     if section.decoder:
         decoder_sizes, decoder_params = load_decoder(section.decoder)
         decoder = ViTDecoder(decoder_sizes, precision=precision)
+    if config.data.latents:
+        _check_latents(config)
     space = RAE(
         ViT(sizes, precision=precision),
         decoder,
@@ -58,12 +63,14 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
         post_stat_norm=section.post_stat_norm,
         preln=section.preln,
         eps=section.eps,
+        cached=bool(config.data.latents),
     )
+    registers = make_intervention(config, sizes) if section.neurons else None
     variables = space.make_variables(
-        encoder,
+        None if space.cached else encoder,
         decoder_params,
         load_statistics(section.statistics) if section.statistics else None,
-        make_intervention(config, sizes) if section.neurons else None,
+        None if space.cached else registers,
     )
     return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
 
@@ -119,20 +126,54 @@ def make_intervention(config: ConfigDict, encoder: ViTConfig) -> Intervention:
     )
 
 
+def encoding_recipe(config: ConfigDict) -> dict[str, Any]:
+    """What decides the encoder's tokens, besides the image, as JSON values by key."""
+    keys = ("image_size", "preln", *(_REGISTERS if config.space.neurons else ()))
+    values = {f"config.space.{key}": config.space[key] for key in keys}
+    digests = {f"config.space.{key}": _digest(config.space[key]) for key in ("encoder", "neurons")}
+    return json.loads(json.dumps(values | digests))
+
+
+def _check_latents(config: ConfigDict) -> None:
+    """Checks that cached latents are those of the config's encoder.
+
+    Raises:
+      DataError: If there are none.
+      ConfigError: Naming what differs.
+    """
+    cached, wanted = read_manifest(config.data.latents)["recipe"]["space"], encoding_recipe(config)
+    keys = sorted(set(cached) | set(wanted))
+    lines = [
+        f"{key}: {cached.get(key)} -> {wanted.get(key)}"
+        for key in keys
+        if cached.get(key) != wanted.get(key)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{config.data.latents} holds latents of another encoder (cached -> config):\n    "
+            + "\n    ".join(lines),
+            "cache them again, or use the config that they were made with",
+        )
+
+
 def file_digests(config: ConfigDict) -> dict[str, str]:
     """What names the content of the files in `config.space`, wherever they lie.
 
     Files are named by their digest, folders by that of their parameters, and published neurons by
     the encoder's name.
     """
-    digests = {}
-    for key in FILES:
-        name = config.space[key]
-        candidates = [Path(name), *(Path(name) / file for file in _IN_FOLDERS)]
-        found = next((path for path in candidates if path.is_file()), None)
-        if name:
-            digests[f"config.space.{key}"] = file_digest(found) if found else name
-    return digests
+    named = {key: config.space[key] for key in FILES if config.space[key]}
+    return {f"config.space.{key}": _digest(name) for key, name in named.items()}
 
 
+def _digest(name: str) -> str:
+    candidates = [Path(name), *(Path(name) / file for file in _IN_FOLDERS)]
+    found = next((path for path in candidates if path.is_file()), None)
+    return file_digest(found) if found else name
+
+
+_REGISTERS = (
+    *("num_registers", "register_scale", "normal_values"),
+    *("shared_maximum", "spare_first_token"),
+)
 _IN_FOLDERS = ("params.safetensors", "statistics.safetensors")

@@ -185,6 +185,11 @@ def check(config: ConfigDict) -> None:
         "choose from default, bfloat16, tensorfloat32, high, highest",
     )
     require(
+        not config.data.latents or (config.space.name == "rae" and not trains_decoder(config)),
+        f"config.data.latents={config.data.latents!r}, but images are needed",
+        "latents are for training a denoiser with config.space.name=rae",
+    )
+    require(
         config.eval.judge in ("", "digits"),
         f"config.eval.judge={config.eval.judge!r}",
         "choose from digits, or leave it empty for no judge",

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from dsr_jax import build, encode
+from dsr_jax import build, encode, train
 from dsr_jax import config as configs
 from dsr_jax.convert.statistics import load_statistics
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.errors import ConfigError, DataError
 from dsr_jax.core.files import read_json
+from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.sources import read_all
+from dsr_jax.telemetry.writers import read_metrics
 from tests.programs import quick_programs
 from tests.tiny_rae import save_rae
 
@@ -95,6 +97,87 @@ def test_what_does_not_belong_together_is_refused(whole, overrides, tmp_path) ->
     with pytest.raises(ConfigError, match="'pixels' has no encoder"):
         run(tmp_path / "new", ())
     assert not (tmp_path / "new").exists()
+
+
+def cache(out: Path, overrides: tuple[str, ...], *more: str) -> None:
+    settings = [f"--images={IMAGES}", f"--batch={BATCH}", "--shard-batches=2", "--dtype=float32"]
+    encode.main(["cache", DIGITS, f"--out={out}", *settings, *more, *overrides])
+
+
+@pytest.fixture(scope="module")
+def cached(overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "whole"
+    cache(out, overrides, "--copies=2")
+    return out
+
+
+def test_cached_latents_are_those_of_the_order_of_training(cached, overrides) -> None:
+    config = configs.load_file(DIGITS.removeprefix("--config="))
+    configs.apply_overrides(config, overrides)
+    config.space.statistics = ""
+    config.data.update(global_batch=2 * IMAGES, flip=True)
+    space, variables = build.make_space(config)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    sharding = build.shardings.batch_sharding(mesh, rules)
+    batch = next(build.global_batches(config, build.make_source(config), sharding)(0))
+    images = np.asarray(batch["image"]).astype(np.float32) / 255
+    want = np.asarray(jax.jit(space.encode)(variables, images))
+    source = CachedLatents(cached)
+    assert len(source) == 2 * IMAGES
+    got = np.stack([source[i]["image"] for i in range(len(source))])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert [int(source[i]["label"]) for i in range(len(source))] == batch["label"].tolist()
+
+
+def test_a_cache_in_pieces_has_the_same_bytes(cached, overrides, tmp_path) -> None:
+    out = tmp_path / "pieces"
+    cache(out, overrides, "--copies=2", "--stop-after=1")
+    with pytest.raises(DataError, match="lacks 2 of 3 shards"):
+        CachedLatents(out)
+    (out / "latents-00001-of-00003.array_record.part").write_bytes(b"cut off")
+    cache(out, overrides, "--copies=2")
+    for path in sorted(cached.glob("*.array_record")):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ConfigError, match="other settings:\n.*images: 40 -> 20"):
+        cache(out, overrides, "--copies=1")
+
+
+def test_training_sees_the_latents_that_the_encoder_would_give(cached, overrides, tmp_path) -> None:
+    config = configs.load_file(DIGITS.removeprefix("--config=") + ":runlocal")
+    configs.apply_overrides(config, overrides)
+    config.space.noise_tau = 0.5
+    online, frozen = build.make_space(config)
+    config.data.update(global_batch=BATCH, flip=True)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    sharding = build.shardings.batch_sharding(mesh, rules)
+    images = next(build.global_batches(config, build.make_source(config), sharding)(0))["image"]
+    config.data.latents = str(cached)
+    space, variables = build.make_space(config)
+    assert set(variables) == {"decoder", "statistics"}
+    source = build.make_source(config)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    stored = np.stack([source[i]["image"] for i in range(BATCH)])
+    got = space.encode(variables, stored, keys)
+    want = online.encode(frozen, np.asarray(images).astype(np.float32) / 255, keys)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_run_on_cached_latents_trains_and_draws(cached, overrides, tmp_path) -> None:
+    shrink = ["--config.train.steps=2", "--config.sample.every_steps=2", "--config.model.depth=2"]
+    arguments = [DIGITS + ":runlocal", f"--workdir={tmp_path / 'run'}", *overrides, *shrink]
+    train.main([*arguments, f"--config.data.latents={cached}", "--config.model.patch_size=1"])
+    assert np.isfinite(read_metrics(tmp_path / "run")[-1]["loss"])
+    assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
+
+
+def test_latents_of_another_encoder_are_refused(cached, overrides, tmp_path) -> None:
+    arguments = [DIGITS, f"--workdir={tmp_path / 'run'}", *overrides]
+    arguments.append(f"--config.data.latents={cached}")
+    with pytest.raises(ConfigError, match="another encoder.*\n.*preln: False -> True"):
+        train.main([*arguments, "--config.space.preln=True"])
+    with pytest.raises(ConfigError, match="images are needed"):
+        train.main([*arguments, "--config.space.name=pixels"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_image_is_taken_once(overrides, tmp_path) -> None:

@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Record(TypedDict):
-    """One labelled image: uint8 [H, W, C] and a scalar."""
+    """One labelled image: uint8 [H, W, C] (of `CachedLatents` floats) and a scalar."""
 
     image: np.ndarray
     label: np.int32

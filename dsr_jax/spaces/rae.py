@@ -79,6 +79,7 @@ class RAE:
       post_stat_norm: Noise is added, and norms are taken, after normalisation by statistics.
       preln: Latents are the tokens before the encoder's final norm.
       eps: Added to the variance of latents.
+      cached: `encode` takes tokens [B, h, w, C] that this encoder made before, instead of images.
     """
 
     encoder: ViT
@@ -89,6 +90,7 @@ class RAE:
     post_stat_norm: bool = False
     preln: bool = False
     eps: float = 1e-5
+    cached: bool = False
 
     def __post_init__(self) -> None:
         config = self.encoder.config
@@ -117,7 +119,7 @@ class RAE:
 
     def make_variables(
         self,
-        encoder: Params,
+        encoder: Params | None,
         decoder: Params | None = None,
         statistics: dict[str, np.ndarray] | None = None,
         registers: Intervention | None = None,
@@ -127,7 +129,7 @@ class RAE:
         Warns where test-time registers are asked for of an encoder that was trained with registers.
 
         Args:
-          encoder: The encoder's parameters.
+          encoder: The encoder's parameters; None where latents are cached.
           decoder: The decoder's.
           statistics: "mean" and "var" of the latents, each [h, w, C]; None leaves them as they are.
           registers: Test-time registers, with their mask.
@@ -135,7 +137,7 @@ class RAE:
         Raises:
           ConfigError: If statistics or neurons are of another encoder.
         """
-        variables: dict[str, Any] = {"encoder": encoder}
+        variables: dict[str, Any] = {} if encoder is None else {"encoder": encoder}
         if decoder is not None:
             variables["decoder"] = decoder
         if statistics is not None:
@@ -169,7 +171,7 @@ class RAE:
 
         Args:
           variables: From `make_variables`.
-          images: The batch, of any size.
+          images: The batch, of any size; where latents are cached, they [B, h, w, C].
           keys: One per sample [B]: adds noise where `noise_tau` is not 0. None adds none.
         """
         noise = None
@@ -224,6 +226,8 @@ class RAE:
         return out.image * pixel_std + pixel_mean
 
     def _tokens(self, variables: PyTree, images: Array) -> Array:
+        if self.cached:
+            return images.astype(jnp.float32)
         out: Any = self.encoder.apply(
             {"params": variables["encoder"]},
             self.normalise_images(images),

@@ -1,0 +1,76 @@
+"""Cached latents: what is written is read, and what is missing or damaged is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsr_jax.core.errors import DataError
+from dsr_jax.data.latents import (
+    DTYPES,
+    CachedLatents,
+    read_manifest,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
+from dsr_jax.data.pipeline import make_batches
+
+SHAPE = (2, 3, 4)
+LATENTS = np.random.default_rng(0).standard_normal((6, *SHAPE)).astype(np.float32)
+
+
+def save(folder: Path, dtype: str = "float32", shards: int = 2) -> None:
+    manifest = {"shape": SHAPE, "dtype": dtype, "records": 6, "shards": shards, "num_classes": 3}
+    write_manifest(folder, manifest)
+    for shard in range(shards):
+        rows = range(6)[shard * 6 // shards : (shard + 1) * 6 // shards]
+        path = shard_path(folder, shard, shards)
+        write_shard(path, [(LATENTS[i], i % 3) for i in rows], dtype)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_records_are_read_in_the_order_of_writing(tmp_path: Path, dtype: str) -> None:
+    save(tmp_path, dtype)
+    source = CachedLatents(tmp_path)
+    assert (len(source), source.num_classes, source.image_shape) == (6, 3, SHAPE)
+    for i in range(6):
+        assert source[i]["image"].dtype == DTYPES[dtype] and source[i]["label"] == i % 3
+        np.testing.assert_array_equal(source[i]["image"], LATENTS[i].astype(DTYPES[dtype]))
+
+
+def test_worker_processes_hand_over_the_same_batches(tmp_path: Path) -> None:
+    save(tmp_path, "bfloat16")
+    source = CachedLatents(tmp_path)
+    here, there = (make_batches(source, 0, 4, workers=workers) for workers in (0, 1))
+    for _ in range(2):
+        a, b = next(here), next(there)
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+    here.close()
+    there.close()
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="latents.json is missing"):
+        CachedLatents(tmp_path)
+    save(tmp_path)
+    path = shard_path(tmp_path, 1, 2)
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(DataError, match=f"lacks 1 of 2 shards, the first {path.name}"):
+        CachedLatents(tmp_path)
+    path.write_bytes(content)
+    write_manifest(tmp_path, read_manifest(tmp_path) | {"records": 7})
+    with pytest.raises(DataError, match="holds 6 latents, its latents.json says 7"):
+        CachedLatents(tmp_path)
+    write_manifest(tmp_path, read_manifest(tmp_path) | {"records": 6, "shape": (3, 3, 4)})
+    with pytest.raises(DataError, match="record 0 of .* is damaged"):
+        CachedLatents(tmp_path)[0]
+
+
+def test_a_value_that_the_dtype_does_not_hold_is_refused(tmp_path: Path) -> None:
+    path = shard_path(tmp_path, 0, 1)
+    with pytest.raises(DataError, match="float16 does not hold.*\n.*bfloat16"):
+        write_shard(path, [(LATENTS[0] + 1e6, 0)], "float16")
+    assert not path.exists()
