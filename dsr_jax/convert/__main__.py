@@ -17,6 +17,8 @@ from dsr_jax.convert.encoders import FAMILIES, encoder_rules
 from dsr_jax.convert.families import DENOISERS, add_denoiser_commands, export_denoiser
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
+from dsr_jax.convert.inception import FAMILY as INCEPTION
+from dsr_jax.convert.inception import add_inception_command, inception_rules, network_of_record
 from dsr_jax.convert.lpips import FAMILY as LPIPS
 from dsr_jax.convert.lpips import add_lpips_command, lpips_rules
 from dsr_jax.convert.rules import flax_to_torch
@@ -50,6 +52,8 @@ def export(args: argparse.Namespace) -> None:
         state = export_backbone(params, record)
     elif record["family"] == LPIPS:
         state = flax_to_torch(params, lpips_rules(tuple(record["model"]["channels"])))
+    elif record["family"] == INCEPTION:
+        state, entries = flax_to_torch(params, inception_rules(network_of_record(record))), ()
     else:
         state = export_denoiser(params, record)
         # Whichever of a checkpoint's averages the original reads, it finds these weights.
@@ -76,7 +80,7 @@ def _save_torch(out: Path, state: dict[str, Any], entries: Sequence[str]) -> Non
         ) from error
     with open_atomic(out) as file:
         tensors = {name: torch.from_numpy(x) for name, x in state.items()}
-        torch.save(dict.fromkeys(entries, tensors), file)
+        torch.save(dict.fromkeys(entries, tensors) if entries else tensors, file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add_vae_command(families)
     add_lpips_command(families)
     add_discriminator_command(families)
+    add_inception_command(families)
     add_statistics_command(families)
     back = families.add_parser("export", help="a converted folder back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")

@@ -3,11 +3,17 @@
 Source: ADM evaluator (guided-diffusion evaluations/evaluator.py); spec evaluation 6.1 and 9.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
 from dsr_jax.core.errors import EvaluationError
+
+
+_ROWS = 4096
+"""Rows that are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +43,24 @@ class Moments:
         Raises:
           EvaluationError: If the width differs or a value is not finite.
         """
-        rows = np.asarray(features, np.float64)
-        if rows.ndim != 2 or rows.shape[1] != len(self._mean):
+        features = np.asarray(features)
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
             raise EvaluationError(
-                f"features have shape {rows.shape}, expected [B, {len(self._mean)}]"
+                f"features have shape {features.shape}, expected [B, {len(self._mean)}]"
             )
+        for first in range(0, len(features), _ROWS):
+            self._update(features[first : first + _ROWS].astype(np.float64))
+
+    def _update(self, rows: np.ndarray) -> None:
         if not np.isfinite(rows).all():
             bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
             raise EvaluationError(
                 f"features of row {self.count + bad} are not finite",
                 "look at that sample, and at the feature network's weights",
             )
-        if len(rows):
-            mean = rows.mean(axis=0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        self._add(len(rows), mean, centred.T @ centred)
 
     def merge(self, other: "Moments") -> None:
         """Adds the rows that `other` has seen, for example on another host."""
@@ -66,6 +75,19 @@ class Moments:
             self._scatter + scatter + np.outer(step, step) * (self.count * count / total)
         )
         self.count = total
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `restore` goes on."""
+        return {
+            "count": np.asarray(self.count),
+            "mean": self._mean,
+            "scatter": self._scatter,
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` returned."""
+        self.count = int(state["count"])
+        self._mean, self._scatter = np.array(state["mean"]), np.array(state["scatter"])
 
     def gaussian(self) -> Gaussian:
         """Returns the moments of all rows so far.
@@ -88,10 +110,16 @@ def gaussian_moments(features: np.ndarray) -> Gaussian:
     return moments.gaussian()
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a covariance; eigenvalues below zero are rounding and count as 0."""
-    values, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+def _factor(cov: np.ndarray) -> np.ndarray:
+    """A matrix F with F F^T = cov: Cholesky's, or that of the eigenvectors where rank is missing.
+
+    Eigenvalues below zero are rounding and count as 0.
+    """
+    try:
+        return np.linalg.cholesky(cov)
+    except np.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(cov, check_finite=False)
+        return vectors * np.sqrt(np.clip(values, 0, None))
 
 
 def _check(mean: np.ndarray, cov: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +136,7 @@ def frechet_distance(
 ) -> float:
     """Frechet distance |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) of two Gaussians.
 
-    The trace of the root is taken from the symmetric matrix S2^(1/2) S1 S2^(1/2), which has the
+    The trace of the root is taken from the symmetric matrix F^T S1 F with S2 = F F^T, which has the
     eigenvalues of S1 S2 and stays real where covariances are rank-deficient; no offset is added to
     the diagonals. As in the official evaluators the result is not clipped: equal moments may give
     a value of about -1e-14.
@@ -129,9 +157,10 @@ def frechet_distance(
             f"sample features have width {len(mean1)}, reference features {len(mean2)}",
             "compare features of the same network and layer",
         )
-    root = _root(cov2)
-    product = root @ cov1 @ root
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    factor = _factor(cov2)
+    product = factor.T @ cov1 @ factor
+    # SciPy's routine takes a quarter of the time of NumPy's for 2048 rows.
+    eigenvalues = scipy.linalg.eigvalsh((product + product.T) / 2, check_finite=False)
     trace_root = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     gap = mean1 - mean2
     return float(gap @ gap + np.trace(cov1) + np.trace(cov2) - 2 * trace_root)

@@ -28,15 +28,44 @@ TOLERANCES: Mapping[str, float] = {
     "roundtrip": 2e-3,
     # Truncation to bytes: a pixel may pass from one grey level to the next.
     "levels": 1.0,
+    # What the evaluation specification and its cases' config.json name (section 13).
+    "resized": 1e-3,
+    "net_input": 1e-5,
+    "resized_moment": 1e-6,
+    "inception": 1e-4,
+    "inception_tap": 1e-3,
+    "inception_logits": 4e-3,
+    "inception_norm": 2e-4,
+    "pool": 1e-3,
+    "fid_from_images": 1e-4,
+    "sfid_from_images": 1e-5,
+    "fid_from_features": 1e-6,
+    "frechet": 5e-7,
+    "moments": 1e-10,
+    "inception_score": 1e-5,
+    "inception_score_adm": 1e-4,
+    "torch_fidelity_score": 1e-6,
+    "share": 0.03,
+    "radii": 1e-6,
+    "kid": 2e-6,
+    "kid_full": 1e-6,
+    "clip_score": 1e-5,
+    "logic": 1e-9,
 }
 """Largest error as a share of the reference's largest magnitude, float32 at highest precision."""
 
-ABSOLUTE = frozenset({"stress_params", "levels"})
+ABSOLUTE = frozenset(
+    {
+        *("stress_params", "levels"),
+        *("resized", "net_input", "pool", "frechet", "inception_logits", "inception_norm"),
+        *("share", "radii", "kid", "logic"),
+    }
+)
 """Rows that bound the difference itself."""
 
 RUNNER_MODULES = (
     *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit", "jit", "vae"),
-    "stage1",
+    *("stage1", "inception", "evaluation"),
 )
 
 

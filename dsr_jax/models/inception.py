@@ -1,0 +1,358 @@
+"""Inception-v3 as Google exported it in December 2015: the network of FID, sFID and IS.
+
+It is not torchvision's: 1008 classes, no auxiliary head, average pools that leave the padding out
+of the mean, a max pool in the last block, and other weights. The graph is a table, from which the
+converter, too, reads its names. Source: ADM evaluator, torch-fidelity
+feature_extractor_inceptionv3.py; spec evaluation 3 and 4.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.layers import add_param, ones, zeros
+
+INPUT_SIZE = 299
+SPATIAL_CHANNELS = 7
+"""Channels of the 17 x 17 map that sFID takes."""
+RESIZES = ("adm", "pytorch_fid")
+
+_BATCH_NORM_EPS = 1e-3
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Convolution without bias, batch norm, ReLU.
+
+    Attributes:
+      name: As in the PyTorch ports.
+      features: Output channels of the full network.
+      kernel: Height and width.
+      stride: In both directions.
+      padding: "SAME" or "VALID".
+    """
+
+    name: str
+    features: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """3 x 3 pooling: "avg" or "max" of stride 1 with padding, or "max" of stride 2 without."""
+
+    kind: str
+    stride: int = 1
+
+
+Step = Conv | Pool | tuple[Conv, ...]
+"""One step of a branch; a tuple holds convolutions side by side, joined afterwards."""
+Branches = tuple[tuple[Step, ...], ...]
+
+
+def block_a(pool_features: int) -> Branches:
+    """35 x 35 maps."""
+    return (
+        (Conv("branch1x1", 64),),
+        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
+        (
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, (3, 3)),
+            Conv("branch3x3dbl_3", 96, (3, 3)),
+        ),
+        (Pool("avg"), Conv("branch_pool", pool_features)),
+    )
+
+
+def block_b() -> Branches:
+    """35 x 35 to 17 x 17 maps."""
+    return (
+        (Conv("branch3x3", 384, (3, 3), 2, "VALID"),),
+        (
+            Conv("branch3x3dbl_1", 64),
+            Conv("branch3x3dbl_2", 96, (3, 3)),
+            Conv("branch3x3dbl_3", 96, (3, 3), 2, "VALID"),
+        ),
+        (Pool("max", 2),),
+    )
+
+
+def block_c(width: int) -> Branches:
+    """17 x 17 maps, with 7 x 7 kernels as pairs of rows and columns."""
+    return (
+        (Conv("branch1x1", 192),),
+        (
+            Conv("branch7x7_1", width),
+            Conv("branch7x7_2", width, (1, 7)),
+            Conv("branch7x7_3", 192, (7, 1)),
+        ),
+        (
+            Conv("branch7x7dbl_1", width),
+            Conv("branch7x7dbl_2", width, (7, 1)),
+            Conv("branch7x7dbl_3", width, (1, 7)),
+            Conv("branch7x7dbl_4", width, (7, 1)),
+            Conv("branch7x7dbl_5", 192, (1, 7)),
+        ),
+        (Pool("avg"), Conv("branch_pool", 192)),
+    )
+
+
+def block_d() -> Branches:
+    """17 x 17 to 8 x 8 maps."""
+    return (
+        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2, "VALID")),
+        (
+            Conv("branch7x7x3_1", 192),
+            Conv("branch7x7x3_2", 192, (1, 7)),
+            Conv("branch7x7x3_3", 192, (7, 1)),
+            Conv("branch7x7x3_4", 192, (3, 3), 2, "VALID"),
+        ),
+        (Pool("max", 2),),
+    )
+
+
+def block_e(pool: str) -> Branches:
+    """8 x 8 maps; the first block averages in its pool branch, the second takes the maximum."""
+
+    def pair(first: str, second: str) -> tuple[Conv, ...]:
+        return Conv(first, 384, (1, 3)), Conv(second, 384, (3, 1))
+
+    return (
+        (Conv("branch1x1", 320),),
+        (Conv("branch3x3_1", 384), pair("branch3x3_2a", "branch3x3_2b")),
+        (
+            Conv("branch3x3dbl_1", 448),
+            Conv("branch3x3dbl_2", 384, (3, 3)),
+            pair("branch3x3dbl_3a", "branch3x3dbl_3b"),
+        ),
+        (Pool(pool), Conv("branch_pool", 192)),
+    )
+
+
+STEM: tuple[Step, ...] = (
+    Conv("Conv2d_1a_3x3", 32, (3, 3), 2, "VALID"),
+    Conv("Conv2d_2a_3x3", 32, (3, 3), 1, "VALID"),
+    Conv("Conv2d_2b_3x3", 64, (3, 3)),
+    Pool("max", 2),
+    Conv("Conv2d_3b_1x1", 80, (1, 1), 1, "VALID"),
+    Conv("Conv2d_4a_3x3", 192, (3, 3), 1, "VALID"),
+    Pool("max", 2),
+)
+
+BLOCKS: dict[str, Branches] = {
+    "Mixed_5b": block_a(32),
+    "Mixed_5c": block_a(64),
+    "Mixed_5d": block_a(64),
+    "Mixed_6a": block_b(),
+    "Mixed_6b": block_c(128),
+    "Mixed_6c": block_c(160),
+    "Mixed_6d": block_c(160),
+    "Mixed_6e": block_c(192),
+    "Mixed_7a": block_d(),
+    "Mixed_7b": block_e("avg"),
+    "Mixed_7c": block_e("max"),
+}
+
+_SPATIAL_BLOCK = "Mixed_6d"
+"""Its first branch is `mixed_6/conv` of the TensorFlow graph."""
+
+
+def convolutions(branch: tuple[Step, ...]) -> Iterator[Conv]:
+    """Yields the convolutions of a branch in order."""
+    for step in branch:
+        if isinstance(step, Conv):
+            yield step
+        elif isinstance(step, tuple):
+            yield from step
+
+
+class ConvBN(nn.Module):
+    """Convolution, batch norm with the statistics of training, ReLU.
+
+    Attributes:
+      conv: Kernel, stride and padding.
+      features: Output channels.
+    """
+
+    conv: Conv
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, H, W, C] to [B, H', W', features]."""
+        shape = (*self.conv.kernel, x.shape[-1], self.features)
+        kernel = add_param(self, "kernel", nn.initializers.he_normal(), (None,) * 4, shape)
+        scale, bias, mean, var = (
+            add_param(self, name, init, (None,), (self.features,))
+            for name, init in (("scale", ones), ("bias", zeros), ("mean", zeros), ("var", ones))
+        )
+        strides = (self.conv.stride,) * 2
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            self.conv.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=_HIGHEST,
+        )
+        factor = scale * jax.lax.rsqrt(var + _BATCH_NORM_EPS)
+        return nn.relu(y * factor + (bias - mean * factor))
+
+
+def _pool(x: Array, pool: Pool) -> Array:
+    window, strides = (3, 3), (pool.stride, pool.stride)
+    if pool.kind == "avg":
+        return nn.avg_pool(x, window, strides, "SAME", count_include_pad=False)
+    return nn.max_pool(x, window, strides, "SAME" if pool.stride == 1 else "VALID")
+
+
+class Block(nn.Module):
+    """Branches side by side, joined along the channels.
+
+    Attributes:
+      branches: The block's table.
+      width_div: Divides every number of channels.
+    """
+
+    branches: Branches
+    width_div: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """Maps [B, H, W, C]; returns all branches [B, H', W', C'], and the first one alone."""
+        outputs = [self._run(branch, x) for branch in self.branches]
+        return jnp.concatenate(outputs, axis=-1), outputs[0]
+
+    def _run(self, branch: tuple[Step, ...], x: Array) -> Array:
+        for step in branch:
+            if isinstance(step, Pool):
+                x = _pool(x, step)
+            elif isinstance(step, Conv):
+                x = self._conv(step, x)
+            else:
+                x = jnp.concatenate([self._conv(conv, x) for conv in step], axis=-1)
+        return x
+
+    def _conv(self, conv: Conv, x: Array) -> Array:
+        return ConvBN(conv, conv.features // self.width_div, name=conv.name)(x)
+
+
+class Features(NamedTuple):
+    """What scores are computed from, float32.
+
+    Attributes:
+      pool: Mean of the last map [B, 2048]: FID, KID, precision and recall.
+      spatial: Seven channels of a 17 x 17 map [B, 2023], rows first, channels last: sFID.
+      logits: Class scores [B, 1008] without the bias, as the Inception Score of ADM takes them.
+    """
+
+    pool: Array
+    spatial: Array
+    logits: Array
+
+
+class InceptionV3(nn.Module):
+    """The whole network. All products are in true float32, whatever the default precision.
+
+    Attributes:
+      width_div: Divides every number of channels: 1, or 2, 4, 8, 16 in tests.
+      num_classes: Outputs of the classifier.
+    """
+
+    width_div: int = 1
+    num_classes: int = 1008
+
+    @nn.compact
+    def __call__(self, x: Array) -> Features:
+        """Maps prepared images [B, 299, 299, 3], see `prepare`; sows what it pools."""
+        pools = 0
+        for step in STEM:
+            if isinstance(step, Conv):
+                x = ConvBN(step, step.features // self.width_div, name=step.name)(x)
+            elif isinstance(step, Pool):
+                x, pools = _pool(x, step), pools + 1
+                self.sow("intermediates", f"MaxPool_{pools}", x)
+        spatial = x
+        for name, branches in BLOCKS.items():
+            x, first = Block(branches, self.width_div, name=name)(x)
+            if name == _SPATIAL_BLOCK:
+                spatial = first[..., :SPATIAL_CHANNELS].reshape(len(first), -1)
+        pool = jnp.mean(x, axis=(1, 2))
+        return Features(pool, spatial, Classifier(self.num_classes, name="fc")(pool))
+
+
+class Classifier(nn.Module):
+    """Linear layer whose bias is a parameter, but left out of the result.
+
+    Attributes:
+      features: Number of classes.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, D] to [B, features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = add_param(self, "kernel", nn.initializers.lecun_normal(), (None, None), shape)
+        add_param(self, "bias", zeros, (None,), (self.features,))
+        return jnp.matmul(x, kernel, precision=_HIGHEST)
+
+
+@functools.cache
+def _table(size: int, wanted: int, centred: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lower and upper source index and the upper one's weight of each of `wanted` pixels.
+
+    In float32 as the originals do it; in float64 some weights differ by thousandths of a level.
+    """
+    scale, half = np.float32(size) / np.float32(wanted), np.float32(0.5)
+    place = np.arange(wanted, dtype=np.float32)
+    place = np.maximum((place + half) * scale - half, 0) if centred else place * scale
+    low = np.floor(place).astype(np.int32)
+    return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
+
+
+def resize_bilinear(images: Array, size: int = INPUT_SIZE, centred: bool = False) -> Array:
+    """TensorFlow 1's ResizeBilinear, [B, H, W, C] to [B, size, size, C], float32.
+
+    Corners are not aligned, pixels have no centres unless `centred` (as in PyTorch), and nothing is
+    smoothed before shrinking.
+    """
+    x = jnp.asarray(images, jnp.float32)
+    for axis in (2, 1):  # Columns first; the order decides the last bit.
+        low, high, weight = _table(x.shape[axis], size, centred)
+        weight = weight.reshape(-1, *(1,) * (3 - axis))
+        first = jnp.take(x, low, axis=axis)
+        x = first + (jnp.take(x, high, axis=axis) - first) * weight
+    return x
+
+
+def prepare(images: Array, resize: str = "adm") -> Array:
+    """Brings uint8 images [B, H, W, 1 or 3] to what the network takes, [B, 299, 299, 3] float32.
+
+    Args:
+      images: Values 0 to 255; grey is repeated.
+      resize: "adm" is TensorFlow 1's resize, and (x - 128) / 128. "pytorch_fid" puts pixels at
+        their centres and maps to [-1, 1], as that package does; its FIDs are others.
+
+    Raises:
+      ConfigError: For an unknown resize.
+    """
+    if resize not in RESIZES:
+        raise ConfigError(f"unknown resize {resize!r}", f"choose from {', '.join(RESIZES)}")
+    if images.shape[-1] == 1:
+        images = jnp.repeat(images, 3, axis=-1)
+    if resize == "pytorch_fid":
+        return 2 * resize_bilinear(images.astype(jnp.float32) / 255, centred=True) - 1
+    return (resize_bilinear(images) - 128) * 0.0078125
