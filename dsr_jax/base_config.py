@@ -81,6 +81,12 @@ def base_config() -> ConfigDict:
                 "time_range": (),
                 "noise_scale": 1.0,
                 "clip_target": False,
+                # Of "rae" alone: no loss where a token's norm is at least this, 0 for none; and
+                # weights as of a time shift in proportion to the norm. Norms are all equal
+                # without config.space.post_stat_norm or preln.
+                "outlier_norm": 0.0,
+                "norm_shift": False,
+                "norm_shift_logit_normal": False,
                 "label_dropout": 0.1,
                 "time_bins": 8,
             },

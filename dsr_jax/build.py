@@ -32,13 +32,14 @@ from dsr_jax.diffusion.objectives import make_objective as objective_by_name
 from dsr_jax.diffusion.paths import flip_time
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
+from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
 from dsr_jax.sampling.sampler import SampleFn, SamplerSettings, make_sample_fn
-from dsr_jax.spaces import InputSpace, PixelSpace
+from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import TrainStep, make_train_step
@@ -94,6 +95,18 @@ def make_objective(config: ConfigDict) -> Objective:
         noise_scale=section.noise_scale,
         clip_target=section.clip_target,
     )
+
+
+def make_token_weights(config: ConfigDict) -> TokenWeights | None:
+    """Weights of the tokens' losses; None where all are equal."""
+    section = config.objective
+    weights = TokenWeights(
+        section.outlier_norm,
+        section.norm_shift,
+        section.norm_shift_logit_normal,
+        section.time_shift,
+    )
+    return weights if weights.outlier_norm or weights.norm_shift else None
 
 
 def make_time_sampler(config: ConfigDict) -> TimeSampler:
@@ -293,10 +306,21 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
 def make_step(
     config: ConfigDict, model: DiffusionTransformer, space: InputSpace, optimizer: Optimizer
 ) -> TrainStep:
-    """The training step, to be compiled by `jit_step`."""
+    """The training step, to be compiled by `jit_step`.
+
+    Raises:
+      ConfigError: If tokens are to be weighted by norms that the space does not give.
+    """
+    weights = make_token_weights(config)
+    if weights and not isinstance(space, RAE):
+        raise ConfigError(
+            f"config.objective weighs tokens by their norms, which config.space.name="
+            f"{config.space.name!r} does not have",
+            "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
+        )
     return make_train_step(
         denoiser(model, config.objective.prediction),
-        space.encode,
+        space.encode_with_norms if weights and isinstance(space, RAE) else space.encode,
         make_objective(config),
         make_time_sampler(config),
         optimizer,
@@ -304,6 +328,7 @@ def make_step(
         null_label=config.data.num_classes,
         label_dropout=config.objective.label_dropout,
         dropout=getattr(model, "dropout", 0.0) > 0,
+        token_weights=weights,
         accumulate=config.optim.accumulate,
         num_time_bins=config.objective.time_bins,
     )

@@ -174,15 +174,21 @@ class RAE:
           images: The batch, of any size; where latents are cached, they [B, h, w, C].
           keys: One per sample [B]: adds noise where `noise_tau` is not 0. None adds none.
         """
+        return self.encode_with_norms(variables, images, keys)[0]
+
+    def encode_with_norms(
+        self, variables: PyTree, images: Array, keys: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Returns what `encode` does, and the norms [B, h, w] of the tokens without noise."""
         noise = None
         if keys is not None and self.noise_tau:
             noise = draw_noise(keys, self.latent_shape)
-        return self.encode_with_norms(variables, images, noise)[0]
+        return self.encode_noised(variables, images, noise)
 
-    def encode_with_norms(
-        self, variables: PyTree, images: Array, noise: Noise | None = None
+    def encode_noised(
+        self, variables: PyTree, images: Array, noise: Noise | None
     ) -> tuple[Array, Array]:
-        """Returns latents [B, h, w, C] and the norms [B, h, w] of their tokens without noise.
+        """Returns latents [B, h, w, C] with given noise, and norms [B, h, w] without.
 
         Without `preln` or `post_stat_norm` all norms are sqrt(C), as the encoder's last norm leaves
         them.

@@ -5,7 +5,7 @@ Source: DSR train.py; spec denoiser 8.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform
 from dsr_jax.core.typing import Array, Batch, Metrics, Params, PyTree
 from dsr_jax.diffusion.guidance import drop_labels
 from dsr_jax.diffusion.objectives import Objective, bin_losses
+from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.state import TrainState, update_ema
 
@@ -34,6 +35,14 @@ class Encode(Protocol):
         ...
 
 
+class EncodeWithNorms(Protocol):
+    """The same, with the norms of the encoder's tokens, as `RAE.encode_with_norms` does."""
+
+    def __call__(self, variables: PyTree, images: Array, keys: Array, /) -> tuple[Array, Array]:
+        """Returns latents [B, h, w, C] and norms [B, h, w]."""
+        ...
+
+
 class Draws(NamedTuple):
     """What a step draws for a batch.
 
@@ -42,12 +51,14 @@ class Draws(NamedTuple):
       x0: Noise [B, h, w, C].
       labels: Labels [B], some of them replaced by the null label.
       dropout: Keys [B] for the network's dropout, None where it has none.
+      token_weights: Weights [B, h, w, 1] of the tokens' losses, of mean 1; None for equal ones.
     """
 
     t: Array
     x0: Array
     labels: Array
     dropout: Array | None = None
+    token_weights: Array | None = None
 
 
 TrainStep = Callable[[TrainState, Batch, PyTree], tuple[TrainState, Metrics]]
@@ -72,7 +83,11 @@ def loss_and_grads(
     def mean_loss(p: Params) -> tuple[Array, Array]:
         more = () if draws.dropout is None else (draws.dropout,)
         network = lambda x, t: apply_fn(p, x, t, draws.labels, *more)  # noqa: E731
-        loss = objective.loss(network, x1, draws.x0, draws.t).loss.astype(jnp.float32)
+        terms = objective.loss(network, x1, draws.x0, draws.t)
+        loss = terms.loss
+        if draws.token_weights is not None:
+            loss = jnp.mean(terms.per_element * draws.token_weights, axis=(1, 2, 3))
+        loss = loss.astype(jnp.float32)
         return jnp.mean(loss), loss
 
     grads, loss = jax.grad(mean_loss, has_aux=True)(params)
@@ -90,7 +105,7 @@ def apply_gradients(state: State, grads: PyTree, optimizer: Optimizer) -> State:
 
 def make_train_step(
     apply_fn: ApplyFn,
-    encode: Encode,
+    encode: Encode | EncodeWithNorms,
     objective: Objective,
     time_sampler: Callable[[Array], Array],
     optimizer: Optimizer,
@@ -99,6 +114,7 @@ def make_train_step(
     null_label: int,
     label_dropout: float = 0.1,
     dropout: bool = False,
+    token_weights: TokenWeights | None = None,
     accumulate: int = 1,
     num_time_bins: int = 8,
 ) -> TrainStep:
@@ -119,6 +135,8 @@ def make_train_step(
       null_label: Label of "no class".
       label_dropout: Share of labels replaced by it.
       dropout: Gives the network keys for dropout.
+      token_weights: Weighs the tokens' losses by their norms, which `encode` then returns, too. The
+        weights' mean is 1 over a micro-batch.
       accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
       num_time_bins: Equal intervals of t for which losses are reported.
 
@@ -147,13 +165,15 @@ def make_train_step(
         def keys(stream: str) -> Array:
             return sample_keys(stream_key(seed, stream, step), batch["index"])
 
-        x1 = encode(variables, to_unit_range(batch["image"]), keys("encode"))
+        encoded: Any = encode(variables, to_unit_range(batch["image"]), keys("encode"))
+        x1, norms = encoded if token_weights else (encoded, jnp.zeros(()))
         x1 = jax.lax.stop_gradient(x1.astype(jnp.float32))
         u = uniform_per_sample(keys("label_dropout"))
         labels = drop_labels(batch["label"], u, label_dropout, null_label)
         t = time_sampler(uniform_per_sample(keys("time")))
         noise = normal_per_sample(keys("noise"), x1.shape[1:])
-        return x1, Draws(t, noise, labels, keys("dropout") if dropout else None)
+        weights = token_weights(norms[..., None], t) if token_weights else None
+        return x1, Draws(t, noise, labels, keys("dropout") if dropout else None, weights)
 
     def micro_step(
         state: TrainState, batch: Batch, variables: PyTree

@@ -12,6 +12,9 @@ import pytest
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
 from dsr_jax.core.trees import flatten_names
+from dsr_jax.diffusion.objectives import make_objective
+from dsr_jax.diffusion.time_sampling import TimeSampler
+from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.parallel.axes import Constrain, make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
@@ -116,6 +119,29 @@ def test_loss_is_the_mean_over_the_documented_draws() -> None:
     early = t < 0.5
     assert 0 < metrics["bin_count"][:2].sum() == early.sum() < BATCH
     np.testing.assert_allclose(metrics["bin_loss"][:2].sum(), losses[early].sum(), rtol=1e-5)
+
+
+def test_masked_tokens_have_no_loss_and_the_others_more() -> None:
+    """Norms of two values: the mask leaves the tokens below the limit, weighted to mean 1."""
+    limit, state, given = 2.0, initial(), batch()
+    large = np.zeros((BATCH, SIZE, SIZE), bool)
+    large[:, 0] = True
+
+    def encode(variables: Any, images: jax.Array, keys: jax.Array) -> Any:
+        return images * 2 - 1, jnp.where(large, 3.0, 1.0)
+
+    weights = TokenWeights(outlier_norm=limit)
+    shared: dict[str, Any] = {"tx": optimizer(), "label_dropout": 0.0, "num_time_bins": 1}
+    step = train_step(encode=encode, token_weights=weights, **shared)
+    _, metrics = jax.jit(step)(state, given)
+    keys = [sample_keys(stream_key(7, stream, 0), given["index"]) for stream in ("time", "noise")]
+    t = TimeSampler("logit-normal", shift=2.0)(uniform_per_sample(keys[0]))
+    x0 = normal_per_sample(keys[1], (SIZE, SIZE, 1))
+    x1 = given["image"].astype(jnp.float32) / 255 * 2 - 1
+    apply = lambda x, t: Toy().apply({"params": state.params}, x, t, given["label"])  # noqa: E731
+    errors = make_objective("linear", "data").loss(apply, x1, x0, t).per_element
+    want = float(np.mean(np.asarray(errors)[~large]))
+    assert metrics["loss"] == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

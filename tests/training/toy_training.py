@@ -89,11 +89,21 @@ def optimizer(**changes: Any) -> Optimizer:
     return Optimizer(rate, **{"weight_decay": 0.01, "clip_norm": 1.0, **changes})
 
 
-def train_step(model: nn.Module = Toy(), tx: Optimizer | None = None, **changes: Any) -> Any:  # noqa: B008
+def encode_pixels(variables: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Maps [0, 1] to [-1, 1]."""
+    return images * 2 - 1
+
+
+def train_step(
+    model: nn.Module = Toy(),  # noqa: B008
+    tx: Optimizer | None = None,
+    encode: Any = encode_pixels,
+    **changes: Any,
+) -> Any:
     """The uncompiled step."""
     return make_train_step(
         lambda p, *args: model.apply({"params": p}, *args),
-        lambda variables, images, keys: images * 2 - 1,
+        encode,
         make_objective("linear", "data"),
         TimeSampler("logit-normal", shift=2.0),
         tx or optimizer(),

@@ -141,7 +141,7 @@ def run_roundtrip(case: Case) -> list[Check]:
         if f"{key}_z" in io:
             noisy = dataclasses.replace(space, **fields)
             noise = Noise(io[f"{key}_u"].reshape(-1), _grid(io[f"{key}_n"], space.latent_shape))
-            z, z_norms = noisy.encode_with_norms(normed, images, noise)
+            z, z_norms = noisy.encode_noised(normed, images, noise)
             found |= {f"{key}_z": nchw(z), f"{key}_token_norm": z_norms[:, None]}
     checks += [Check(k, array, io[k], "roundtrip") for k, array in found.items() if k in io]
     return [*checks, *_bytes(io, decoded), *_statistics_file(case)]
