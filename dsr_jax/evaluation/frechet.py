@@ -11,9 +11,8 @@ import scipy.linalg
 
 from dsr_jax.core.errors import EvaluationError
 
-
-_ROWS = 4096
-"""Rows that are widened to float64 at a time."""
+BLOCK = 1024
+"""Rows whose scatter is one matrix product."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,25 @@ class Gaussian:
 class Moments:
     """Moments of rows that arrive in batches, on one host or on several.
 
-    Mean and centred scatter are merged pairwise (Chan, Golub and LeVeque 1979), so that no large
-    sums of squares cancel: the result depends on order and batch sizes only by float64 rounding.
+    Mean and centred scatter of blocks of rows are merged pairwise (Chan, Golub and LeVeque 1979),
+    so that no large sums of squares cancel. Blocks are counted from the first row on, whatever the
+    batches were: the same rows in the same order give the same bits, and in another order, or
+    merged from several hosts, differ by float64 rounding.
+
+    Args:
+      dim: Width D of the rows.
     """
 
     def __init__(self, dim: int) -> None:
-        self.count = 0
+        self._count = 0
         self._mean = np.zeros(dim)
         self._scatter = np.zeros((dim, dim))
+        self._waiting = np.zeros((0, dim))
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return self._count + len(self._waiting)
 
     def update(self, features: np.ndarray) -> None:
         """Adds the rows of `features` [B, D], any float type.
@@ -48,45 +58,55 @@ class Moments:
             raise EvaluationError(
                 f"features have shape {features.shape}, expected [B, {len(self._mean)}]"
             )
-        for first in range(0, len(features), _ROWS):
-            self._update(features[first : first + _ROWS].astype(np.float64))
-
-    def _update(self, rows: np.ndarray) -> None:
-        if not np.isfinite(rows).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        if not np.isfinite(features).all():
+            bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
             raise EvaluationError(
                 f"features of row {self.count + bad} are not finite",
                 "look at that sample, and at the feature network's weights",
             )
-        mean = rows.mean(axis=0)
-        centred = rows - mean
-        self._add(len(rows), mean, centred.T @ centred)
+        while len(features):
+            room = BLOCK - len(self._waiting)
+            rows = features[:room].astype(np.float64)
+            self._waiting = np.concatenate([self._waiting, rows])
+            features = features[room:]
+            if len(self._waiting) == BLOCK:
+                self._add_block()
+
+    def _add_block(self) -> None:
+        """Merges the waiting rows into the sums."""
+        if rows := len(self._waiting):
+            mean = self._waiting.mean(axis=0)
+            centred = self._waiting - mean
+            self._waiting = self._waiting[:0]
+            self._add(rows, mean, centred.T @ centred)
 
     def merge(self, other: "Moments") -> None:
         """Adds the rows that `other` has seen, for example on another host."""
-        if other.count:
-            self._add(other.count, other._mean, other._scatter)
+        if other._count:
+            self._add(other._count, other._mean, other._scatter)
+        self.update(other._waiting)
 
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
+        total = self._count + count
         step = mean - self._mean
         self._mean = self._mean + step * (count / total)
         self._scatter = (
-            self._scatter + scatter + np.outer(step, step) * (self.count * count / total)
+            self._scatter + scatter + np.outer(step, step) * (self._count * count / total)
         )
-        self.count = total
+        self._count = total
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays from which `restore` goes on."""
         return {
-            "count": np.asarray(self.count),
+            "count": np.asarray(self._count),
             "mean": self._mean,
             "scatter": self._scatter,
+            "waiting": self._waiting,
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `state` returned."""
-        self.count = int(state["count"])
+        self._count, self._waiting = int(state["count"]), np.array(state["waiting"])
         self._mean, self._scatter = np.array(state["mean"]), np.array(state["scatter"])
 
     def gaussian(self) -> Gaussian:
@@ -99,7 +119,10 @@ class Moments:
             raise EvaluationError(
                 f"a covariance needs at least 2 rows, there are {self.count}", "score more samples"
             )
-        return Gaussian(self._mean.copy(), self._scatter / (self.count - 1), self.count)
+        whole = Moments(len(self._mean))
+        whole.restore(self.state())
+        whole._add_block()
+        return Gaussian(whole._mean, whole._scatter / (whole._count - 1), whole._count)
 
 
 def gaussian_moments(features: np.ndarray) -> Gaussian:

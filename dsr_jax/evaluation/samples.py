@@ -34,8 +34,15 @@ class SampleFile:
     shape: tuple[int, int, int, int]
     labels: np.ndarray | None
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Yields the images in order, uint8 [<= size, H, W, C].
+    def batches(
+        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[np.ndarray]:
+        """Yields the images in order, uint8 [<= size, H, W, C], one batch in memory at a time.
+
+        Args:
+          size: Images per batch.
+          start: Image to begin with.
+          part: (i, n) takes the i-th of n equal ranges of each batch alone, for one of n processes.
 
         Raises:
           EvaluationError: If the stored bytes are damaged.
@@ -43,13 +50,16 @@ class SampleFile:
         with _opened(self.path) as archive, archive.open("arr_0.npy") as member:
             _read_header(member)
             row = int(np.prod(self.shape[1:]))
-            for start in range(0, self.shape[0], size):
-                count = min(size, self.shape[0] - start)
-                try:
+            try:
+                # From the archive's own reader, which compares checksums, unlike a memory map.
+                member.seek(start * row, os.SEEK_CUR)
+                for first in range(start, self.shape[0], size):
+                    count = min(size, self.shape[0] - first)
                     raw = member.read(count * row)
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    raise _damaged(self.path, str(error)) from error
-                yield np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
+                    images = np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
+                    yield images[range_of_part(size, part)]
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise _damaged(self.path, str(error)) from error
 
     def images(self) -> np.ndarray:
         """Reads all images [N, H, W, C]; errors as in `batches`."""
@@ -64,6 +74,15 @@ class SampleFile:
         """SHA-256 of the file."""
         return file_digest(self.path)
 
+    def describe(self) -> dict[str, Any]:
+        """Name, digest, shape, and the record of the job that drew the images."""
+        return {
+            "file": self.path.name,
+            "digest": self.digest(),
+            "record": self.recipe(),
+            "shape": list(self.shape),
+        }
+
     def require_labels(self, purpose: str) -> np.ndarray:
         """Returns the labels.
 
@@ -76,6 +95,13 @@ class SampleFile:
                 "add an integer array 'labels' [N] to the file, as python -m dsr_jax.sample does",
             )
         return self.labels
+
+
+def range_of_part(size: int, part: tuple[int, int]) -> slice:
+    """The i-th of n equal ranges of a batch of `size`."""
+    index, count = part
+    local = size // count
+    return slice(index * local, (index + 1) * local)
 
 
 def open_samples(path: str | os.PathLike[str]) -> SampleFile:
@@ -165,7 +191,7 @@ def _check_images(path: Path, archive: zipfile.ZipFile) -> tuple[int, int, int, 
     shape, fortran, dtype = _check_header(path, archive, "arr_0")
     if dtype != np.uint8:
         raise EvaluationError(
-            f"arr_0 of {path} is {dtype}, expected uint8 from 0 to 255",
+            f"arr_0 of {path} is {dtype}, expected uint8 from 0 to 255{_levels(archive, dtype)}",
             "convert the images: clip to [0, 1], multiply by 255, cast to uint8",
         )
     if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
@@ -179,6 +205,21 @@ def _check_images(path: Path, archive: zipfile.ZipFile) -> tuple[int, int, int, 
             "save numpy.ascontiguousarray(images), so that images can be read one by one",
         )
     return (shape[0], shape[1], shape[2], shape[3])
+
+
+def _levels(archive: zipfile.ZipFile, dtype: np.dtype) -> str:
+    """What the first values of a float array look like."""
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        return ""
+    with archive.open("arr_0.npy") as member:
+        _read_header(member)
+        raw = member.read(2**20)
+    values = np.frombuffer(raw[: len(raw) // dtype.itemsize * dtype.itemsize], dtype)
+    if not len(values):
+        return ""
+    if not np.isfinite(values).all():
+        return "; it holds values that are not finite"
+    return f"; its values begin at {values.min():.3g} and end at {values.max():.3g}"
 
 
 def _read_labels(path: Path, archive: zipfile.ZipFile, count: int) -> np.ndarray:

@@ -1,0 +1,296 @@
+"""One pass of a feature network over a set of images: what each score needs, and no more.
+
+Images are split over all devices of all hosts. Moments are summed in float64 by the primary
+process in the images' order, so that neither hosts nor devices change the sums; a pass that was
+stopped goes on from the last saved sums. Source: spec evaluation 9.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.files import open_atomic, write_atomic
+from dsr_jax.core.typing import Array, Params
+from dsr_jax.evaluation.frechet import Moments
+from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.inception_score import InceptionScore
+from dsr_jax.models.inception import InceptionV3, prepare
+from dsr_jax.parallel.axes import make_rules
+from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
+
+METRICS = ("fid", "sfid", "is", "pr", "kid")
+_NEEDS = {"fid": "moments", "sfid": "spatial", "is": "score", "pr": "rows", "kid": "rows"}
+_OUTPUTS = {"moments": "pool", "rows": "pool", "spatial": "spatial", "score": "logits"}
+_PROGRESS = "progress.npz"
+
+
+def needs_of(metrics: Iterable[str]) -> frozenset[str]:
+    """What has to be kept for these metrics: of "moments", "spatial", "score", "rows".
+
+    Raises:
+      EvaluationError: For an unknown metric.
+    """
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise EvaluationError(f"unknown metrics {unknown}", f"choose from {', '.join(METRICS)}")
+    return frozenset(_NEEDS[name] for name in metrics)
+
+
+class Extractor:
+    """Inception on all devices.
+
+    Args:
+      network: The network.
+      params: Its parameters.
+      mesh: All devices; images are split over every axis.
+      batch: Images at a time over all devices; rounded up to a multiple of their number.
+      resize: A name in `models.inception.RESIZES`.
+    """
+
+    def __init__(
+        self,
+        network: InceptionV3,
+        params: Params,
+        mesh: Mesh,
+        batch: int = 64,
+        resize: str = "adm",
+    ) -> None:
+        self.batch = -(-batch // mesh.size) * mesh.size
+        self.resize = resize
+        self._sharding = batch_sharding(mesh, make_rules("replicated"))
+        self._params = jax.device_put(params, replicated(mesh))
+        self._network = network
+        self._compiled: dict[frozenset[str], Any] = {}
+        shapes = jax.eval_shape(
+            lambda p: network.apply({"params": p}, jnp.zeros((1, 299, 299, 3))), params
+        )
+        self.widths = {name: x.shape[1] for name, x in shapes._asdict().items()}
+
+    def __call__(self, images: np.ndarray, outputs: frozenset[str]) -> dict[str, Array]:
+        """Extracts features of this process's rows of a batch.
+
+        Args:
+          images: uint8 [batch / processes, H, W, C].
+          outputs: Of "pool", "spatial", "logits".
+
+        Returns:
+          The global arrays asked for, and "least" and "most", each image's extreme grey levels.
+        """
+        if outputs not in self._compiled:
+            self._compiled[outputs] = jax.jit(lambda p, x: self._extract(p, x, outputs))
+        given = host_to_global({"images": images}, self._sharding)["images"]
+        return self._compiled[outputs](self._params, given)
+
+    def _extract(self, params: Params, images: Array, outputs: frozenset[str]) -> dict[str, Array]:
+        features: Any = self._network.apply({"params": params}, prepare(images, self.resize))
+        found = {name: getattr(features, name) for name in outputs}
+        axes = (1, 2, 3)
+        return found | {"least": images.min(axis=axes), "most": images.max(axis=axes)}
+
+
+class Tally:
+    """Sums and rows over the images seen so far.
+
+    Args:
+      needs: From `needs_of`.
+      widths: Of "pool", "spatial" and "logits".
+
+    Attributes:
+      count: Images seen.
+      moments: Of pooled features, or None.
+      spatial: Of spatial features, or None.
+      score: Inception Score, or None.
+    """
+
+    def __init__(self, needs: frozenset[str], widths: Mapping[str, int]) -> None:
+        self.needs = needs
+        self.outputs = frozenset(_OUTPUTS[need] for need in needs)
+        self.count = 0
+        self.moments = Moments(widths["pool"]) if "moments" in needs else None
+        self.spatial = Moments(widths["spatial"]) if "spatial" in needs else None
+        self.score = InceptionScore(widths["logits"]) if "score" in needs else None
+        self._rows: list[np.ndarray] = []
+        self._width = widths["pool"]
+        self._saved = 0
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Pooled features of all images [N, D], float32."""
+        return np.concatenate([np.zeros((0, self._width), np.float32), *self._rows])
+
+    def add(self, features: Mapping[str, np.ndarray]) -> None:
+        """Adds the next images' features.
+
+        Raises:
+          EvaluationError: If one is not finite.
+        """
+        for sums, name in self._sums():
+            sums.update(features[_OUTPUTS[name]])
+        if "rows" in self.needs:
+            self._rows.append(np.asarray(features["pool"], np.float32))
+        self.count += len(next(iter(features.values())))
+
+    def _sums(self) -> list[tuple[Moments | InceptionScore, str]]:
+        named = ((self.moments, "moments"), (self.spatial, "spatial"), (self.score, "score"))
+        return [(sums, name) for sums, name in named if sums is not None]
+
+    def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Writes what is needed to go on; rows that are there already are not written again."""
+        if "rows" in self.needs and self.count > self._saved:
+            with open_atomic(folder / f"rows-{self._saved:08d}-{self.count:08d}.npy") as file:
+                np.save(file, self.rows[self._saved :], allow_pickle=False)
+            self._saved = self.count
+        arrays: dict[str, Any] = {"identity": json.dumps(identity), "count": self.count}
+        for sums, name in self._sums():
+            arrays |= {f"{name}/{key}": value for key, value in sums.state().items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomic(folder / _PROGRESS, buffer.getvalue())
+
+    def restore(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Goes on from what `save` wrote, if there is anything.
+
+        Raises:
+          EvaluationError: If the folder belongs to other images, weights or settings.
+        """
+        path = folder / _PROGRESS
+        if not path.is_file():
+            return
+        with np.load(path, allow_pickle=False) as arrays:
+            found, wanted = json.loads(str(arrays["identity"])), json.loads(json.dumps(identity))
+            if found != wanted:
+                differing = [key for key in wanted if found.get(key) != wanted[key]]
+                raise EvaluationError(
+                    f"{folder} holds an unfinished pass of other {', '.join(differing)}",
+                    "delete the folder, or name another --out",
+                )
+            self.count = self._saved = int(arrays["count"])
+            for sums, name in self._sums():
+                keys = [key for key in arrays.files if key.startswith(f"{name}/")]
+                sums.restore({key.removeprefix(f"{name}/"): arrays[key] for key in keys})
+        if "rows" in self.needs:
+            for part in sorted(folder.glob("rows-*.npy")):
+                # Rows are written before the sums; a kill in between leaves some to be made again.
+                if int(part.name.split("-")[1]) < self.count:
+                    self._rows.append(np.load(part, allow_pickle=False))
+                else:
+                    part.unlink()
+
+
+def tally_images(
+    images: ImageSet,
+    extractor: Extractor,
+    metrics: Iterable[str],
+    *,
+    folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    save_every: int = 5000,
+    allow_constant: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> Tally:
+    """Passes all images through the network once.
+
+    Args:
+      images: What to score.
+      extractor: The network.
+      metrics: Names in METRICS; only what they need is kept.
+      folder: For what a stopped pass goes on from, removed by `forget`; None to keep nothing. All
+        hosts must see it.
+      identity: What must be equal for a pass to be continued: digests, settings.
+      save_every: Images between two savings.
+      allow_constant: Takes images of a single colour, too.
+      report: Takes images done and in all, on the primary process.
+
+    Returns:
+      The sums; complete on the primary process, empty on others.
+
+    Raises:
+      EvaluationError: If images are constant or too dark to be of 0 to 255, features are not
+        finite, or the folder is of something else.
+    """
+    tally = Tally(needs_of(metrics), extractor.widths)
+    total, batch = images.shape[0], extractor.batch
+    settings = {**(identity or {}), "needs": sorted(tally.needs), "resize": extractor.resize}
+    if folder is not None and is_primary():
+        tally.restore(folder, settings)
+    start = _agree(tally.count)
+    part = (jax.process_index(), jax.process_count())
+    saved = start
+    pending: tuple[int, dict[str, Array]] | None = None
+
+    def finish(first: int, arrays: dict[str, Array]) -> None:
+        nonlocal saved
+        features = {name: x[: total - first] for name, x in fetch(arrays).items()}
+        _check_levels(first, features.pop("least"), features.pop("most"), allow_constant)
+        done = min(first + batch, total)
+        if not is_primary():
+            return
+        tally.add(features)
+        if folder is not None and (done - saved >= save_every or done == total):
+            tally.save(folder, settings)
+            saved = done
+        if report is not None:
+            report(done, total)
+
+    for number, local in enumerate(images.batches(batch, start, part)):
+        # The devices work on one batch while the host reads the next and adds up the last.
+        current = extractor(_filled(local, batch // part[1]), tally.outputs)
+        if pending is not None:
+            finish(*pending)
+        pending = (start + number * batch, current)
+    if pending is not None:
+        finish(*pending)
+    return tally
+
+
+def forget(folder: Path) -> None:
+    """Removes what a finished pass has left."""
+    if is_primary():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _agree(count: int) -> int:
+    """The primary process's count, on every process."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.broadcast_one_to_all(np.int64(count)))
+
+
+def _filled(images: np.ndarray, size: int) -> np.ndarray:
+    """Adds black images up to `size`; they are cut off again behind the network."""
+    if len(images) == size:
+        return images
+    padding = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
+    return np.concatenate([images, padding])
+
+
+def _check_levels(first: int, least: np.ndarray, most: np.ndarray, allow_constant: bool) -> None:
+    """Checks the extreme grey levels of a batch's images.
+
+    Raises:
+      EvaluationError: Naming the first image that cannot be meant.
+    """
+    if first == 0 and len(most) > 1 and most.max() <= 1:
+        raise EvaluationError(
+            f"the first {len(most)} images have no value above {int(most.max())}, although uint8 "
+            "images go from 0 to 255",
+            "multiply images in [0, 1] by 255 before the cast to uint8",
+        )
+    constant = np.flatnonzero(least == most)
+    if len(constant) and not allow_constant:
+        raise EvaluationError(
+            f"image {first + int(constant[0])} is constant: every value is "
+            f"{int(most[constant[0]])} ({len(constant)} such images in its batch)",
+            "a sampler that diverged leaves such images; draw them again, or score them as they "
+            "are with --allow-constant",
+        )

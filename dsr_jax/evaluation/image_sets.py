@@ -1,0 +1,184 @@
+"""Sets of images to be scored: `.npz` files, folders of image files, data sources.
+
+Each gives its images in one order, in batches, and this process's share of every batch.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.evaluation.samples import SampleFile, open_samples, range_of_part
+
+_THREADS = 8
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order.
+
+    Attributes:
+      shape: [N, H, W, C].
+      labels: Class of every image [N], int32, or None.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+    def batches(
+        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[np.ndarray]:
+        """Yields uint8 [<= size / n, H, W, C]; see `SampleFile.batches`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Where the images are from, with a digest of them, as JSON values."""
+        ...
+
+
+def open_images(path: str | os.PathLike[str]) -> "SampleFile | ImageFiles":
+    """Opens an `.npz` or a folder of image files.
+
+    Raises:
+      EvaluationError: Naming what is wrong with it.
+    """
+    return ImageFiles(Path(path)) if Path(path).is_dir() else open_samples(path)
+
+
+class _ByIndex:
+    """Batches of what can be read image by image, decoded by several threads.
+
+    Attributes:
+      shape: [N, H, W, C].
+    """
+
+    shape: tuple[int, int, int, int]
+
+    def _read(self, index: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def batches(
+        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[np.ndarray]:
+        """Yields uint8 [<= size / n, H, W, C] in order; only this part's images are read."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for first in range(start, self.shape[0], size):
+                rows = range(first, min(first + size, self.shape[0]))[range_of_part(size, part)]
+                images = list(pool.map(self._read, rows))
+                yield np.stack(images) if images else np.zeros((0, *self.shape[1:]), np.uint8)
+
+
+class ImageFiles(_ByIndex):
+    """The image files of one folder, by name, in RGB.
+
+    Args:
+      folder: Holds the files; others and sub-folders are left alone.
+
+    Raises:
+      EvaluationError: If there are none, or the first cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _EXTENSIONS)
+        if not self._files:
+            raise EvaluationError(
+                f"{folder} holds no image files",
+                f"name an .npz, or a folder of {', '.join(_EXTENSIONS)}",
+            )
+        self.labels: np.ndarray | None = None
+        self._size: tuple[int, ...] = ()
+        self._size = self._read(0).shape
+        height, width, channels = self._size
+        self.shape = (len(self._files), height, width, channels)
+
+    def _read(self, index: int) -> np.ndarray:
+        from PIL import Image
+
+        path = self._files[index]
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise EvaluationError(
+                f"image {path} cannot be read: {error}", "draw or copy it again"
+            ) from error
+        if self._size and pixels.shape != self._size:
+            raise EvaluationError(
+                f"image {path} has {pixels.shape[:2]} pixels, the first of the folder "
+                f"{self._size[:2]}",
+                "score images of one size; mixed sizes are mostly a sign of mixed runs",
+            )
+        return pixels
+
+    def digest(self) -> str:
+        """SHA-256 of all names and contents, in order."""
+        total = hashlib.sha256()
+        for path in self._files:
+            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return "sha256:" + total.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Name, digest, and whether lossy files are among them."""
+        lossy = sorted({p.suffix for p in self._files} & {".jpg", ".jpeg", ".webp"})
+        return {
+            "file": self.path.name,
+            "digest": self.digest(),
+            "record": None,
+            "shape": list(self.shape),
+            **({"lossy": lossy} if lossy else {}),
+        }
+
+
+class Indexed(Protocol):
+    """What `data.sources.Source` promises."""
+
+    name: str
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class SourceImages(_ByIndex):
+    """The images of a data source, each once.
+
+    Args:
+      source: Gives {"image": uint8 [H, W, C], ...} by index.
+      count: How many to take, spread evenly over the source; 0 for all.
+
+    Raises:
+      EvaluationError: If there are not as many.
+    """
+
+    def __init__(self, source: Indexed, count: int = 0) -> None:
+        total = len(source)
+        if count > total:
+            raise EvaluationError(
+                f"{count} images are asked for, {source.name} holds {total}", "ask for fewer"
+            )
+        self._source = source
+        self._indices = np.arange(count or total) * total // (count or total)
+        self.labels: np.ndarray | None = None
+        self.shape = (len(self._indices), *source.image_shape)
+
+    def _read(self, index: int) -> np.ndarray:
+        return self._source[int(self._indices[index])]["image"]
+
+    def describe(self) -> dict[str, Any]:
+        """The source's name and how many of its images are taken; sources have no digest."""
+        return {
+            "source": self._source.name,
+            "images": len(self._indices),
+            "of": len(self._source),
+            "shape": list(self.shape),
+        }
