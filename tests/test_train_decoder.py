@@ -181,9 +181,10 @@ def test_losses_that_are_switched_off_are_not_computed_nor_stored(
 
 @pytest.mark.slow
 def test_the_decoder_learns_to_reconstruct(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """From L1 alone: random features are no guide."""
     arguments = (
         *overrides,
-        "--config.gan.weight=0.0",
+        *PLAIN,
         "--config.train.steps=600",
         "--config.sample.every_steps=600",
         "--config.log.every_steps=100",
@@ -197,7 +198,7 @@ def test_the_decoder_learns_to_reconstruct(overrides: tuple[str, ...], tmp_path:
     )
     assert start(tmp_path, *arguments) == 0
     summary = read_json(tmp_path / "summary.json")
-    assert summary["heldout_psnr"] > 14 and summary["heldout_ssim"] > 0.6
+    assert summary["heldout_psnr"] > 16 and summary["heldout_ssim"] > 0.6
 
 
 REFUSED: tuple[tuple[str, type[DsrError], str], ...] = (
