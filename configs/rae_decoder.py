@@ -71,26 +71,31 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.num_samples = 1_024
 
     if args.runlocal:
-        config.space.encoder = "random:tiny"
-        config.space.image_size = 32
-        config.decoder.update(hidden_size=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8)
-        config.data.source = "digits"
-        config.data.image_size = 32
-        config.data.crop_from = 40
-        config.data.num_classes = 10
-        config.data.global_batch = 16
-        config.data.workers = 0
-        config.optim.warmup_steps = 2
-        config.optim.decay_end_steps = 8
-        config.train.steps = 8
-        config.lpips.folder = "random:tiny"
-        config.gan.backbone = "random:tiny"
-        config.gan.discriminator_start = 2
-        config.gan.generator_start = 4
-        config.checkpoint.every_steps = 4
-        config.log.every_steps = 2
-        config.sample.every_steps = 4
-        config.sample.batch = 16
-        config.eval.split = "heldout"
-        config.eval.num_samples = 32
+        _shrink(config)
     return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Makes it a matter of seconds, without files."""
+    config.space.encoder = "random:tiny"
+    config.space.image_size = 32
+    config.decoder.update(hidden_size=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8)
+    config.data.source = "digits"
+    config.data.image_size = 32
+    config.data.crop_from = 40
+    config.data.num_classes = 10
+    config.data.global_batch = 16
+    config.data.workers = 0
+    config.optim.warmup_steps = 2
+    config.optim.decay_end_steps = 8
+    config.train.steps = 8
+    config.lpips.folder = "random:tiny"
+    config.gan.backbone = "random:tiny"
+    config.gan.discriminator_start = 2
+    config.gan.generator_start = 4
+    config.checkpoint.every_steps = 4
+    config.log.every_steps = 2
+    config.sample.every_steps = 4
+    config.sample.batch = 16
+    config.eval.split = "heldout"
+    config.eval.num_samples = 32

@@ -27,12 +27,8 @@ from dsr_jax.parallel.axes import Constrain, Rules
 from dsr_jax.parallel.shardings import replicated
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.spaces import RAE
-from dsr_jax.training.decoder_step import (
-    DecoderState,
-    LossSettings,
-    Networks,
-    create_decoder_state,
-)
+from dsr_jax.training.decoder_state import DecoderState, create_decoder_state
+from dsr_jax.training.decoder_step import LossSettings, Networks
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.step import to_unit_range
 

@@ -21,7 +21,8 @@ from dsr_jax.data.sources import Source
 from dsr_jax.parallel import shardings
 from dsr_jax.reconstructions import Reconstructions
 from dsr_jax.run import Job, run_command
-from dsr_jax.training.decoder_step import DecoderState, make_decoder_step
+from dsr_jax.training.decoder_state import DecoderState
+from dsr_jax.training.decoder_step import make_decoder_step
 from dsr_jax.training.loop import Hook
 
 

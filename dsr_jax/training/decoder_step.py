@@ -4,11 +4,12 @@ Source: RAE and DSR train_stage1.py; spec encoder 8.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,9 +25,9 @@ from dsr_jax.training.adversarial import (
     quantise,
     to_signed,
 )
+from dsr_jax.training.decoder_state import Critic, DecoderState
 from dsr_jax.training.diffaug import NUM_DRAWS, augment
 from dsr_jax.training.optimizers import Optimizer
-from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import apply_gradients, to_unit_range
 
 
@@ -93,30 +94,6 @@ class LossSettings:
         check_loss(self.gan_loss)
 
 
-@flax.struct.dataclass(kw_only=True)
-class Critic:
-    """The discriminator's part of the state.
-
-    Attributes:
-      step: Its updates so far, which decide its learning rate.
-      params: Parameters of its heads.
-      spectral: Singular vectors of its kernels.
-      opt_state: Moments.
-    """
-
-    step: Array
-    params: Params
-    spectral: PyTree
-    opt_state: PyTree
-
-
-@flax.struct.dataclass(kw_only=True)
-class DecoderState(TrainState):
-    """All arrays of a run of stage 1: the decoder's, and the discriminator's if there is one."""
-
-    critic: Critic | None = None
-
-
 class GeneratorTerms(NamedTuple):
     """Losses of the decoder on one batch, scalars but for the images.
 
@@ -149,31 +126,6 @@ class CriticTerms(NamedTuple):
     loss: Array
     accuracy: Array
     spectral: PyTree
-
-
-def create_decoder_state(
-    params: Params,
-    heads: tuple[Params, PyTree] | None,
-    optimizer: Optimizer,
-    ema_decays: tuple[float, ...],
-) -> DecoderState:
-    """Returns the state before the first step.
-
-    Args:
-      params: The decoder's parameters, also boxed.
-      heads: Parameters and singular vectors of the discriminator; None for none.
-      optimizer: Of both networks.
-      ema_decays: One average of the decoder per decay.
-    """
-    critic = None
-    if heads is not None:
-        critic = Critic(
-            step=jnp.zeros((), jnp.int32),
-            params=heads[0],
-            spectral=heads[1],
-            opt_state=optimizer.init(heads[0]),
-        )
-    return DecoderState(**vars(create_state(params, optimizer, ema_decays)), critic=critic)
 
 
 def generator_terms_and_grads(
@@ -218,27 +170,14 @@ def generator_terms_and_grads(
         return l1 + settings.perceptual_weight * distance, (l1, distance)
 
     (loss, (l1, distance)), upstream = jax.value_and_grad(reconstruction, has_aux=True)(decoded)
-    gan, weight, critic, judge = jnp.zeros(()), jnp.zeros(()), state.critic, networks.judge
-    if critic is not None and judge is not None:
-
-        def adversarial(x: Array) -> Array:
-            seen = augment(to_signed(x), draws, settings.cutout)
-            logits, _ = judge(variables, critic.params, critic.spectral, seen, train=False)
-            return generator_loss(logits)
-
-        gan, towards_real = jax.lax.cond(
-            gan_on,
-            jax.value_and_grad(adversarial),
-            lambda x: (jnp.zeros(()), jnp.zeros_like(x)),
-            decoded,
-        )
+    gan = weight = jnp.zeros(())
+    if networks.judge is not None and state.critic is not None:
 
         def at_last_layer(gradient: Array) -> Array:
-            leaf: Any = pull_back(gradient)[0]
-            for name in networks.last_layer:
-                leaf = leaf[name]
-            return leaf
+            return functools.reduce(operator.getitem, networks.last_layer, pull_back(gradient)[0])
 
+        adversarial = _adversarial(networks.judge, settings, variables, state.critic, draws)
+        gan, towards_real = jax.lax.cond(gan_on, adversarial, _nothing, decoded)
         weight = adaptive_weight(
             at_last_layer(upstream), at_last_layer(towards_real), settings.max_adaptive_weight
         )
@@ -247,6 +186,24 @@ def generator_terms_and_grads(
     total = loss + settings.gan_weight * weight * gan
     (grads,) = pull_back(upstream)
     return GeneratorTerms(decoded, l1, distance, gan, weight, total), grads
+
+
+def _adversarial(
+    judge: Judge, settings: LossSettings, variables: PyTree, critic: Critic, draws: Array
+) -> Callable[[Array], tuple[Array, Array]]:
+    """The generator's loss and its gradient as a function of reconstructions."""
+
+    def loss(x: Array) -> Array:
+        seen = augment(to_signed(x), draws, settings.cutout)
+        logits, _ = judge(variables, critic.params, critic.spectral, seen, train=False)
+        return generator_loss(logits)
+
+    return jax.value_and_grad(loss)
+
+
+def _nothing(x: Array) -> tuple[Array, Array]:
+    """What `_adversarial` gives where the GAN is off."""
+    return jnp.zeros(()), jnp.zeros_like(x)
 
 
 def critic_loss_and_grads(
@@ -339,20 +296,6 @@ def make_decoder_step(
       "discriminator_accuracy", 0 before its start, and "discriminator_learning_rate".
     """
 
-    def generator_metrics(
-        state: DecoderState, new: DecoderState, terms: GeneratorTerms, grads: PyTree
-    ) -> Metrics:
-        return {
-            "loss": terms.total,
-            "l1": terms.l1,
-            "lpips": terms.perceptual,
-            "gan": terms.gan,
-            "adaptive_weight": terms.weight,
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(new.params),
-            "learning_rate": optimizer.learning_rate(state.step),
-        }
-
     def step(state: DecoderState, batch: Batch, variables: PyTree) -> tuple[DecoderState, Metrics]:
         def keys(stream: str) -> Array:
             return sample_keys(stream_key(seed, stream, state.step), batch["index"])
@@ -367,7 +310,7 @@ def make_decoder_step(
             networks, settings, variables, state, images, latents, draws("augment"), gan_on
         )
         new = apply_gradients(state, grads, optimizer)
-        metrics = generator_metrics(state, new, terms, grads)
+        metrics = _generator_metrics(new, terms, grads, optimizer.learning_rate(state.step))
         finite = [metrics[name] for name in ("loss", "grad_norm", "param_norm")]
         if state.critic is not None:
             uniforms = draws("augment_real"), draws("augment_fake")
@@ -390,3 +333,18 @@ def make_decoder_step(
         return new, {**metrics, "finite": jnp.all(jnp.isfinite(jnp.stack(finite)))}
 
     return step
+
+
+def _generator_metrics(
+    new: DecoderState, terms: GeneratorTerms, grads: PyTree, learning_rate: Array
+) -> Metrics:
+    return {
+        "loss": terms.total,
+        "l1": terms.l1,
+        "lpips": terms.perceptual,
+        "gan": terms.gan,
+        "adaptive_weight": terms.weight,
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(new.params),
+        "learning_rate": learning_rate,
+    }

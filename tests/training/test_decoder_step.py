@@ -14,11 +14,10 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.decoder import DecoderConfig, ViTDecoder
 from dsr_jax.training.adversarial import generator_loss, to_signed
+from dsr_jax.training.decoder_state import DecoderState, create_decoder_state
 from dsr_jax.training.decoder_step import (
-    DecoderState,
     LossSettings,
     Networks,
-    create_decoder_state,
     generator_terms_and_grads,
     make_decoder_step,
     update_critic,

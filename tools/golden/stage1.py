@@ -32,9 +32,8 @@ from dsr_jax.training.adversarial import (
     quantise,
     to_signed,
 )
+from dsr_jax.training.decoder_state import Critic, DecoderState
 from dsr_jax.training.decoder_step import (
-    Critic,
-    DecoderState,
     LossSettings,
     Networks,
     critic_loss_and_grads,

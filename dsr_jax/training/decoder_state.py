@@ -1,0 +1,57 @@
+"""What a run of stage 1 carries from step to step: the decoder's arrays and the discriminator's."""
+
+import flax.struct
+import jax.numpy as jnp
+
+from dsr_jax.core.typing import Array, Params, PyTree
+from dsr_jax.training.optimizers import Optimizer
+from dsr_jax.training.state import TrainState, create_state
+
+
+@flax.struct.dataclass(kw_only=True)
+class Critic:
+    """The discriminator's part of the state.
+
+    Attributes:
+      step: Its updates so far, which decide its learning rate.
+      params: Parameters of its heads.
+      spectral: Singular vectors of its kernels.
+      opt_state: Moments.
+    """
+
+    step: Array
+    params: Params
+    spectral: PyTree
+    opt_state: PyTree
+
+
+@flax.struct.dataclass(kw_only=True)
+class DecoderState(TrainState):
+    """All arrays of a run of stage 1: the decoder's, and the discriminator's if there is one."""
+
+    critic: Critic | None = None
+
+
+def create_decoder_state(
+    params: Params,
+    heads: tuple[Params, PyTree] | None,
+    optimizer: Optimizer,
+    ema_decays: tuple[float, ...],
+) -> DecoderState:
+    """Returns the state before the first step.
+
+    Args:
+      params: The decoder's parameters, also boxed.
+      heads: Parameters and singular vectors of the discriminator; None for none.
+      optimizer: Of both networks.
+      ema_decays: One average of the decoder per decay.
+    """
+    critic = None
+    if heads is not None:
+        critic = Critic(
+            step=jnp.zeros((), jnp.int32),
+            params=heads[0],
+            spectral=heads[1],
+            opt_state=optimizer.init(heads[0]),
+        )
+    return DecoderState(**vars(create_state(params, optimizer, ema_decays)), critic=critic)
