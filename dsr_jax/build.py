@@ -38,7 +38,13 @@ from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
-from dsr_jax.sampling.sampler import SampleFn, SamplerSettings, make_sample_fn
+from dsr_jax.sampling.sampler import (
+    DrawFn,
+    SampleFn,
+    SamplerSettings,
+    make_draw_fn,
+    make_sample_fn,
+)
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
@@ -280,14 +286,22 @@ def make_sampler(
     config: ConfigDict, model: DiffusionTransformer, space: InputSpace, mesh: Mesh, rules: Rules
 ) -> SampleFn:
     """A compiled function from parameters, indices and labels to images."""
-    return make_sample_fn(
+    sharding = shardings.batch_sharding(mesh, rules)
+    return make_sample_fn(make_draw(config, model, space, sharding), sharding)
+
+
+def make_draw(
+    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, sharding: NamedSharding
+) -> DrawFn:
+    """What `make_sampler` runs, on arrays that lie on the devices as `sharding` says."""
+    return make_draw_fn(
         denoiser(model, config.objective.prediction),
         make_objective(config),
         sampler_settings(config),
         space.decode,
         latent_shape=space.latent_shape,
         null_label=config.data.num_classes,
-        sharding=shardings.batch_sharding(mesh, rules),
+        sharding=sharding,
     )
 
 

@@ -92,6 +92,15 @@ _KERNELS: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 
 
+def target_platform() -> str:
+    """The platform that the traced program is for: that of `jax.set_mesh`, else of this process.
+
+    The two differ where a CPU compiles ahead of time for devices that it does not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def attend(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
     """Softmax attention without mask, scores and softmax in float32.
 
@@ -99,8 +108,9 @@ def attend(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
       q: Queries [B, L, H, K], scaled by 1/sqrt(K) inside.
       k: Keys [B, M, H, K].
       v: Values [B, M, H, K].
-      kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), or "auto": einsum on a CPU, cudnn for
-        bfloat16 on a GPU where heads have no more channels than it takes, xla elsewhere.
+      kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), or "auto": by `target_platform`,
+        einsum on a CPU, cudnn for bfloat16 on a GPU where heads have no more channels than it
+        takes, xla elsewhere.
 
     Returns:
       [B, L, H, K] in the dtype of `q`.
@@ -109,7 +119,7 @@ def attend(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
       ConfigError: If the kernel's name is unknown.
     """
     if kernel == "auto":
-        platform = jax.default_backend()
+        platform = target_platform()
         cudnn = platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= _CUDNN_CHANNELS
         kernel = "einsum" if platform == "cpu" else "cudnn" if cudnn else "xla"
     if kernel not in _KERNELS:

@@ -28,6 +28,9 @@ METHODS = ("heun", *ODE_METHODS, *(_SDE + method for method in SDE_METHODS))
 ApplyFn = Callable[[Params, Array, Array, Array], Array]
 """`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`."""
 
+DrawFn = Callable[[Params, PyTree, Array, Array], Samples]
+"""`(params, space variables, global indices [B], labels [B]) -> Samples`, of arrays on devices."""
+
 SampleFn = Callable[[Params, PyTree, np.ndarray, np.ndarray], Samples]
 """`(params, space variables, global indices [B], labels [B]) -> Samples`; same on every host."""
 
@@ -106,7 +109,7 @@ class SamplerSettings:
         return {name: value for name, value in values.items() if name not in unused}
 
 
-def make_sample_fn(
+def make_draw_fn(
     apply_fn: ApplyFn,
     objective: Objective,
     settings: SamplerSettings,
@@ -115,8 +118,8 @@ def make_sample_fn(
     latent_shape: tuple[int, int, int],
     null_label: int,
     sharding: NamedSharding | None = None,
-) -> SampleFn:
-    """Builds the function that draws one batch; it compiles once per batch size.
+) -> DrawFn:
+    """Builds the jitted function that draws one batch; it compiles once per batch size.
 
     Noise is keyed by each sample's global index (streams "sample_noise" and "sample_sde"), so a
     sample does not depend on its batch, the mesh or the number of hosts, up to the rounding of
@@ -164,6 +167,12 @@ def make_sample_fn(
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         constrain = jax.lax.with_sharding_constraint
         return Samples(constrain(pixels, sharding), constrain(finite, whole))
+
+    return draw
+
+
+def make_sample_fn(draw: DrawFn, sharding: NamedSharding | None = None) -> SampleFn:
+    """Puts `draw`, with the sharding of its batch, before arrays that every host holds whole."""
 
     def sample(
         params: Params, variables: PyTree, indices: np.ndarray, labels: np.ndarray

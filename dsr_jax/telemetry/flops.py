@@ -12,18 +12,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from dsr_jax.parallel.topologies import CHIPS
+
 TIME_FEATURES = 512
 """Width of the Fourier features that enter the time MLP."""
 
+_TPUS: Mapping[str, float] = MappingProxyType(
+    {
+        name: chip.peak_flops
+        for chip in CHIPS.values()
+        for name in (chip.device_kind, f"TPU {chip.generation}")
+    }
+)
+
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {
-        "TPU v4": 275e12,
-        "TPU v5 lite": 197e12,
-        "TPU v5e": 197e12,
-        "TPU v5p": 459e12,
-        "TPU v5": 459e12,
-        "TPU v6 lite": 918e12,
-        "TPU v6e": 918e12,
+        **{name: _TPUS[name] for name in sorted(_TPUS, key=len, reverse=True)},
         "NVIDIA A100": 312e12,
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H100 NVL": 835e12,

@@ -11,7 +11,7 @@ from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.shardings import batch_sharding
-from dsr_jax.sampling.sampler import SamplerSettings, make_sample_fn
+from dsr_jax.sampling.sampler import SamplerSettings, make_draw_fn, make_sample_fn
 
 SHAPE = (2, 3, 1)
 NULL = 10
@@ -27,7 +27,7 @@ def decode(variables, latents):
 
 def make(settings, apply_fn, sharding=None, prediction="data"):
     objective = make_objective("linear", prediction)
-    return make_sample_fn(
+    draw = make_draw_fn(
         apply_fn,
         objective,
         settings,
@@ -36,6 +36,7 @@ def make(settings, apply_fn, sharding=None, prediction="data"):
         null_label=NULL,
         sharding=sharding,
     )
+    return make_sample_fn(draw, sharding)
 
 
 def by_label(params, x, t, labels):
@@ -73,7 +74,7 @@ def test_guidance_moves_away_from_the_null_label_within_the_interval(interval, f
 
 def draw_decoded(settings, apply_fn, prediction, decode, variables, channels=1):
     """Images by another decoder, of latents with so many channels."""
-    sample = make_sample_fn(
+    draw = make_draw_fn(
         apply_fn,
         make_objective("linear", prediction),
         settings,
@@ -82,7 +83,7 @@ def draw_decoded(settings, apply_fn, prediction, decode, variables, channels=1):
         null_label=NULL,
     )
     table = jnp.append(10.0 + 4 * jnp.arange(10.0), 10.0)
-    return np.asarray(sample(table, variables, INDICES, LABELS).images)
+    return np.asarray(make_sample_fn(draw)(table, variables, INDICES, LABELS).images)
 
 
 def test_guidance_of_some_channels_leaves_the_others_conditional():
@@ -151,7 +152,7 @@ def test_velocity_prediction_follows_the_flow():
 
 def test_sampling_starts_with_noise_of_the_paths_scale():
     """A network that predicts no velocity leaves the noise as it was."""
-    sample = make_sample_fn(
+    draw = make_draw_fn(
         lambda params, x, t, labels: jnp.zeros_like(x),
         make_objective("linear", "velocity", noise_scale=0.1),
         SamplerSettings(num_points=2, uint8="round"),
@@ -159,7 +160,7 @@ def test_sampling_starts_with_noise_of_the_paths_scale():
         latent_shape=SHAPE,
         null_label=NULL,
     )
-    images, _ = sample({}, {}, INDICES, LABELS)
+    images, _ = make_sample_fn(draw)({}, {}, INDICES, LABELS)
     keys = sample_keys(stream_key(0, "sample_noise"), INDICES)
     want = np.clip(0.5 + 0.1 * normal_per_sample(keys, SHAPE), 0, 1)
     np.testing.assert_array_equal(images, np.round(255 * want))

@@ -1,0 +1,158 @@
+"""TPU slices by name, with the chips' limits, and their devices for compiling ahead of time.
+
+Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; link speeds from "How to scale your model"
+(jax-ml.github.io/scaling-book), chapter TPUs; memory from what libtpu's compiler says.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from dsr_jax.core.errors import MeshError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a chip can do at most.
+
+    Attributes:
+      generation: Google's name, as in "v5e:4x4".
+      device_kind: Name that JAX gives its devices.
+      accelerator: Beginning of the accelerator type, as in "v5litepod-16".
+      types_count_cores: The number behind it counts cores, of which a chip has two.
+      hbm_bytes: Memory that a program can have; the rest is the runtime's.
+      peak_flops: Dense bfloat16 FLOP/s.
+      hbm_bandwidth: Bytes/s.
+      ici_bandwidth: Bytes/s that it can send along one axis of the torus, in both directions.
+      chips_per_host: Chips along each axis that one host holds, in slices of several hosts.
+      shapes: Slices that can be had.
+    """
+
+    generation: str
+    device_kind: str
+    accelerator: str
+    types_count_cores: bool
+    hbm_bytes: float
+    peak_flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    chips_per_host: tuple[int, ...]
+    shapes: tuple[str, ...]
+
+
+_FLAT = tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split())
+_CUBES = tuple("2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16".split())
+
+CHIPS: Mapping[str, Chip] = MappingProxyType(
+    {
+        chip.generation: chip
+        for chip in (
+            Chip(
+                *("v4", "TPU v4", "v4", True),
+                *(30.75 * GIB, 275e12, 1.2e12, 9e10),
+                *((2, 2, 1), _CUBES),
+            ),
+            Chip(
+                *("v5e", "TPU v5 lite", "v5litepod", False),
+                *(15.75 * GIB, 197e12, 8.1e11, 9e10),
+                *((2, 2), _FLAT),
+            ),
+            Chip(
+                *("v5p", "TPU v5", "v5p", True),
+                *(95.74 * GIB, 459e12, 2.8e12, 1.8e11),
+                *((2, 2, 1), (*_CUBES, "16x16x16", "16x16x24")),
+            ),
+            Chip(
+                *("v6e", "TPU v6 lite", "v6e", False),
+                *(31.25 * GIB, 918e12, 1.6e12, 1.8e11),
+                *((2, 2), _FLAT),
+            ),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice: so many chips of a kind in a grid.
+
+    Attributes:
+      name: As in "v5e:16x16".
+      chip: Its chips.
+      shape: Chips along each axis.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of the slice."""
+        return math.prod(self.shape)
+
+    @property
+    def accelerator_type(self) -> str:
+        """What the slice is called where it is created, as in "v5litepod-256"."""
+        cores = 2 if self.chip.types_count_cores else 1
+        return f"{self.chip.accelerator}-{self.num_chips * cores}"
+
+
+def find_topology(name: str) -> Topology:
+    """Returns the slice called `name`, as in "v5e:4x4" or "v5p:2x2x4".
+
+    Raises:
+      MeshError: If there is none, with those that there are.
+    """
+    generation, _, shape = name.partition(":")
+    if generation not in CHIPS:
+        raise MeshError(
+            f"unknown TPU {generation!r} in topology {name!r}",
+            f"choose from {', '.join(f'{chip}:{CHIPS[chip].shapes[-1]}' for chip in CHIPS)}",
+        )
+    chip = CHIPS[generation]
+    if shape not in chip.shapes:
+        raise MeshError(
+            f"no {generation} slice of shape {shape!r}", f"there are {', '.join(chip.shapes)}"
+        )
+    return Topology(name, chip, tuple(int(side) for side in shape.split("x")))
+
+
+def compile_only_devices(topology: Topology) -> list[jax.Device]:
+    """The slice's devices as far as a compiler needs them; no TPU is.
+
+    Sets what libtpu reads of the environment, where it is not set: it would wait for the metadata
+    server of a TPU virtual machine, and take the lock of the TPU that may be in this one.
+
+    Raises:
+      MeshError: If libtpu is not installed, or does not know the slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise MeshError(
+            "compiling for a TPU needs its compiler, libtpu, which is not installed",
+            "pip install 'dsr_jax[tpu]' (in a checkout: pip install -e '.[tpu]')",
+        )
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    # Slices of one host need not fill it.
+    host = [min(sides) for sides in zip(topology.shape, topology.chip.chips_per_host, strict=True)]
+    options: dict[str, Any] = {"chips_per_host_bounds": (*host, 1)[:3]}
+    if topology.chip.types_count_cores:
+        options["chip_config_name"] = "megacore"  # JAX shows such a chip's two cores as one device.
+    from jax.experimental.topologies import get_topology_desc
+
+    try:
+        found = get_topology_desc(topology.name, "tpu", **options).devices
+    except Exception as error:  # libtpu's errors have no class of their own.
+        raise MeshError(f"libtpu does not compile for {topology.name}: {error}") from error
+    if len(found) != topology.num_chips:
+        raise MeshError(f"{topology.name}: {len(found)} devices for {topology.num_chips} chips")
+    return list(found)

@@ -1,0 +1,209 @@
+"""Reads the text of a compiled XLA program: its instructions, loops and how often they run.
+
+XLA's own cost analysis counts the body of a loop once, and so a scanned depth as one block. Here
+every computation is multiplied by the trips of the loops around it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+_DTYPE_BITS: Mapping[str, int] = {
+    **{"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8},
+    **{"s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32},
+    **{"s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128},
+}
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_OTHER_MEMORY = re.compile(r"S\(\d+\)")
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Array:
+    """Shape of one array.
+
+    Attributes:
+      dtype: XLA's name.
+      shape: Sizes.
+      in_hbm: False where the compiler keeps it in a chip's fast memory.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes without the padding of tiles; 0 for what is no array of numbers."""
+        return math.prod(self.shape) * _DTYPE_BITS.get(self.dtype, 0) // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: Its name.
+      opcode: What it does.
+      arrays: Shape of its result, of all elements of a tuple.
+      operands: Names of what it reads, in order.
+      attributes: The rest of the line.
+      is_root: Whether it is the computation's result.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def called(self, kind: str) -> list[str]:
+        """Names of the computations that it calls as `kind`: "calls", "body", ..."""
+        return [
+            name
+            for found, names in _CALLED.findall(self.attributes)
+            for name in _NAME.findall(names)
+            if found == kind
+        ]
+
+    def attribute(self, pattern: str) -> str:
+        """The group of a regular expression in the attributes, "" if it is not there."""
+        found = re.search(pattern, self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from, "" if the compiler does not say."""
+        return self.attribute(r'op_name="([^"]*)"')
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A named list of instructions."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        """Its result."""
+        return next(i for i in reversed(list(self)) if i.is_root)
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self.instructions.values())
+
+    def step(self, element: int) -> int:
+        """What a loop with this body adds to an element of its state; 1 if that is not plain."""
+        root = self.root
+        result = self.instructions.get(root.operands[element]) if root.opcode == "tuple" else None
+        while result and result.opcode in ("copy", "bitcast"):
+            result = self.instructions.get(result.operands[0])
+        if result is None or result.opcode != "add":
+            return 1
+        added = [self.instructions[name] for name in result.operands if name in self.instructions]
+        steps = [i.attribute(r"^(\d+)") for i in added if i.opcode == "constant"]
+        return max(1, int(steps[0])) if steps and steps[0] else 1
+
+    def users(self, name: str) -> list[Instruction]:
+        """Instructions that read `name`."""
+        return [i for i in self if name in i.operands]
+
+    def parameters(self) -> list[Instruction]:
+        """Its parameters, in order."""
+        found = [i for i in self if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.attribute(r"^(\d+)") or 0))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled module.
+
+    Attributes:
+      entry: Where it begins.
+      computations: All of them by name.
+    """
+
+    entry: Computation
+    computations: Mapping[str, Computation]
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a `while` runs: its counter goes from 0 in equal steps up to a constant.
+
+        None where its condition is of another form, as in a solver that stops by itself.
+        """
+        condition = self.computations[loop.called("condition")[0]]
+        root, counters = condition.root, [i for i in condition if i.opcode == "get-tuple-element"]
+        if root.opcode == "fusion":
+            root = self.computations[root.called("calls")[0]].root
+        limits = [i.attribute(r"^(\d+)") for i in condition if i.opcode == "constant"]
+        counted = root.opcode == "compare" and "direction=LT" in root.attributes
+        if not counted or len(limits) != 1 or not limits[0] or len(counters) != 1:
+            return None
+        body = self.computations[loop.called("body")[0]]
+        step = body.step(int(counters[0].attribute(r"index=(\d+)")))
+        return math.ceil(int(limits[0]) / step)
+
+
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+      ValueError: If the text has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry = None
+    lines: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            lines = {}
+            computation = Computation(header.group(2), lines)
+            computations[computation.name] = computation
+            entry = computation if header.group(1) else entry
+        elif " = " in line and line.startswith(" "):
+            instruction = _instruction(line)
+            lines[instruction.name] = instruction
+    if entry is None:
+        raise ValueError("the text of the program has no ENTRY computation")
+    return Program(entry, computations)
+
+
+def _instruction(line: str) -> Instruction:
+    left, _, right = line.strip().partition(" = ")
+    end = _closing(right, 0) if right.startswith("(") else right.index(" ")
+    result, rest = right[:end], right[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    last = _closing(rest, len(opcode))
+    inside, attributes = rest[len(opcode) + 1 : last - 1], rest[last:].removeprefix(", ")
+    operands = tuple(_NAME.findall(inside))
+    if not operands:
+        attributes = f"{inside}, {attributes}"  # Of parameters and constants.
+    return Instruction(
+        left.removeprefix("ROOT ").removeprefix("%"),
+        opcode,
+        tuple(_arrays(result)),
+        operands,
+        attributes,
+        left.startswith("ROOT "),
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Position behind the bracket that closes the one at `start`."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
+        if depth == 0:
+            return position + 1
+    raise ValueError(f"no end of {text[start : start + 80]!r}")
+
+
+def _arrays(text: str) -> Iterator[Array]:
+    for dtype, sizes, layout in _ARRAY.findall(text):
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        yield Array(dtype, shape, not _OTHER_MEMORY.search(layout))
