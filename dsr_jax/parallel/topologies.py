@@ -106,6 +106,17 @@ class Topology:
         return f"{self.chip.accelerator}-{self.num_chips * cores}"
 
 
+_ENVIRONMENT = MappingProxyType(
+    {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+)
+"""The last two only keep libtpu from complaining that it cannot find them out."""
+
+
 def find_topology(name: str) -> Topology:
     """Returns the slice called `name`, as in "v5e:4x4" or "v5p:2x2x4".
 
@@ -129,8 +140,8 @@ def find_topology(name: str) -> Topology:
 def compile_only_devices(topology: Topology) -> list[jax.Device]:
     """The slice's devices as far as a compiler needs them; no TPU is.
 
-    Sets what libtpu reads of the environment, where it is not set: it would wait for the metadata
-    server of a TPU virtual machine, and take the lock of the TPU that may be in this one.
+    Sets what libtpu reads of the environment, where it is not set: it would ask the metadata server
+    of a TPU virtual machine, and take the lock of the TPU that may be in this one.
 
     Raises:
       MeshError: If libtpu is not installed, or does not know the slice.
@@ -140,8 +151,8 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
             "compiling for a TPU needs its compiler, libtpu, which is not installed",
             "pip install 'dsr_jax[tpu]' (in a checkout: pip install -e '.[tpu]')",
         )
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # Slices of one host need not fill it.
     host = [min(sides) for sides in zip(topology.shape, topology.chip.chips_per_host, strict=True)]
     options: dict[str, Any] = {"chips_per_host_bounds": (*host, 1)[:3]}

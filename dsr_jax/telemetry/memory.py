@@ -45,21 +45,23 @@ def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
     return {name: int(size) for name, size in parts.items() if size}
 
 
-def out_of_memory(message: str) -> tuple[int, int] | None:
+def out_of_memory(message: str, argument_bytes: int) -> tuple[int, int] | None:
     """Bytes that were needed and that there are, from XLA's message; None if it says no such thing.
 
-    The compiler says how much its temporaries need together, or how much was used in the end.
+    The compiler says how much was used in the end, or, where it gives up earlier, what temporaries
+    need beside the arguments.
     """
-    patterns = (
-        r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
-        r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
-    )
+    size = r"([\d.]+)([KMGT])"
+    patterns = {
+        rf"Used {size} of {size} hbm": 0,
+        rf"temporaries \({size}\) exceeds available HBM \({size}\)": argument_bytes,
+    }
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    for pattern in patterns:
+    for pattern, more in patterns.items():
         if found := re.search(pattern, message):
-            need, need_unit, limit, limit_unit = found.groups()
-            return int(float(need) * _UNITS[need_unit]), int(float(limit) * _UNITS[limit_unit])
+            need, limit = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+            return need + more, limit
     return None
 
 
@@ -72,7 +74,7 @@ class Layout:
       width: Of the model, which FSDP splits.
       remat: config.model.remat.
       batch_per_chip: Images, of all micro-batches together.
-      accumulate: Micro-batches.
+      accumulate: Micro-batches; 0 in a sampler.
       state_bytes: Of parameters, averages and optimizer on one device.
       slices: Larger slices of these chips.
     """
@@ -89,7 +91,7 @@ class Layout:
 def advice(layout: Layout, needed: int, limit: int) -> list[str]:
     """What to change so that `needed` bytes become `limit`, what costs least time first."""
     found = []
-    fsdp, chips = layout.mesh["fsdp"], math.prod(layout.mesh.values())
+    chips, fsdp = math.prod(layout.mesh.values()), layout.mesh["fsdp"]
     larger = [n for n in range(2 * fsdp, chips + 1, fsdp) if chips % n == layout.width % n == 0]
     whole = layout.state_bytes * fsdp
     enough = [n for n in larger if needed - layout.state_bytes + whole // n <= limit]
@@ -105,8 +107,10 @@ def advice(layout: Layout, needed: int, limit: int) -> list[str]:
         found.append(
             f"keep less for the backward pass: --config.model.remat={policy} ({cost} compute)"
         )
-    micro = layout.batch_per_chip / layout.accumulate
-    if micro >= 2:
+    micro = layout.batch_per_chip / max(layout.accumulate, 1)
+    if micro >= 2 and not layout.accumulate:
+        found.append(f"draw fewer at a time: --config.sample.batch={int(micro * chips) // 2}")
+    elif micro >= 2:
         found.append(
             f"work on fewer images at a time: --config.optim.accumulate={2 * layout.accumulate} "
             f"({micro / 2:g} instead of {micro:g} a chip), or a smaller config.data.global_batch"

@@ -1,0 +1,69 @@
+"""Compiles a config's training step for a TPU slice that is not there, and says what it needs.
+
+    python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --out=plans/rae_dit
+
+Memory of a chip by what it is for, operations, traffic, collectives, the least time of a step and
+of the run; in --out also as report.json and report.html. Exit status 1, and advice, where it does
+not fit. No TPU is needed, but its compiler: pip install 'dsr_jax[tpu]'. Any key of the config can
+be set behind it, as in --config.mesh.fsdp=16.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from dsr_jax import build
+from dsr_jax import config as configs
+from dsr_jax.ahead import compile_report
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.files import write_atomic, write_json
+from dsr_jax.parallel.topologies import find_topology
+from dsr_jax.telemetry.compile_page import make_page
+from dsr_jax.telemetry.compile_report import Report, format_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's); returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, overrides = _parser().parse_known_args(words)
+    config, topology = configs.load(args.config, overrides), find_topology(args.topology)
+    # Frozen networks and this program's own arithmetic stay off a TPU that may be here.
+    jax.config.update("jax_platforms", "cpu")
+    build.set_precision(config)
+    report = compile_report(
+        config,
+        topology,
+        "sampler" if args.sampler else "train",
+        {"config": args.config, "command": shlex.join(["python", "-m", "dsr_jax.compile", *words])},
+    )
+    print(format_report(report))
+    if args.out:
+        _save(report, Path(args.out))
+    return 0 if report["fits"] else 1
+
+
+def _save(report: Report, folder: Path) -> None:
+    write_json(folder / "report.json", report)
+    write_atomic(folder / "report.html", make_page(report))
+    print(f"\n{folder / 'report.json'}, {folder / 'report.html'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsr_jax.compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
+    parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4 or v5p:2x2x2")
+    parser.add_argument("--out", help="folder for report.json and report.html")
+    parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
