@@ -22,10 +22,10 @@ digits).
 
 from ml_collections import ConfigDict
 
+from dsr_jax import recipes
 from dsr_jax.config import base_config, parse_arg
 from dsr_jax.models.variants import JIT
 
-STEPS_PER_EPOCH = 1_251
 GUIDANCE = {"B": 2.9, "L": 2.4, "H": 2.2}
 
 
@@ -43,12 +43,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.registers.num = args.registers
     config.registers.start = config.model.class_token_start
 
-    config.data.source = "folder"
+    recipes.use_imagenet(config, global_batch=1024)
     config.data.image_size = 16 * int(patch_size)
-    config.data.channels = 3
-    config.data.num_classes = 1000
-    config.data.global_batch = 1024
-    config.data.workers = 8
 
     # JiT's t runs the other way: its sigmoid(-0.8 + 0.8 N) is 1 - sigmoid(0.8 + 0.8 N).
     config.objective.time_distribution = "logit-normal_0.8_0.8"
@@ -56,12 +52,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.objective.clip_target = True
 
     config.optim.lr = 5e-5 * config.data.global_batch / 256
-    config.optim.warmup_steps = 5 * STEPS_PER_EPOCH
+    config.optim.warmup_steps = 5 * recipes.IMAGENET_EPOCH
     config.optim.warmup_from_zero = True
     config.optim.warmup_offset = 0
     config.optim.freeze = ("*pos_embed",)
     config.ema.decays = (0.9999, 0.9996)
-    config.train.steps = 600 * STEPS_PER_EPOCH
+    config.train.steps = 600 * recipes.IMAGENET_EPOCH
     config.precision.compute = "bfloat16"
 
     config.sample.method = "heun-euler"
@@ -77,19 +73,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.class_token_start = 1
         config.registers.num = min(args.registers, 4)
         config.registers.start = 2
-        config.data.source = "digits"
-        config.data.image_size = 8
-        config.data.channels = 1
-        config.data.num_classes = 10
-        config.data.global_batch = 16
-        config.data.flip = False
-        config.data.workers = 0
+        recipes.run_locally(config)
         config.optim.warmup_steps = 2
-        config.train.steps = 8
-        config.checkpoint.every_steps = 4
-        config.log.every_steps = 2
-        config.sample.num_points = 4
-        config.sample.num = 10
-        config.sample.batch = 16
-        config.sample.every_steps = 8
     return config

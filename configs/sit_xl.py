@@ -18,6 +18,7 @@ XL), `runlocal` (a smoke run of a few steps on drawn shapes, in pixels, for want
 
 from ml_collections import ConfigDict
 
+from dsr_jax import recipes
 from dsr_jax.config import base_config, parse_arg
 from dsr_jax.models.variants import REGISTER_START, SIT
 
@@ -34,12 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.space.name = "vae"
     config.space.vae = "converted/sdvae"
 
-    config.data.source = "folder"
-    config.data.image_size = 256
-    config.data.channels = 3
-    config.data.num_classes = 1000
-    config.data.global_batch = 256
-    config.data.workers = 8
+    recipes.use_imagenet(config, global_batch=256)
 
     config.objective.prediction = "velocity"
     config.objective.time_distribution = "uniform"
@@ -61,16 +57,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.registers.num = min(args.registers, 4)
         config.registers.start = 1
         config.space.name = "pixels"
-        config.data.source = "synthetic"
-        config.data.image_size = 16
-        config.data.num_classes = 10
-        config.data.global_batch = 16
-        config.data.workers = 0
-        config.train.steps = 8
-        config.checkpoint.every_steps = 4
-        config.log.every_steps = 2
-        config.sample.num_points = 4
-        config.sample.num = 10
-        config.sample.batch = 16
-        config.sample.every_steps = 8
+        recipes.run_locally(config)
+        config.data.update(source="synthetic", image_size=16, channels=3)
     return config

@@ -7,12 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dsr_jax.convert.decoder import load_decoder
 from dsr_jax.convert.lpips import load_lpips
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import stream_key
 from dsr_jax.core.typing import Array, Params
+from dsr_jax.models.decoder import DecoderConfig, ViTDecoder
 from dsr_jax.models.lpips import LPIPS
-from dsr_jax.models.variants import RANDOM_LPIPS, RANDOM_PREFIX
+from dsr_jax.models.variants import RANDOM_DECODERS, RANDOM_LPIPS, RANDOM_PREFIX
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.parallel.processes import say
 
@@ -42,6 +44,31 @@ def open_vit(
     config = ViTConfig(**_preset(key, name, known))
     images = jnp.zeros((1, config.patch_size, config.patch_size, 3))
     return config, _draw(key, ViT(config), seed, images)
+
+
+def open_decoder(
+    key: str, name: str, channels: int, grid: int, image_size: int, seed: int
+) -> tuple[DecoderConfig, Params]:
+    """Sizes and parameters of a frozen decoder.
+
+    Args:
+      key: The config's key, for messages and as the name of the random stream.
+      name: Its value: a converted folder, or "random:NAME".
+      channels: Channels C of the latents.
+      grid: Side of the latents, for random ones.
+      image_size: Side of the images, for random ones.
+      seed: Of random weights.
+
+    Raises:
+      ConversionError: If the folder holds no decoder.
+      ConfigError: If there is no NAME.
+    """
+    if not name.startswith(RANDOM_PREFIX):
+        return load_decoder(name)
+    sizes = _preset(key, name, RANDOM_DECODERS)
+    config = DecoderConfig(channels, grid, image_size // grid, **sizes)
+    tokens = jnp.zeros((1, grid**2, channels))
+    return config, _draw(key, ViTDecoder(config), seed, tokens)
 
 
 def open_lpips(key: str, name: str, seed: int) -> tuple[LPIPS, Params]:

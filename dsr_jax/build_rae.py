@@ -7,9 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dsr_jax.build_frozen import open_vit
+from dsr_jax.build_frozen import open_decoder, open_vit
 from dsr_jax.config import ConfigDict
-from dsr_jax.convert.decoder import load_decoder
 from dsr_jax.convert.hub import load_encoder
 from dsr_jax.convert.statistics import load_statistics
 from dsr_jax.core.errors import ConfigError
@@ -48,16 +47,24 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
     sizes, encoder = open_vit(
         "config.space.encoder", section.encoder, RANDOM_ENCODERS, load_encoder, config.seed
     )
+    image_size = section.image_size or PATCHES * sizes.patch_size
     decoder = decoder_params = None
     if section.decoder:
-        decoder_sizes, decoder_params = load_decoder(section.decoder)
+        decoder_sizes, decoder_params = open_decoder(
+            "config.space.decoder",
+            section.decoder,
+            sizes.hidden_size,
+            image_size // sizes.patch_size,
+            config.data.image_size,
+            config.seed,
+        )
         decoder = ViTDecoder(decoder_sizes, precision=precision)
     if config.data.latents:
         _check_latents(config)
     space = RAE(
         ViT(sizes, precision=precision),
         decoder,
-        image_size=section.image_size or PATCHES * sizes.patch_size,
+        image_size=image_size,
         noise_tau=section.noise_tau,
         norm_scaled_noise=section.norm_scaled_noise,
         post_stat_norm=section.post_stat_norm,

@@ -98,7 +98,7 @@ def test_configs_import_the_config_module_only() -> None:
     for path in (ROOT / "configs").glob("*.py"):
         for module, _ in imports(ast.parse(path.read_text())):
             assert module.startswith(
-                ("ml_collections", "dsr_jax.config", "dsr_jax.models.variants")
+                ("ml_collections", "dsr_jax.config", "dsr_jax.models.variants", "dsr_jax.recipes")
             )
 
 

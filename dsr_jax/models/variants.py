@@ -178,6 +178,9 @@ RANDOM_ENCODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "tiny": {**_TINY, "family": "siglip", "mlp_dim": 64, "activation": "gelu_tanh"},
     }
 )
+RANDOM_DECODERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {**DECODERS, "tiny": {"hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}}
+)
 RANDOM_BACKBONES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {**DINO, "tiny": {**_DINO, **_TINY, "mlp_dim": 64}}
 )
