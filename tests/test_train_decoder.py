@@ -138,6 +138,7 @@ def test_the_summary_names_a_decoder_that_a_space_reads(
     assert psnr(images, decoded).mean() == pytest.approx(summary["heldout_psnr"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_equals_the_whole_bit_for_bit(
     whole: Path, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
