@@ -17,7 +17,7 @@ import numpy as np
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import file_digest, read_json
 
-_REWRITE = "write it again with python -m dsr_jax.sample, or copy it again"
+_REWRITE = "make it again, or copy it again"
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,47 @@ def open_samples(path: str | os.PathLike[str]) -> SampleFile:
       EvaluationError: Naming the file, the key and what is wrong with it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise EvaluationError(f"sample file {str(path)!r} not found", "check the path")
+    keys = read_names(path, "sample")
+    if "arr_0" not in keys:
+        raise EvaluationError(
+            f"{path} has no key 'arr_0', its keys are {keys}",
+            "save the images as arr_0: numpy.savez(path, images, labels=labels)",
+        )
     with _opened(path) as archive:
-        names = [info.filename for info in archive.infolist()]
-        if "arr_0.npy" not in names:
-            keys = [name.removesuffix(".npy") for name in names]
-            raise EvaluationError(
-                f"{path} has no key 'arr_0', its keys are {keys}",
-                "save the images as arr_0: numpy.savez(path, images, labels=labels)",
-            )
         shape = _check_images(path, archive)
-        labels = _read_labels(path, archive, shape[0]) if "labels.npy" in names else None
+        labels = _read_labels(path, archive, shape[0]) if "labels" in keys else None
     return SampleFile(path, shape, labels)
+
+
+def read_names(path: Path, kind: str) -> list[str]:
+    """The keys of an `.npz`.
+
+    Args:
+      path: The file.
+      kind: What to call it in an error.
+
+    Raises:
+      EvaluationError: If there is no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise EvaluationError(f"{kind} file {str(path)!r} not found", "check the path")
+    with _opened(path) as archive:
+        return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+
+
+def read_member(path: Path, key: str) -> np.ndarray:
+    """Reads one array of an `.npz` whole; Python objects are refused and never unpickled.
+
+    Raises:
+      EvaluationError: Naming the key and what is wrong with it.
+    """
+    with _opened(path) as archive:
+        _check_header(path, archive, key)
+        with archive.open(f"{key}.npy") as member:
+            try:
+                return np.lib.format.read_array(member, allow_pickle=False)
+            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise _damaged(path, f"{key}: {error}") from error
 
 
 def check_levels(images: np.ndarray, path: Path) -> None:
@@ -229,8 +257,4 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, count: int) -> np.ndarray
             f"labels of {path} are {dtype}{shape}, expected integers [{count}]",
             "save one class number per image",
         )
-    with archive.open("labels.npy") as member:
-        try:
-            return np.lib.format.read_array(member, allow_pickle=False).astype(np.int32)
-        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise _damaged(path, f"labels: {error}") from error
+    return read_member(path, "labels").astype(np.int32)

@@ -1,0 +1,192 @@
+"""Makes a reference for python -m dsr_jax.evaluate from a data source or from a file of images.
+
+    python tools/make_reference.py folder --root imagenet --split train --image-size 256 \
+        --inception converted/inception --keep 10000 --out imagenet256.npz
+    python tools/make_reference.py VIRTUAL_imagenet256_labeled.npz --inception DIR --out ready.npz
+
+The file holds moments of all images (`mu`, `sigma`, `mu_s`, `sigma_s`), --keep of the images spread
+evenly over the source (`arr_0`) with their features, and the recipe. The ADM evaluator reads it,
+too. A given reference keeps its moments and gains the features of its images, which then need not
+be computed for every score. A stopped command goes on where it was.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsr_jax.convert.inception import load_inception
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.provenance import git_revision, package_versions
+from dsr_jax.data.sources import make_source
+from dsr_jax.evaluation.features import Extractor, forget, tally_images
+from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
+from dsr_jax.evaluation.reference import open_reference
+from dsr_jax.models.inception import RESIZES
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.sampling.npz import write_npz
+
+_COPY = 256
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Makes the reference that the command line names; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    out = Path(args.out)
+    if out.exists():
+        raise EvaluationError(f"{out} exists", "name a new file; nothing was written")
+    start_processes()
+    network, params, record = load_inception(args.inception)
+    extractor = Extractor(network, params, make_mesh(MeshShape()), args.batch, args.resize)
+    maker = Maker(extractor, record["params_digest"], out, args.allow_constant)
+    if Path(args.source).exists():
+        maker.complete(Path(args.source))
+    else:
+        maker.from_source(args)
+
+
+class Maker:
+    """Extracts features and writes the file.
+
+    Args:
+      extractor: The feature network.
+      weights: Digest of its parameters.
+      out: The new file.
+      allow_constant: Takes images of a single colour, too.
+    """
+
+    def __init__(self, extractor: Extractor, weights: str, out: Path, allow_constant: bool) -> None:
+        self._extractor, self._weights, self._out = extractor, weights, out
+        self._allow_constant = allow_constant
+        self._folder = out.with_name(f"{out.name}.parts")
+
+    def from_source(self, args: argparse.Namespace) -> None:
+        """Makes a reference of all images of a data source.
+
+        Raises:
+          DataError: If the source cannot be read.
+        """
+        source = make_source(
+            args.source,
+            image_size=args.image_size,
+            channels=args.channels,
+            root=args.root,
+            split=args.split,
+            num_classes=args.classes,
+        )
+        images = SourceImages(source)
+        moments = self._tally(images, ["fid", "sfid"], "moments")
+        arrays = {}
+        for tail, sums in (("", moments.moments), ("_s", moments.spatial)):
+            if is_primary() and sums is not None:
+                gaussian = sums.gaussian()
+                arrays |= {f"mu{tail}": gaussian.mean, f"sigma{tail}": gaussian.cov}
+        kept = SourceImages(source, min(args.keep, len(source))) if args.keep else None
+        recipe = {
+            **images.describe(),
+            "split": args.split,
+            "preprocessing": f"{source.name} {args.split}, centre crop to {args.image_size}",
+            "size": list(images.shape[1:3]),
+        }
+        self._write(kept, arrays, images.shape[0], recipe)
+
+    def complete(self, path: Path) -> None:
+        """Adds what a given reference or file of images lacks.
+
+        Raises:
+          EvaluationError: If it has no images, or moments of other weights.
+        """
+        given = open_reference(path)
+        if (given.recipe or {}).get("weights", self._weights) != self._weights:
+            raise EvaluationError(
+                f"{path} was made with other weights than {self._weights}",
+                "name the Inception folder that it was made with",
+            )
+        if given.images is None:
+            raise EvaluationError(f"{path} has no images", "nothing can be added to it")
+        arrays: dict[str, np.ndarray] = {}
+        count = given.images.shape[0]
+        for metric, tail in (("fid", ""), ("sfid", "_s")):
+            gaussian = given.statistics.get(metric)
+            # Moments that the file has may be of many more images than it holds.
+            if gaussian is None and not given.statistics:
+                tally = self._tally(given.images, [metric], f"moments{tail}")
+                sums = tally.moments if metric == "fid" else tally.spatial
+                gaussian = sums.gaussian() if is_primary() and sums is not None else None
+            elif gaussian is not None:
+                count = gaussian.count
+            if gaussian is not None:
+                arrays |= {f"mu{tail}": gaussian.mean, f"sigma{tail}": gaussian.cov}
+        recipe = {
+            "source": path.name,
+            "digest": given.digest(),
+            **(given.recipe or {}),
+            "size": list(given.images.shape[1:3]),
+        }
+        self._write(given.images, arrays, count, recipe)
+
+    def _tally(self, images: ImageSet, metrics: Sequence[str], name: str) -> Any:
+        return tally_images(
+            images,
+            self._extractor,
+            metrics,
+            folder=self._folder / name,
+            identity={"images": images.describe(), "weights": self._weights},
+            allow_constant=self._allow_constant,
+            report=lambda done, total: say(f"{name}: {done}/{total}") if done == total else None,
+        )
+
+    def _write(
+        self,
+        kept: ImageSet | None,
+        arrays: dict[str, np.ndarray],
+        count: int,
+        recipe: dict[str, Any],
+    ) -> None:
+        extra = {**arrays}
+        if kept is not None:
+            features = self._tally(kept, ["pr"], "features")
+            extra["features"] = features.rows
+        if not is_primary():
+            return
+        if count:
+            extra["num_images"] = np.asarray(count)
+        settings = {"weights": self._weights, "resize": self._extractor.resize}
+        # No time and no machine: the same images and weights give the same file.
+        code = {"git_revision": git_revision(), "packages": package_versions()}
+        extra["recipe"] = np.asarray(json.dumps({**recipe, **settings, **code}))
+        if kept is None:
+            write_npz(self._out, None, (), extra)
+        else:
+            write_npz(self._out, kept.shape, kept.batches(_COPY), extra)
+        forget(self._folder)
+        print(f"{count or 'unknown number of'} images in the moments: {self._out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", help="data source (digits, synthetic, folder, arrayrecord, tfds:NAME) or file")
+    add("--root", help="folder of the data source")
+    add("--split", default="train")
+    add("--image-size", type=int, default=256)
+    add("--channels", type=int, default=3)
+    add("--classes", type=int, help="number of classes, for sources that do not know it")
+    add("--inception", required=True, help="folder of converted weights")
+    add("--keep", type=int, default=10_000, help="images to keep for precision, recall and KID")
+    add("--batch", type=int, default=64, help="images at a time over all devices")
+    add("--resize", default="adm", choices=RESIZES)
+    add("--allow-constant", action="store_true", help="take images of a single colour, too")
+    add("--out", required=True, help="new .npz")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
