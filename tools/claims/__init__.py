@@ -1,0 +1,1 @@
+"""The experiment of `tools/run_claims.py`: the paper's claims on handwritten digits."""

@@ -1,0 +1,131 @@
+"""The runs of the experiment: the same denoiser on five kinds of latents, scored alike."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax import build, sample, train
+from dsr_jax import config as configs
+from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.typing import Array
+from dsr_jax.data.sources import make_source, read_all
+from dsr_jax.evaluation.judge import judge_samples
+from dsr_jax.evaluation.samples import open_samples
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.depth import cut_depth
+from dsr_jax.parallel.processes import say
+from dsr_jax.registers.outliers import split_norms
+from dsr_jax.training.checkpoints import restore_params
+from tools.claims.stages import Sizes, config_of
+
+ARMS = {
+    "clean": "clean encoder",
+    "outlier": "encoder with outliers",
+    "masked": "the same, their loss masked",
+    "ttr": "outliers, test-time registers",
+    "dsr": "outliers, TTR, diffusion registers",
+}
+PROBE_IMAGES = 128
+
+
+def run_arm(
+    folder: Path, stages: Path, arm: str, seed: int, sizes: Sizes, limit: float
+) -> dict[str, Any]:
+    """Trains, samples and scores one run, as far as it is not done; returns its scores.
+
+    Args:
+      folder: The run's.
+      stages: What `make_stages` made.
+      arm: A name in ARMS.
+      seed: Of data, parameters and noise.
+      sizes: How long to train.
+      limit: Norm of latents whose loss "masked" leaves out.
+    """
+    path = folder / "scores.json"
+    if path.exists():
+        return read_json(path)
+    say(f"{arm}, seed {seed}: {ARMS[arm]}")
+    variant = {"clean": "clean", "outlier": "outlier", "masked": "outlier"}.get(arm, "cured")
+    overrides = [
+        f"--config.seed={seed}",
+        f"--config.train.steps={sizes.steps}",
+        f"--config.optim.decay_end_steps={max(sizes.steps, 51)}",
+        f"--config.sample.every_steps={sizes.steps}",
+    ]
+    if arm == "masked":
+        overrides.append("--config.space.post_stat_norm=True")
+        overrides.append(f"--config.objective.outlier_norm={limit}")
+    config = config_of(stages, variant, registers=4 if arm == "dsr" else 0)
+    train.main([f"--config={config}", f"--workdir={folder}", *overrides])
+    sample.main(
+        [
+            f"--workdir={folder}",
+            f"--out={folder / 'scored'}",
+            "--name=samples",
+            f"--num-samples={sizes.samples}",
+            "--batch=100",
+        ]
+    )
+    scores = _judge(folder / "scored" / "samples.npz")
+    shares = denoiser_outliers(folder)
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "judge_accuracy": scores["judge_accuracy"],
+        "frechet_distance": scores["frechet_distance"],
+        "frechet_distance_real": scores["frechet_distance_real"],
+        "judge_accuracy_real": scores["judge_accuracy_real"],
+        "denoiser_outlier_share": max(shares),
+        "denoiser_outlier_shares": shares,
+        "train_seconds": read_json(folder / "summary.json")["train_seconds"],
+    }
+    write_json(path, record)
+    return record
+
+
+def to_digits(images: np.ndarray) -> np.ndarray:
+    """Averages images [N, H, W, 3] down to the scans' own 8 x 8 grey pixels, uint8 [N, 8, 8, 1]."""
+    side = images.shape[1] // 8
+    grey = images.astype(np.float32).mean(-1).reshape(-1, 8, side, 8, side).mean((2, 4))
+    return np.round(grey).astype(np.uint8)[..., None]
+
+
+def _judge(path: Path) -> dict[str, Any]:
+    samples = open_samples(path)
+    real = [
+        read_all(make_source("digits", image_size=8, channels=1, split=split))
+        for split in ("train", "heldout")
+    ]
+    images = to_digits(np.asarray(samples.images()))
+    return judge_samples(images, samples.require_labels("judge"), *real)
+
+
+def denoiser_outliers(folder: Path) -> list[float]:
+    """Share of patch tokens with outlying norms behind each block, on real latents half noised."""
+    config = configs.load_run(folder)
+    space, variables = build.make_space(config)
+    model = build.make_model(config, space)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    abstract = build.abstract_params(model, space, mesh, rules)
+    params, _ = restore_params(folder / "checkpoints", abstract, None, config.sample.ema)
+    images, labels = read_all(build.make_source(config, "heldout"))
+    images, labels = images[:PROBE_IMAGES], labels[:PROBE_IMAGES]
+    latents = space.encode(variables, jnp.asarray(images, jnp.float32) / 255)
+    noise = jax.random.normal(jax.random.key(0), latents.shape)
+    norms = block_norms(model, params, (latents + noise) / 2, labels)
+    return [split_norms(np.asarray(each)).share for each in norms]
+
+
+def block_norms(model: DiffusionTransformer, params: Any, x: Array, labels: Array) -> list[Array]:
+    """Norms of the patch tokens [B, N] behind each block, at t = 0.5."""
+    time = jnp.full(len(x), 0.5)
+    _, sown = model.apply({"params": params}, x, time, labels, mutable=["intermediates"])
+    joins = {"reg": model.register_start} if model.num_registers else {}
+    norms: list[Array] = []
+    for stack in cut_depth(model.depth, joins):
+        outputs = sown["intermediates"][stack.name]["block_out"][0]
+        norms += list(jnp.linalg.norm(outputs[:, :, -(model.grid**2) :], axis=-1))
+    return norms

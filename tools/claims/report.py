@@ -1,0 +1,95 @@
+"""The table of the experiment, and which of the paper's claims it bears out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsr_jax.core.files import write_atomic, write_json
+from dsr_jax.core.provenance import provenance
+from tools.claims.arms import ARMS
+
+Scores = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Records of the runs by arm."""
+
+CLAIMS = (
+    ("Outlier tokens in the encoder harm the images", "clean", "outlier"),
+    ("Masking the outliers' loss does not help", None, None),
+    ("Test-time registers help", "ttr", "outlier"),
+    ("Diffusion registers help further", "dsr", "ttr"),
+    ("Both registers together beat no registers", "dsr", "outlier"),
+)
+
+
+def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
+    """Whether the first distances are smaller than the second, given their spread.
+
+    Welch's standard error of the difference of means decides: two of them are needed.
+    """
+    a, b = np.asarray(better), np.asarray(worse)
+    difference = b.mean() - a.mean()
+    if min(len(a), len(b)) < 2:
+        return f"one seed only: {difference:+.3g}"
+    error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    said = "holds" if difference > 2 * error else "the opposite" if difference < -2 * error else ""
+    return f"{said or 'no clear difference'} ({difference:+.3g} +- {error:.2g})"
+
+
+def judge_claims(scores: Scores) -> list[tuple[str, str]]:
+    """Each claim, and what the Frechet distances say of it."""
+
+    def distances(arm: str) -> list[float]:
+        return [run["frechet_distance"] for run in scores[arm]]
+
+    results = []
+    for claim, better, worse in CLAIMS:
+        if better is None or worse is None:
+            helped = verdict(distances("masked"), distances("outlier"))
+            said = (
+                f"does not hold: it helped, {helped}"
+                if helped.startswith("holds")
+                else (f"holds: masked against unmasked, {helped}")
+            )
+        else:
+            said = verdict(distances(better), distances(worse))
+        results.append((claim, said))
+    return results
+
+
+def write_claims(out: Path, stages: Mapping[str, Any], scores: Scores) -> str:
+    """Writes claims.md and claims.json into `out`; returns the text."""
+
+    def cell(arm: str, key: str, factor: float = 1.0, digits: int = 3) -> str:
+        values = factor * np.asarray([run[key] for run in scores[arm]])
+        spread = f" +- {values.std(ddof=1):.{digits - 1}g}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}g}{spread}"
+
+    variants = {"clean": "clean", "outlier": "outlier", "masked": "outlier"}
+    lines = [
+        "| run | judge accuracy, % | Frechet distance | encoder outliers, % | "
+        "denoiser outliers, % | training, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, title in ARMS.items():
+        share = stages["encoders"][variants.get(arm, "cured")]["outlier_share"]
+        lines.append(
+            f"| {title} | {cell(arm, 'judge_accuracy', 100)} | {cell(arm, 'frechet_distance')} | "
+            f"{100 * share:.2g} | {cell(arm, 'denoiser_outlier_share', 100)} | "
+            f"{cell(arm, 'train_seconds')} |"
+        )
+    first = next(iter(scores.values()))[0]
+    lines += [
+        f"| real held-out digits | {100 * first['judge_accuracy_real']:.3g} | "
+        f"{first['frechet_distance_real']:.3g} | | | |",
+        "",
+    ]
+    claims = judge_claims(scores)
+    lines += [f"- {claim}: {said}" for claim, said in claims]
+    text = "\n".join(lines) + "\n"
+    write_atomic(out / "claims.md", text)
+    write_json(
+        out / "claims.json",
+        {"stages": stages, "runs": scores, "claims": dict(claims), "provenance": provenance()},
+    )
+    return text

@@ -1,0 +1,155 @@
+"""What the experiment makes once: encoders, their decoders, statistics and register neurons."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dsr_jax import build, encode, train_decoder
+from dsr_jax import config as configs
+from dsr_jax.convert.hub import load_encoder
+from dsr_jax.core.files import read_json, write_json
+from dsr_jax.data.sources import read_all
+from dsr_jax.parallel.processes import say
+from dsr_jax.registers.neurons import load_neurons
+from dsr_jax.registers.outliers import split_norms
+from tools.claims import encoders
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VARIANTS = ("clean", "outlier", "cured")
+DECODER_STEPS = 800
+
+
+class Sizes(NamedTuple):
+    """How long things are trained; `QUICK` only shows that the experiment runs.
+
+    Attributes:
+      masked_steps: Of the encoder.
+      decoder_steps: Of each decoder.
+      steps: Of each denoiser.
+      samples: Images drawn of each.
+    """
+
+    masked_steps: int = 2_000
+    decoder_steps: int = DECODER_STEPS
+    steps: int = 1_000
+    samples: int = 500
+
+
+QUICK = Sizes(masked_steps=300, decoder_steps=4, steps=4, samples=40)
+
+
+def config_of(stages: Path, variant: str, registers: int = 0) -> str:
+    """The config of a denoiser on the latents of one variant."""
+    return f"{CONFIGS / 'digits_rae.py'}:stages={stages},variant={variant},registers={registers}"
+
+
+def make_stages(stages: Path, sizes: Sizes) -> dict[str, Any]:
+    """Makes what is not there yet; returns what is known of the encoders."""
+    stages.mkdir(parents=True, exist_ok=True)
+    clean, outlier = stages / "encoder_clean", stages / "encoder_outlier"
+    if not clean.exists():
+        encoders.save(clean, encoders.pretrain(sizes.masked_steps), "masked autoencoding")
+    if not outlier.exists():
+        planted = encoders.plant(load_encoder(str(clean))[1])
+        encoders.save(outlier, planted, "planted register neurons")
+    neurons = stages / "neurons.json"
+    if not (stages / "search.json").exists():
+        encoders.cure(load_encoder(str(outlier))[1], neurons)
+    for variant in VARIANTS:
+        _train_decoder(stages, variant, sizes.decoder_steps)
+        _take_statistics(stages, variant)
+    path = stages / "encoders.json"
+    if not path.exists():
+        search = read_json(stages / "search.json")
+        found = encoders.Found(search["threshold"], load_neurons(str(neurons)))
+        params = (load_encoder(str(folder))[1] for folder in (clean, outlier))
+        limit = latent_norm_limit(stages, found.threshold)
+        write_json(path, {"encoders": encoders.compare(*params, found), "limit": limit, **search})
+    return read_json(path)
+
+
+def latent_norm_limit(stages: Path, threshold: float) -> dict[str, float]:
+    """Norm of normalised latents above which loss masking leaves tokens out.
+
+    Where the norms have two populations, the one that divides them; else the one that as many
+    tokens exceed as are outliers in the encoder's last block.
+
+    Returns:
+      "norm", the share of tokens that it masks, and how many of the outliers are among them.
+    """
+    config = configs.load(config_of(stages, "outlier"), ["--config.space.post_stat_norm=True"])
+    space, variables = build.make_space(config)
+    images, _ = read_all(build.make_source(config))
+    encoded: Any = jax.jit(space.encode_with_norms)(variables, images / np.float32(255))  # type: ignore[attr-defined]
+    norms = np.asarray(encoded[1]).reshape(len(images), -1)
+    params = load_encoder(str(stages / "encoder_outlier"))[1]
+    trace = encoders.trace_encoder(
+        encoders.ViT(encoders.ENCODER), params, encoders.read_pixels()[: len(images)]
+    )
+    outliers = np.linalg.norm(np.asarray(trace.outputs[-1]), axis=-1) >= threshold
+    limit = split_norms(norms).threshold or float(np.quantile(norms, 1 - outliers.mean()))
+    masked = norms >= limit
+    return {
+        "norm": limit,
+        "masked_share": float(masked.mean()),
+        "outliers_masked": float(masked[outliers].mean()),
+    }
+
+
+def _train_decoder(stages: Path, variant: str, steps: int) -> None:
+    folder, result = stages / f"decoder_run_{variant}", stages / f"decoder_{variant}"
+    if result.exists():
+        return
+    say(f"decoder of the {variant} encoder")
+    train_decoder.main(
+        [
+            f"--config={CONFIGS / 'rae_decoder.py'}:runlocal",
+            f"--workdir={folder}",
+            *_space(stages, variant),
+            "--config.space.noise_tau=0.2",
+            "--config.decoder.hidden_size=64",
+            "--config.decoder.depth=4",
+            "--config.decoder.num_heads=4",
+            "--config.decoder.mlp_dim=256",
+            "--config.decoder.patch_size=4",
+            "--config.data.image_size=16",
+            "--config.data.crop_from=0",
+            "--config.data.global_batch=128",
+            "--config.lpips.weight=0.0",
+            "--config.gan.weight=0.0",
+            "--config.optim.lr=1e-3",
+            "--config.optim.final_lr=1e-5",
+            "--config.optim.warmup_steps=50",
+            f"--config.optim.decay_end_steps={max(steps, 51)}",
+            "--config.ema.decays=(0.995,)",
+            "--config.sample.ema=0.995",
+            f"--config.train.steps={steps}",
+            f"--config.checkpoint.every_steps={steps}",
+            f"--config.sample.every_steps={steps}",
+            "--config.log.every_steps=100",
+            "--config.eval.num_samples=360",
+        ]
+    )
+    (folder / read_json(folder / "summary.json")["decoder"]).rename(result)
+
+
+def _take_statistics(stages: Path, variant: str) -> None:
+    encode.main(
+        [
+            "statistics",
+            f"--config={config_of(stages, variant)}",
+            f"--out={stages / f'statistics_{variant}'}",
+            "--no-flip",
+        ]
+    )
+
+
+def _space(stages: Path, variant: str) -> Sequence[str]:
+    encoder = "clean" if variant == "clean" else "outlier"
+    keys = {"encoder": stages / f"encoder_{encoder}", "image_size": encoders.ENCODER.image_size}
+    if variant == "cured":
+        keys["neurons"] = stages / "neurons.json"
+    return [f"--config.space.{key}={value}" for key, value in keys.items()]
