@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Trains on GPU nodes under SLURM, one process per GPU.
+#
+#   launch/slurm.sh --name=dsr --nodes=2 --gpus=8 [--time=24:00:00] [--partition=P] [--cpus=12] \
+#       -- python -m dsr_jax.train --config=... --workdir=/shared/runs/x
+#
+# Submits a job that runs the command with this checkout's .venv, if it has one, from a folder that
+# all nodes see. Two minutes before its time is over the run saves a checkpoint, and the job goes back
+# into the queue, as it does when a node fails or its place is taken. Output: slurm-NAME-JOB.log.
+# --dry-run prints the command and the job's script instead of submitting it.
+
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+[[ ${1:-} == --help ]] && { usage "$0"; exit 0; }
+parse_options 'name dsr' nodes gpus 'time 24:00:00' partition 'cpus 8' account -- "$@"
+need nodes gpus
+[ ${#job[@]} -gt 0 ] || die "no command behind --"
+
+script() {
+    cat <<EOF
+#!/usr/bin/env bash
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --cpus-per-task=$cpus
+#SBATCH --time=$time
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-$name-%j.log
+${partition:+#SBATCH --partition=$partition
+}${account:+#SBATCH --account=$account
+}
+cd $(printf '%q' "$repository")
+[ ! -d .venv ] || export PATH=\$PWD/.venv/bin:\$PATH
+srun --kill-on-bad-exit=1 $(printf '%q ' "${job[@]}")
+status=\$?
+# 128 + SIGTERM: the run has saved and wants to continue.
+[ \$status -ne 143 ] || scontrol requeue "\$SLURM_JOB_ID"
+exit \$status
+EOF
+}
+
+if [ "$dry_run" ]; then
+    echo "sbatch <<'END'"
+    script
+    echo END
+else
+    script | sbatch
+fi
