@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dsr_jax import build
+from dsr_jax.build_decoder import DecoderParts, make_parts
 from dsr_jax.build_vae import vae_space
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import ConfigError
@@ -19,6 +20,7 @@ from dsr_jax.models.decoder import DecoderConfig, ViTDecoder
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vae import VAEConfig
 from dsr_jax.models.variants import DECODERS, ENCODERS, RANDOM_PREFIX
+from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.processes import say
 from dsr_jax.parallel.shardings import replicated
 from dsr_jax.registers.neurons import PUBLISHED
@@ -83,6 +85,28 @@ def abstract_batch(
         name: jax.ShapeDtypeStruct((data.global_batch, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in rows.items()
     }
+
+
+def abstract_decoder_parts(config: ConfigDict, rules: Rules) -> DecoderParts:
+    """What a config trains a decoder with, its frozen variables as shapes; see `abstract_space`."""
+    present = config.copy_and_resolve_references()
+    for section, key, stand_in in (
+        (present.space, "encoder", ""),
+        (present.lpips, "folder", "vgg16"),
+        (present.gan, "backbone", "S_8"),
+    ):
+        name = section[key]
+        if name and not name.startswith(RANDOM_PREFIX) and not Path(name).is_dir():
+            section[key] = f"{RANDOM_PREFIX}{stand_in or encoder_preset(name)}"
+            say(f"{name!r} does not exist; shapes are those of {section[key]}")
+    made: list[DecoderParts] = []
+
+    def variables() -> PyTree:
+        made.append(make_parts(present, None, rules))
+        return made[0].variables
+
+    shapes = jax.eval_shape(variables)
+    return dataclasses.replace(made[0], variables=shapes)
 
 
 def _shapes_of_space(config: ConfigDict) -> tuple[Any, Any]:

@@ -12,10 +12,9 @@ import pytest
 
 from dsr_jax import build, build_decoder
 from dsr_jax import config as configs
-from dsr_jax.build_abstract import abstract_batch, abstract_space
+from dsr_jax.build_abstract import abstract_batch, abstract_decoder_parts, abstract_space
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params, flatten_names
-from dsr_jax.models.variants import RANDOM_PREFIX
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.shardings import sharded_fraction
 from dsr_jax.training.decoder_step import make_decoder_step
@@ -82,22 +81,9 @@ def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 def check_decoder(config: configs.ConfigDict) -> None:
     """The state and a step of a decoder's training, with frozen networks of shapes alone."""
-    for section, key, network in (
-        (config.space, "encoder", "siglip2-base-patch16-256"),
-        (config.lpips, "folder", "vgg16"),
-        (config.gan, "backbone", "S_8"),
-    ):
-        if not section[key].startswith(RANDOM_PREFIX):
-            section[key] = f"{RANDOM_PREFIX}{network}"
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    optimizer, made = build.make_optimizer(config), []
-
-    def variables() -> Any:
-        made.append(build_decoder.make_parts(config, None, rules))
-        return made[0].variables
-
-    frozen = jax.eval_shape(variables)
-    (parts,) = made
+    optimizer, parts = build.make_optimizer(config), abstract_decoder_parts(config, rules)
+    frozen = parts.variables
     abstract, _ = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
     settings = build_decoder.make_settings(config)
     step = make_decoder_step(parts.networks, settings, optimizer, seed=config.seed)

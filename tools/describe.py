@@ -1,0 +1,200 @@
+"""Prints the card of an experiment: sizes, cost, memory and schedule of what a config names.
+
+    python tools/describe.py --config=configs/rae_dit.py --config.mesh.fsdp=8 --chips=8
+
+No array is made, so it answers in seconds for any size, and on any machine. Files that the config
+names need not be there: sizes are then those of the networks that the folders are called after. Any
+key of the config can be set behind it. `--json` prints the numbers for programs.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh, AxisType
+
+from dsr_jax import build, build_decoder
+from dsr_jax import config as configs
+from dsr_jax.build_abstract import abstract_batch, abstract_decoder_parts, abstract_space
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.trees import count_params, tree_bytes
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.parallel.axes import MESH_AXES, Constrain
+from dsr_jax.parallel.mesh import MeshShape, check_batch
+from dsr_jax.telemetry import flops
+from dsr_jax.telemetry.memory import GIB, bytes_per_chip
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet, which count where a config has its classes but not its files."""
+
+Card = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv` (default: the process's)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
+    parser.add_argument("--chips", type=int, help="default: as few as config.mesh allows")
+    parser.add_argument("--json", action="store_true", help="prints the numbers as JSON")
+    args, overrides = parser.parse_known_args(argv)
+    card = describe(configs.load(args.config, overrides), args.chips)
+    print(json.dumps(card, indent=2) if args.json else format_card(args.config, card))
+
+
+def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
+    """What the config names, in numbers.
+
+    Args:
+      config: The config.
+      chips: Devices of the mesh; None for as few as config.mesh allows.
+
+    Raises:
+      MeshError: If mesh, chips and batch do not fit each other.
+    """
+    mesh, rules = make_abstract_mesh(config, chips), build.make_rules(config)
+    optimizer = build.make_optimizer(config)
+    if configs.trains_decoder(config):
+        parts = abstract_decoder_parts(config, rules)
+        space, frozen = parts.space, parts.variables
+        state, _ = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
+        network: Card = {"name": "decoder"}
+    else:
+        space, frozen = abstract_space(config)
+        model = build.make_model(config, space, Constrain(rules, None))
+        state, _ = build.make_state(config, model, space, optimizer, mesh, rules)
+        network = {"name": config.model.name, **_cost(model, config.data.global_batch)}
+    held = {
+        name: tree for name, tree in vars(state).items() if name != "step" and count_params(tree)
+    }
+    return {
+        "network": network,
+        "parameters": count_params(state.params),
+        "parts": {name: count_params(tree) for name, tree in state.params.items()},
+        "latents": list(space.latent_shape),
+        "space": {
+            "name": config.space.name,
+            "parameters": count_params(frozen),
+            "bytes": tree_bytes(frozen),
+        },
+        "mesh": dict(mesh.shape),
+        "state": {
+            name: {"bytes": tree_bytes(tree), "bytes_per_chip": bytes_per_chip(tree)}
+            for name, tree in held.items()
+        },
+        "schedule": _schedule(config),
+        "data": _data(config, tree_bytes(abstract_batch(config, space))),
+    }
+
+
+def make_abstract_mesh(config: configs.ConfigDict, chips: int | None = None) -> Any:
+    """The config's mesh over `chips` devices that need not be there.
+
+    Raises:
+      MeshError: If they do not fit each other, or the batch.
+    """
+    shape = MeshShape(**config.mesh.to_dict())
+    if chips is None:
+        chips = max(shape.data, 1) * max(shape.fsdp, 1) * max(shape.tensor, 1)
+    mesh: Any = AbstractMesh(
+        shape.resolve(chips), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+    check_batch(config.data.global_batch, mesh, accumulate=config.optim.accumulate)
+    return mesh
+
+
+def _cost(model: DiffusionTransformer, batch: int) -> Card:
+    forward = build.forward_flops(model)
+    without = build.forward_flops(model.clone(num_registers=0))
+    return {
+        "registers": model.num_registers,
+        "register_start": model.register_start,
+        "forward_flops": forward,
+        "register_flops": forward - without,
+        "step_flops": flops.train_step_flops(forward, batch),
+    }
+
+
+def _schedule(config: configs.ConfigDict) -> Card:
+    rate, section, steps = build.make_optimizer(config).learning_rate, config.optim, config.train
+    marks = {0, section.warmup_steps, section.decay_end_steps, steps.steps // 2, steps.steps - 1}
+    known = sorted(step for step in marks if 0 <= step < steps.steps)
+    return {
+        "name": section.schedule,
+        "steps": steps.steps,
+        "rates": {str(step): float(rate(step)) for step in known},
+    }
+
+
+def _data(config: configs.ConfigDict, step_bytes: int) -> Card:
+    section, images = config.data, None
+    local = section.source in ("digits", "synthetic")
+    if section.root or section.latents or local:
+        images = len(build.make_source(config))
+    elif section.num_classes == 1000:
+        images = IMAGENET
+    total = section.global_batch * config.train.steps
+    return {
+        "source": section.latents or section.source,
+        "images_per_step": section.global_batch,
+        "bytes_per_step": step_bytes,
+        "images": images,
+        "epochs": total / images if images else None,
+    }
+
+
+def format_card(title: str, card: Mapping[str, Any]) -> str:
+    """The card as text."""
+    network, space, data = card["network"], card["space"], card["data"]
+    lines = [title, "", f"{network['name']}: {card['parameters']:,} parameters"]
+    lines += [f"  {name:<22}{count:>15,}" for name, count in card["parts"].items()]
+    if "forward_flops" in network:
+        forward, registers = network["forward_flops"], network["register_flops"]
+        share = f"{registers / (forward - registers):.1%}"
+        lines += [
+            f"cost: {forward / 1e9:.5g} GFLOPs per image, {network['step_flops'] / 1e12:.4g} "
+            "TFLOPs per step with the backward pass",
+            f"  {network['registers']} registers from block {network['register_start']}: "
+            f"{registers / 1e9:.3g} GFLOPs, {share} more than without"
+            if network["registers"]
+            else "  no registers",
+        ]
+    height, width, channels = card["latents"]
+    lines += [
+        f"latents: {height} x {width} x {channels} ({space['name']}; frozen networks of "
+        f"{space['parameters']:,} parameters, {_size(space['bytes'])} on each chip)",
+        *_format_state(card),
+        f"schedule: {card['schedule']['name']}, {card['schedule']['steps']:,} steps",
+    ]
+    lines += [f"  step {int(k):>10,}{rate:>12.3g}" for k, rate in card["schedule"]["rates"].items()]
+    epochs = "" if data["images"] is None else f", {data['epochs']:.1f} times {data['images']:,}"
+    lines.append(
+        f"data: {data['source']}, {data['images_per_step']:,} images "
+        f"({_size(data['bytes_per_step'])}) per step{epochs}"
+    )
+    return "\n".join(lines)
+
+
+def _format_state(card: Mapping[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{axis} {size}" for axis, size in card["mesh"].items())
+    rows = dict(card["state"])
+    rows["together"] = {
+        key: sum(row[key] for row in rows.values()) for key in ("bytes", "bytes_per_chip")
+    }
+    return [
+        f"state on the mesh {sizes}:{'in all':>12}{'per chip':>12}",
+        *(
+            f"  {name:<22}{_size(row['bytes']):>18}{_size(row['bytes_per_chip']):>12}"
+            for name, row in rows.items()
+        ),
+    ]
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size * 2**10 / GIB:.1f} MiB"
+
+
+if __name__ == "__main__":
+    run_main(main)
