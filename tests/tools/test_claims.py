@@ -1,0 +1,89 @@
+"""The pieces of the claims experiment whose mistakes its table would not show."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsr_jax.data.sources import make_source, read_all
+from dsr_jax.models.dit import LightningDiT
+from tools.claims.arms import ARMS, block_norms, to_digits
+from tools.claims.encoders import ENCODER, _patches, _unpatch
+from tools.claims.report import judge_claims, verdict, write_claims
+
+
+def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
+    """Three seeds of every arm around the given distances, 1 where none is given."""
+    return {
+        arm: [
+            {
+                "frechet_distance": distances.get(arm, 1.0) + 0.01 * seed,
+                "judge_accuracy": 0.9,
+                "judge_accuracy_real": 0.98,
+                "frechet_distance_real": 0.3,
+                "denoiser_outlier_share": 0.01,
+                "train_seconds": 10.0,
+            }
+            for seed in range(3)
+        ]
+        for arm in ARMS
+    }
+
+
+def test_a_claim_needs_more_than_the_spread() -> None:
+    assert verdict([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]).startswith("holds")
+    assert verdict([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]).startswith("the opposite")
+    assert verdict([1.0, 3.0], [2.0, 2.1]).startswith("no clear difference")
+    assert verdict([1.0], [2.0]).startswith("one seed only")
+
+
+def test_claims_are_judged_by_the_right_runs() -> None:
+    said = dict(judge_claims(runs(clean=1, outlier=3, masked=3, ttr=2, dsr=1)))
+    assert [text.split()[0] for text in said.values()] == ["holds", "holds:", *["holds"] * 3]
+    said = dict(judge_claims(runs(clean=3, outlier=1, masked=0.5, ttr=2, dsr=3)))
+    assert list(said.values())[0].startswith("the opposite")
+    assert list(said.values())[1].startswith("does not hold")
+
+
+def test_the_table_has_a_row_for_every_run(tmp_path: Path) -> None:
+    shares = {name: {"outlier_share": 0.05} for name in ("clean", "outlier", "cured")}
+    text = write_claims(tmp_path, {"encoders": shares}, runs())
+    assert all(f"| {title} | 90 +-" in text for title in ARMS.values())
+    assert (tmp_path / "claims.md").read_text() == text and (tmp_path / "claims.json").exists()
+
+
+def test_enlarged_digits_come_back_as_they_were() -> None:
+    small, large = (
+        read_all(make_source("digits", image_size=size, channels=channels, split="heldout"))[0]
+        for size, channels in ((8, 1), (16, 3))
+    )
+    np.testing.assert_array_equal(to_digits(large), small)
+
+
+def test_patches_are_put_back() -> None:
+    side = ENCODER.image_size
+    images = np.random.default_rng(0).standard_normal((2, side, side, 3)).astype(np.float32)
+    patches = _patches(jnp.asarray(images))
+    np.testing.assert_array_equal(patches[0, 1], images[0, :4, 4:8].reshape(-1))
+    np.testing.assert_array_equal(_unpatch(patches), images)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_norms_are_those_of_the_patches_of_every_block(registers: int) -> None:
+    model = LightningDiT(
+        input_size=4,
+        in_channels=3,
+        hidden_size=16,
+        depth=3,
+        num_heads=2,
+        num_classes=2,
+        num_registers=registers,
+        register_start=1 if registers else 0,
+    )
+    x, labels = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), np.array([0, 1])
+    params = model.init(jax.random.key(1), x, jnp.zeros(2), labels)["params"]
+    norms = block_norms(model, params, x, labels)
+    assert len(norms) == 3 and all(each.shape == (2, 16) for each in norms)
