@@ -71,7 +71,11 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
     sharding = shardings.batch_sharding(mesh, rules)
     batch = abstract_batch(config, space, sharding)
     step = build.jit_step(
-        build.make_step(config, model, space, optimizer), abstract, sharding, mesh
+        build.make_step(config, model, space, optimizer),
+        abstract,
+        sharding,
+        mesh,
+        build.xla_options(config),
     )
     lowerable: Any = step
     images = config.data.global_batch

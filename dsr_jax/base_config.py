@@ -109,7 +109,8 @@ def base_config() -> ConfigDict:
             "ema": {"decays": (0.9999,)},
             "train": {"steps": 100_080, "stop_after_steps": 0},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "sharding": {"rules": "fsdp", "overrides": ()},
+            # xla_options are "name=value", for the compiler of the training step.
+            "sharding": {"rules": "fsdp", "overrides": (), "xla_options": ()},
             "precision": {"compute": "float32", "matmul": "default"},
             "checkpoint": {
                 "every_steps": 5_000,

@@ -3,9 +3,11 @@
 Entry points call these functions; nothing else does.
 """
 
+import ast
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -348,8 +350,40 @@ def make_step(
     )
 
 
-def jit_step(step: Step, abstract: TrainState, batch: NamedSharding, mesh: Mesh) -> Step:
-    """Compiles lazily, with the state's shardings in and out and its buffers donated."""
+def xla_options(config: ConfigDict) -> dict[str, Any]:
+    """Options of XLA's compiler by name.
+
+    Raises:
+      ConfigError: If one is not "name=value".
+    """
+    options = {}
+    for option in config.sharding.xla_options:
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise ConfigError(f"config.sharding.xla_options holds {option!r}", "write name=value")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[name] = {"true": True, "false": False}.get(text.lower(), text)
+    return options
+
+
+def jit_step(
+    step: Step,
+    abstract: TrainState,
+    batch: NamedSharding,
+    mesh: Mesh,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Step:
+    """Compiles lazily, with the state's shardings in and out and its buffers donated.
+
+    Args:
+      step: The step.
+      abstract: Shapes and shardings of the state.
+      batch: Sharding of the batch.
+      mesh: The devices.
+      options: From `xla_options`.
+    """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = shardings.replicated(mesh)
     compiled: Any = jax.jit(
@@ -357,5 +391,6 @@ def jit_step(step: Step, abstract: TrainState, batch: NamedSharding, mesh: Mesh)
         in_shardings=(layout, batch, None),
         out_shardings=(layout, whole),
         donate_argnums=0,
+        compiler_options=dict(options) or None,
     )
     return compiled

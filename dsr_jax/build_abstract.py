@@ -16,10 +16,8 @@ from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import PyTree
 from dsr_jax.data.latents import DTYPES, read_manifest
-from dsr_jax.models.decoder import DecoderConfig, ViTDecoder
-from dsr_jax.models.precision import Precision
 from dsr_jax.models.vae import VAEConfig
-from dsr_jax.models.variants import DECODERS, ENCODERS, RANDOM_PREFIX
+from dsr_jax.models.variants import ENCODERS, RANDOM_PREFIX
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.processes import say
 from dsr_jax.parallel.shardings import replicated
@@ -53,9 +51,12 @@ def abstract_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputS
     elif config.space.name == "vae" and not Path(config.space.vae).is_dir():
         _say_absent(config, "vae", "the released sizes")
         vae = vae_space(config, VAEConfig())
-        images = jnp.zeros((1, vae.network.config.factor, vae.network.config.factor, 3))
-        params = jax.eval_shape(vae.network.init, jax.random.key(0), images)["params"]
-        space, variables = vae, vae.make_variables(nn.unbox(params))
+        side = vae.network.config.factor
+
+        def init() -> Any:
+            return nn.unbox(vae.network.init(jax.random.key(0), jnp.zeros((1, side, side, 3))))
+
+        space, variables = vae, vae.make_variables(jax.eval_shape(init)["params"])
     else:
         space, variables = _shapes_of_space(config)
     if mesh is not None:
@@ -133,13 +134,17 @@ def _abstract_rae(config: ConfigDict) -> tuple[RAE, dict[str, Any]]:
         if key == "encoder":
             section.encoder = f"{RANDOM_PREFIX}{encoder_preset(name)}"
             _say_absent(config, key, section.encoder)
+        elif key == "decoder":
+            section.decoder = f"{RANDOM_PREFIX}{DECODER}"
+            _say_absent(config, key, section.decoder)
         elif key == "neurons":
             preset = section.encoder.removeprefix(RANDOM_PREFIX)
             section.neurons = next((known for known in PUBLISHED if known in (name, preset)), "")
             if section.neurons != name:
                 _say_absent(config, key, section.neurons or "no test-time registers")
         else:
-            section[key] = ""
+            section.statistics = ""
+            _say_absent(config, key, "the latents'")
     if cached := bool(config.data.latents) and not Path(config.data.latents).is_dir():
         present.data.latents = ""
     space, variables = _shapes_of_space(present)
@@ -149,8 +154,6 @@ def _abstract_rae(config: ConfigDict) -> tuple[RAE, dict[str, Any]]:
     if "statistics" in absent:
         shape = jax.ShapeDtypeStruct(space.latent_shape, jnp.float32)
         variables["statistics"] = {"mean": shape, "var": shape}
-    if "decoder" in absent:
-        space, variables["decoder"] = _released_decoder(config, space)
     return space, variables
 
 
@@ -171,22 +174,6 @@ def encoder_preset(name: str) -> str:
             f"name one as {RANDOM_PREFIX}NAME, with NAME among {', '.join(ENCODERS)}",
         )
     return found[0]
-
-
-def _released_decoder(config: ConfigDict, space: RAE) -> tuple[RAE, PyTree]:
-    """The space with a decoder of the released sizes, and the shapes of its parameters."""
-    _say_absent(config, "decoder", DECODER)
-    side, _, channels = space.latent_shape
-    sizes = DecoderConfig(
-        latent_channels=channels,
-        grid=side,
-        patch_size=config.data.image_size // side,
-        **DECODERS[DECODER],
-    )
-    decoder = ViTDecoder(sizes, precision=Precision(config.precision.compute))
-    tokens = jnp.zeros((1, side * side, channels))
-    params = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
-    return dataclasses.replace(space, decoder=decoder), nn.unbox(params)
 
 
 def _say_absent(config: ConfigDict, key: str, instead: str) -> None:

@@ -45,7 +45,11 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_state(config, model, space, optimizer, mesh, rules)
     step = build.jit_step(
-        build.make_step(config, model, space, optimizer), abstract, sharding, mesh
+        build.make_step(config, model, space, optimizer),
+        abstract,
+        sharding,
+        mesh,
+        build.xla_options(config),
     )
     if config.sample.every_steps:
         # A space that gives no images says so now, not at the first picture.
