@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from dsr_jax import evaluate
-from dsr_jax.core.errors import DataError, EvaluationError
+from dsr_jax.core.errors import ConversionError, DataError, EvaluationError
 from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.data.sources import make_source, read_all
+from tests.tiny_inception import convert_tiny
 
 pytest.importorskip("sklearn")
 
@@ -60,3 +61,47 @@ def test_what_cannot_be_scored_ends_with_a_reason(tmp_path, heldout):
     with pytest.raises(DataError, match="cannot be drawn at 7 pixels"):
         evaluate.main([str(tmp_path / "colour.npz")])
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The images of 24 samples and 16 real ones, and a narrow network."""
+    random = np.random.RandomState(0)
+    np.savez(tmp_path / "samples.npz", random.randint(0, 256, (24, 16, 16, 3)).astype(np.uint8))
+    np.savez(tmp_path / "real.npz", random.randint(0, 200, (16, 16, 16, 3)).astype(np.uint8))
+    return tmp_path, convert_tiny(tmp_path)
+
+
+def arguments(folder, inception, *more):
+    """The command line that scores the pictures."""
+    files = [str(folder / "samples.npz"), "--reference", str(folder / "real.npz")]
+    return [*files, "--inception", str(inception), *more]
+
+
+@pytest.mark.slow
+def test_scores_against_a_reference_with_their_recipe(pictures, capsys):
+    folder, inception = pictures
+    evaluate.main(arguments(folder, inception, "--metrics", "fid,is", "--batch", "8"))
+    written = read_json(folder / "samples.scores.json")
+    assert set(written["scores"]) == {"fid", "inception_score"}
+    record = read_json(inception / "conversion.json")
+    assert written["recipe"]["weights"] == record["params_digest"]
+    assert written["recipe"]["reference"] == file_digest(folder / "real.npz")
+    assert written["inception"]["source_digest"] == record["source_digest"]
+    assert written["samples"]["digest"] == file_digest(folder / "samples.npz")
+    assert written["provenance"]["packages"]["jax"]
+    printed = capsys.readouterr().out
+    assert f"{written['scores']['fid']:.5g}" in printed and "warning: 24 samples" in printed
+
+
+def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
+    folder, inception = pictures
+    with pytest.raises(ConversionError, match="pytorch-fid"):
+        evaluate.main(arguments(folder, folder / "none"))
+    with pytest.raises(EvaluationError, match="needs --inception"):
+        evaluate.main(arguments(folder, inception)[:3])
+    with pytest.raises(EvaluationError, match="without --judge"):
+        evaluate.main(arguments(folder, inception, "--judge", "digits"))
+    with pytest.raises(EvaluationError, match="unknown metrics"):
+        evaluate.main(arguments(folder, inception, "--metrics", "fid,fdd"))
+    assert not list(folder.glob("*.json"))

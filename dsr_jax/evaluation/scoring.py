@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation.features import METRICS, Extractor, Tally, forget, tally_images
+from dsr_jax.evaluation.features import METRICS, Extractor, Tally, forget, needs_of, tally_images
 from dsr_jax.evaluation.frechet import Gaussian, frechet_distance
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import SPLIT_SIZE
@@ -111,6 +111,7 @@ class Scorer:
 
     def _choose(self, metrics: list[str] | None, result: Result) -> list[str]:
         """The metrics to compute, in the order of METRICS."""
+        needs_of(metrics or ())
         chosen = []
         for name in METRICS:
             if name not in (DEFAULT_METRICS if metrics is None else metrics):
