@@ -17,6 +17,7 @@ SLOW = (
     "denoiser_sampler_ode",
     "denoiser_sit_tiny",
     "denoiser_train_dit",
+    "eval_inception_tiny",
     "encoder_stage1_step",
 )
 

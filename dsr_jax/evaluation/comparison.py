@@ -1,0 +1,160 @@
+"""Files of scores side by side: which recipes agree, a table, a plot of FID against guidance."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.files import read_json
+from dsr_jax.core.trees import flatten_names
+
+SHOWN = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+_SETTINGS = ("step", "ema", "guidance", "interval", "method", "num_points")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One file that python -m dsr_jax.evaluate wrote.
+
+    Attributes:
+      name: What to call it in a table.
+      scores: Numbers by name.
+      recipe: What must be equal for scores to be compared.
+      sampling: Step, average, guidance and sampler, as far as the samples' record names them.
+      packages: Versions that computed the scores.
+    """
+
+    name: str
+    scores: dict[str, float]
+    recipe: dict[str, Any]
+    sampling: dict[str, Any]
+    packages: dict[str, str]
+
+
+def read_scores(path: str | os.PathLike[str]) -> Scores:
+    """Reads a file of scores.
+
+    Raises:
+      EvaluationError: If it is missing, or no scores against a reference.
+    """
+    path = Path(path)
+    try:
+        content = read_json(path)
+        scores, recipe = content["scores"], content["recipe"]
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read: {error}", "check the path") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{path} holds no scores with their recipe",
+            "give files that python -m dsr_jax.evaluate wrote with --reference",
+        ) from error
+    record = (content["samples"].get("record") or {}).get("recipe") or {}
+    values = {**record, **record.get("sampler", {})}
+    sampling = {key: values[key] for key in _SETTINGS if key in values}
+    packages = content.get("provenance", {}).get("packages", {})
+    return Scores(path.stem, scores, recipe, sampling, packages)
+
+
+def differences(all_scores: Sequence[Scores]) -> dict[str, list[Any]]:
+    """Recipe entries whose values are not the same everywhere, with each file's value.
+
+    Settings of a metric count only between files that have that metric.
+    """
+    flat = [_flat(scores.recipe) for scores in all_scores]
+    found = {}
+    for key in dict.fromkeys(key for recipe in flat for key in recipe):
+        metric = (
+            key.partition("/")[0] if key.startswith(("precision_", "inception_", "kid")) else ""
+        )
+        holders = [
+            r for r, s in zip(flat, all_scores, strict=True) if not metric or metric in s.recipe
+        ]
+        if len({str(recipe.get(key)) for recipe in holders}) > 1:
+            found[key] = [recipe.get(key) for recipe in flat]
+    return found
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Names below names; lists count as one value."""
+    texts = {key: str(x) if isinstance(x, list) or x is None else x for key, x in recipe.items()}
+    return flatten_names(texts)
+
+
+def check_comparable(all_scores: Sequence[Scores]) -> None:
+    """Checks that scores were computed by one recipe.
+
+    Raises:
+      EvaluationError: Listing what differs.
+    """
+    if found := differences(all_scores):
+        lines = [f"{key}: {' | '.join(map(str, values))}" for key, values in found.items()]
+        raise EvaluationError(
+            "these scores were not computed alike:\n    " + "\n    ".join(lines),
+            "score the samples again by one recipe; --force puts them side by side all the same",
+        )
+
+
+def make_table(all_scores: Sequence[Scores]) -> list[list[str]]:
+    """Rows of cells: a heading, then a row per file; columns that nobody fills are left out."""
+    settings = [key for key in _SETTINGS if any(key in s.sampling for s in all_scores)]
+    metrics = [key for key in SHOWN if any(key in s.scores for s in all_scores)]
+    rows = [["scores", *settings, *metrics]]
+    for scores in all_scores:
+        cells = [str(scores.sampling.get(key, "")) for key in settings]
+        values = [f"{scores.scores[key]:.4f}" if key in scores.scores else "" for key in metrics]
+        rows.append([scores.name, *cells, *values])
+    return rows
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """The table in aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plot_guidance(
+    all_scores: Sequence[Scores], path: str | os.PathLike[str], note: str = ""
+) -> int:
+    """Draws FID against guidance, a line for each set of other settings.
+
+    Args:
+      all_scores: The files.
+      path: The picture.
+      note: What to write above it: that recipes differ, for example.
+
+    Returns:
+      Points drawn.
+
+    Raises:
+      EvaluationError: If no file has both FID and a guidance.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for scores in all_scores:
+        if "fid" in scores.scores and "guidance" in scores.sampling:
+            rest = {key: x for key, x in scores.sampling.items() if key != "guidance"}
+            # An interval means nothing without guidance, so that recipes leave it out there.
+            rest.pop("interval", None)
+            label = ", ".join(f"{key} {value}" for key, value in rest.items())
+            point = (float(scores.sampling["guidance"]), scores.scores["fid"])
+            lines.setdefault(label, []).append(point)
+    if not lines:
+        raise EvaluationError(
+            "no file has both FID and a guidance",
+            "plot scores of samples that python -m dsr_jax.sample drew: their record names it",
+        )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label or "samples")
+    axes.set_xlabel("guidance")
+    axes.set_ylabel("FID")
+    axes.set_title(note, fontsize=9)
+    axes.legend(fontsize=7)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return sum(map(len, lines.values()))
