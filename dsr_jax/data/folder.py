@@ -66,6 +66,10 @@ class ImageFolder:
         """
         return read_file(self._root / self._files[index]), int(self._labels[index])
 
+    def origin(self, index: int) -> str:
+        """What to call record `index` in an error: its path."""
+        return str(self._root / self._files[index])
+
     def __getitem__(self, index: int) -> Record:
         """Reads one image.
 
@@ -75,8 +79,7 @@ class ImageFolder:
         """
         content, label = self.encoded(index)
         size, _, channels = self.image_shape
-        path = str(self._root / self._files[index])
-        image = decode_image(content, path, size, channels, fit=self._fit)
+        image = decode_image(content, self.origin(index), size, channels, fit=self._fit)
         return {"image": image, "label": np.int32(label)}
 
 

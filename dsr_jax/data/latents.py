@@ -12,6 +12,7 @@ import numpy as np
 
 from dsr_jax.core.errors import DataError
 from dsr_jax.core.files import read_json, write_json
+from dsr_jax.data.records import write_records
 from dsr_jax.data.sources import Record
 
 MANIFEST = "latents.json"
@@ -119,20 +120,17 @@ def write_shard(path: Path, latents: Iterable[tuple[np.ndarray, int]], dtype: st
     Raises:
       DataError: If a value is no number, or too large for the dtype.
     """
-    import msgpack
-    from array_record.python.array_record_module import ArrayRecordWriter
+    write_records(path, (_pack(latent, label, dtype) for latent, label in latents))
 
-    part = path.with_name(f"{path.name}.part")
-    # One record per compressed group: random access reads nothing that it does not need.
-    writer = ArrayRecordWriter(str(part), "group_size:1")
-    for latent, label in latents:
-        with np.errstate(over="ignore"):
-            stored = np.asarray(latent).astype(DTYPES[dtype])
-        if not np.isfinite(stored.astype(np.float32)).all():
-            raise DataError(
-                f"a latent with the label {label} has values that {dtype} does not hold",
-                "use --dtype=bfloat16; if they are no numbers, look at the encoder's weights",
-            )
-        writer.write(msgpack.packb({"latent": stored.tobytes(), "label": int(label)}))
-    writer.close()
-    part.rename(path)
+
+def _pack(latent: np.ndarray, label: int, dtype: str) -> bytes:
+    import msgpack
+
+    with np.errstate(over="ignore"):
+        stored = np.asarray(latent).astype(DTYPES[dtype])
+    if not np.isfinite(stored.astype(np.float32)).all():
+        raise DataError(
+            f"a latent with the label {label} has values that {dtype} does not hold",
+            "use --dtype=bfloat16; if they are no numbers, look at the encoder's weights",
+        )
+    return msgpack.packb({"latent": stored.tobytes(), "label": int(label)})

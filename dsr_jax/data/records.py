@@ -93,13 +93,29 @@ def write_array_records(path: Path, images: Iterable[tuple[bytes, int]]) -> None
       images: Content and label of each file.
     """
     import msgpack
+
+    write_records(
+        path,
+        (msgpack.packb({"image": content, "label": int(label)}) for content, label in images),
+    )
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> None:
+    """Writes one ArrayRecord file, which appears under its name only when it is whole."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    part = path.with_name(f"{path.name}.part")
     # One record per compressed group: random access reads nothing that it does not need.
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for content, label in images:
-        writer.write(msgpack.packb({"image": content, "label": int(label)}))
+    writer = ArrayRecordWriter(str(part), "group_size:1")
+    for record in records:
+        writer.write(record)
     writer.close()
+    part.rename(path)
+
+
+def count_records(path: Path) -> int:
+    """How many records an ArrayRecord file holds."""
+    return len(grain.sources.ArrayRecordDataSource([str(path)]))
 
 
 class Tfds:

@@ -12,7 +12,6 @@ from dsr_jax.data.images import UnreadableRecord
 from dsr_jax.data.pipeline import make_batches
 from dsr_jax.data.records import write_array_records
 from dsr_jax.data.sources import make_source
-from tools import pack_images
 
 
 @pytest.fixture
@@ -63,9 +62,11 @@ def test_packing_a_folder(tmp_path: Path) -> None:
         for number in range(count):
             pixels = rng.integers(0, 256, (9, 8, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.jpg")
-    pack_images.main([str(tmp_path / "images"), str(tmp_path / "packed"), "--shards=3"])
-    names = [path.name for path in sorted((tmp_path / "packed").iterdir())]
-    assert names == [f"train-{i:05d}-of-00003.array_record" for i in range(3)]
+    folder = make_source("folder", root=str(tmp_path / "images"), image_size=4, channels=3)
+    (tmp_path / "packed").mkdir()
+    names = [f"train-{i:05d}-of-00003.array_record" for i in range(3)]
+    for name, rows in zip(names, (range(3), range(3, 5), range(5, 7)), strict=True):
+        write_array_records(tmp_path / "packed" / name, map(folder.encoded, rows))
     options = {"image_size": 4, "channels": 3, "num_classes": 2}
     folder = make_source("folder", root=str(tmp_path / "images"), **options)
     packed = make_source("arrayrecord", root=str(tmp_path / "packed"), **options)
