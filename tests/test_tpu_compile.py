@@ -1,6 +1,5 @@
 """Training steps compiled for eight real TPU v5e chips, of 16 GiB each, without having any."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from dsr_jax import build
+from dsr_jax import config as configs
+from dsr_jax.core.files import read_json
+from dsr_jax.telemetry.memory import TEMPORARIES
 from tests.requirements import require
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[1]
-TOPOLOGY = "v5e:2x4"
-MEMORY = 16 * 2**30
+FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=8")
 # The paper's small denoiser on latents of a 16 x 16 encoder, with its batch.
 SMALL = (
     "--config.model.hidden_size=384",
@@ -29,55 +31,83 @@ SMALL = (
     "--config.data.num_classes=1000",
     "--config.data.global_batch=1024",
     "--config.precision.compute=bfloat16",
-    "--config.mesh.data=1",
-    "--config.mesh.fsdp=8",
 )
 
 
-def compile_step(*overrides: str) -> subprocess.CompletedProcess[str]:
-    """Compiles the step of the digits config, changed by overrides."""
+def compile_for_tpu(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command on the digits config, changed by overrides."""
     require("libtpu", "tpu")
-    script = REPOSITORY / "tests" / "compile_for_tpu.py"
+    command = (sys.executable, "-m", "dsr_jax.compile", "--config=configs/digits.py")
     return subprocess.run(
-        [sys.executable, str(script), TOPOLOGY, "configs/digits.py", *overrides],
+        [*command, "--topology=v5e:2x4", f"--out={out}", *words],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
         capture_output=True,
         text=True,
         timeout=1800,
     )
 
 
-def facts(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What the script found out."""
+def facts(out: Path, *words: str) -> dict[str, Any]:
+    """The report of a step that fits."""
+    done = compile_for_tpu(out, *words)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["device_kind"] == "TPU v5 lite" and found["devices"] == 8
-    assert 0 < found["peak_bytes"] < MEMORY
+    assert "(8 chips, v5litepod-8)" in done.stdout and "fits" in done.stdout
+    assert "<html" in (out / "report.html").read_text()
+    report = read_json(out / "report.json")
+    assert report["fits"] and report["chips"] == 8
+    assert 0 < report["hbm_bytes_per_chip"] < report["hbm_limit_bytes"] < 16 * 2**30
     # The state's buffers are donated: it is updated in place.
-    assert found["alias_bytes"] > 0.95 * found["output_bytes"]
-    return found
+    assert report["memory"].get("results", 0) < 0.05 * state_bytes(report)
+    assert 0 < report["mfu_bound"] < report["mfu_bound_of_compute_alone"] <= 1
+    return report
 
 
-def test_data_parallel_devices_only_sum() -> None:
+def state_bytes(report: dict[str, Any]) -> int:
+    """Of one chip."""
+    return sum(report["memory"][name] for name in ("parameters", "optimizer", "EMA"))
+
+
+def kinds(report: dict[str, Any]) -> set[str]:
+    """Collectives that occur."""
+    return {row["kind"] for row in report["collectives"]}
+
+
+def test_data_parallel_devices_only_sum(tmp_path: Path) -> None:
     """Each holds the whole state; gradients and metrics are all that travels."""
-    found = facts(compile_step())
-    assert found["argument_bytes"] > found["state_bytes"]
-    traffic = {name for name, count in found["collectives"].items() if count}
-    assert traffic == {"all-reduce"}
+    report = facts(tmp_path)
+    assert kinds(report) == {"all-reduce"}
+    gradients = report["memory"]["parameters"]
+    assert gradients < sum(row["bytes"] * row["count"] for row in report["collectives"])
 
 
-def test_fsdp_gathers_and_fits() -> None:
+def test_fsdp_gathers_and_fits(tmp_path: Path) -> None:
     """Each device holds an eighth of the state, and gathers parameters where they are used."""
-    found = facts(compile_step(*SMALL, "--config.model.remat=full"))
-    batch = 1024 // 8 * (16 * 16 * 768 + 8)
-    assert found["argument_bytes"] < 1.3 * found["state_bytes"] / 8 + batch
-    assert found["collectives"]["all-gather"] > 0
-    assert found["bfloat16_products"] > 0
+    report = facts(tmp_path, *SMALL, *FSDP, "--config.model.remat=full")
+    config = configs.load(str(REPOSITORY / "configs" / "digits.py"), SMALL)
+    model = build.make_model(config, build.make_space(config)[0])
+    assert kinds(report) & {"all-gather", "collective-permute"}
+    # What is recomputed is a fourth forward pass, and nothing else is.
+    images = 1024 / 8
+    passes = report["flops_per_chip"] / (build.forward_flops(model) * images)
+    assert 3.9 < passes < 4.1
+    trips = [part["trips"] for part in report["parts"]]
+    assert trips == [4, 8, 8, 4, 1]
 
 
-def test_the_compiler_refuses_what_does_not_fit() -> None:
-    """Else the sizes above would say nothing: the same step that keeps all it computes."""
-    done = compile_step(*SMALL)
-    assert done.returncode != 0
-    assert "RESOURCE_EXHAUSTED: Ran out of memory on HBM" in done.stderr
+def test_what_does_not_fit_ends_with_figures_and_advice(tmp_path: Path) -> None:
+    """The same step that keeps all it computes."""
+    done = compile_for_tpu(tmp_path, *SMALL, *FSDP)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "DOES NOT FIT" in done.stdout and "--config.model.remat=dots" in done.stdout
+    report = read_json(tmp_path / "report.json")
+    assert not report["fits"] and report["step_seconds_estimate"] is None
+    assert report["hbm_bytes_per_chip"] > report["hbm_limit_bytes"] > 15 * 2**30
+    assert report["memory"][TEMPORARIES] > state_bytes(report) and report["advice"]
+
+
+def test_a_sampler_fits_too(tmp_path: Path) -> None:
+    done = compile_for_tpu(tmp_path, "--sampler", "--config.sample.batch=64")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = read_json(tmp_path / "report.json")
+    assert report["what"] == "sampler" and report["images_per_chip"] == 8
