@@ -52,9 +52,7 @@ class ImageTar:
                 "of the place it came from, and copy it again",
             ) from error
         if not found:
-            raise DataError(
-                f"{path} holds no images", "name ILSVRC2012_img_train.tar or ..._val.tar"
-            )
+            raise DataError(f"{path} holds no images", "name ILSVRC2012's training or val archive")
         self.class_names = sorted({name for name, _ in found})
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._entries = sorted((labels[name], entry) for name, entry in found)

@@ -30,14 +30,14 @@ FILES = {
 }
 
 
-def write_tar(target: object, files: dict[str, bytes]) -> None:
-    with tarfile.open(
-        mode="w", **{"name" if isinstance(target, Path) else "fileobj": target}
-    ) as tar:
+def tar_file(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(mode="w", fileobj=buffer) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -51,12 +51,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def train_tar(tmp_path: Path) -> Path:
-    inner = {}
-    for name in reversed(CLASSES):
-        buffer = io.BytesIO()
-        write_tar(buffer, FILES[name])
-        inner[f"{name}.tar"] = buffer.getvalue()
-    write_tar(tmp_path / "train.tar", inner)
+    inner = {f"{name}.tar": tar_file(FILES[name]) for name in reversed(CLASSES)}
+    (tmp_path / "train.tar").write_bytes(tar_file(inner))
     return tmp_path / "train.tar"
 
 
@@ -92,7 +88,7 @@ def test_archives_and_folders_give_the_images_that_training_would_see(
 
 def test_validation_images_get_the_classes_of_a_file(folder: Path, tmp_path: Path) -> None:
     files = {name: content for each in FILES.values() for name, content in each.items()}
-    write_tar(tmp_path / "val.tar", files)
+    (tmp_path / "val.tar").write_bytes(tar_file(files))
     with pytest.raises(DataError, match="class of n01_0.JPEG is not known"):
         pack(tmp_path / "val.tar", tmp_path / "packed", "--split=val")
     lines = [f"{file} {name}" for name, each in FILES.items() for file in each]

@@ -19,7 +19,6 @@ from tools.claims import encoders
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = ("clean", "outlier", "cured")
-DECODER_STEPS = 800
 
 
 class Sizes(NamedTuple):
@@ -33,8 +32,8 @@ class Sizes(NamedTuple):
     """
 
     masked_steps: int = 2_000
-    decoder_steps: int = DECODER_STEPS
-    steps: int = 1_000
+    decoder_steps: int = 500
+    steps: int = 600
     samples: int = 500
 
 
