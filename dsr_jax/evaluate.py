@@ -23,11 +23,11 @@ from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.features import METRICS, Extractor
-from dsr_jax.evaluation.image_sets import open_images
+from dsr_jax.evaluation.image_sets import ImageSet, open_images
 from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import SampleFile, check_levels, open_samples
-from dsr_jax.evaluation.scoring import Scorer
+from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.models.inception import RESIZES
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_primary, say, start_processes
@@ -57,45 +57,69 @@ def compare(args: argparse.Namespace) -> None:
       EvaluationError: If samples, reference and metrics do not fit.
       ConversionError: If the weights are not there; says where to get them.
     """
-    images = open_images(args.samples)
     path = Path(args.samples)
+    images = open_images(path)
     out = Path(args.out) if args.out else path.with_name(f"{path.stem}.scores.json")
     scorer, inception = make_scorer(args.reference, args.inception, args.batch, args.resize)
     metrics = args.metrics.split(",") if args.metrics else None
-    result = scorer.score(
-        images,
-        metrics,
-        folder=out.with_name(f"{out.name}.parts"),
-        allow_constant=args.allow_constant,
+    result = score_to_file(
+        scorer, inception, images, metrics, out, allow_constant=args.allow_constant
     )
     if not is_primary():
         return
-    samples, reference = images.describe(), scorer.reference
-    write_json(
-        out,
-        {
-            "scores": result.scores,
-            "recipe": result.recipe,
-            "warnings": result.warnings,
-            "skipped": result.skipped,
-            "samples": samples,
-            "reference": {
-                "file": reference.path.name,
-                "statistics": sorted(reference.statistics),
-                "images": 0 if reference.images is None else reference.images.shape[0],
-                "recipe": reference.recipe,
-            },
-            "inception": inception,
-            "provenance": provenance(),
-        },
-    )
-    print(f"{args.samples}: {images.shape[0]} images against {args.reference}")
+    print(f"{path}: {images.shape[0]} images against {args.reference}")
     _print_scores(result.scores)
     for name, problem in result.skipped.items():
         print(f"  {name:24} left out: {problem}")
     for warning in result.warnings:
         print(f"warning: {warning}")
     print(f"written to {out}")
+
+
+def score_to_file(
+    scorer: Scorer,
+    inception: dict[str, Any],
+    images: ImageSet,
+    metrics: list[str] | None,
+    out: Path,
+    *,
+    allow_constant: bool = False,
+) -> Result:
+    """Scores images and writes numbers, recipe and provenance to a JSON file.
+
+    Args:
+      scorer: From `make_scorer`.
+      inception: The weights' record, likewise.
+      images: The samples.
+      metrics: Names, or None for those that the reference allows.
+      out: The file; what a stopped pass goes on from lies beside it meanwhile.
+      allow_constant: Takes images of a single colour, too.
+
+    Raises:
+      EvaluationError: If samples, reference and metrics do not fit.
+    """
+    folder = out.with_name(f"{out.name}.parts")
+    result = scorer.score(images, metrics, folder=folder, allow_constant=allow_constant)
+    if is_primary():
+        reference = scorer.reference
+        about = {
+            "file": reference.path.name,
+            "statistics": sorted(reference.statistics),
+            "images": 0 if reference.images is None else reference.images.shape[0],
+            "recipe": reference.recipe,
+        }
+        content = {
+            "scores": result.scores,
+            "recipe": result.recipe,
+            "warnings": result.warnings,
+            "skipped": result.skipped,
+            "samples": result.samples,
+            "reference": about,
+            "inception": inception,
+            "provenance": provenance(),
+        }
+        write_json(out, content)
+    return result
 
 
 def make_scorer(

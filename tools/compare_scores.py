@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.files import write_atomic
 from dsr_jax.evaluation.comparison import (
+    as_csv,
     as_text,
     check_comparable,
     differences,
@@ -39,13 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(versions) > 1:
             print(f"note: {package} in versions {', '.join(sorted(versions))}", file=sys.stderr)
     if args.csv:
-        write_atomic(args.csv, "".join(",".join(map(_quoted, row)) + "\n" for row in rows))
+        write_atomic(args.csv, as_csv(rows))
     if args.plot:
         print(f"{plot_guidance(files, args.plot, note)} points: {args.plot}")
-
-
-def _quoted(cell: str) -> str:
-    return f'"{cell}"' if "," in cell else cell
 
 
 def _parser() -> argparse.ArgumentParser:

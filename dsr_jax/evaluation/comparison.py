@@ -11,6 +11,8 @@ from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import flatten_names
 
 SHOWN = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+_OF_METRICS = ("inception_score", "precision_recall", "kid")
+"""Sections of a recipe that exist only beside their metric."""
 _SETTINGS = ("step", "ema", "guidance", "interval", "method", "num_points")
 
 
@@ -54,7 +56,8 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
     values = {**record, **record.get("sampler", {})}
     sampling = {key: values[key] for key in _SETTINGS if key in values}
     packages = content.get("provenance", {}).get("packages", {})
-    return Scores(path.stem, scores, recipe, sampling, packages)
+    name = path.name.removesuffix(".json").removesuffix(".scores")
+    return Scores(name, scores, recipe, sampling, packages)
 
 
 def differences(all_scores: Sequence[Scores]) -> dict[str, list[Any]]:
@@ -113,6 +116,12 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def as_csv(rows: Sequence[Sequence[str]]) -> str:
+    """The table with commas; cells that hold one are quoted."""
+    lines = (",".join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows)
+    return "".join(line + "\n" for line in lines)
 
 
 def plot_guidance(

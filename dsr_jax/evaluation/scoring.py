@@ -33,12 +33,14 @@ class Result:
       recipe: What must be equal for scores to be compared.
       skipped: Metrics left out, and why.
       warnings: What the reader of the scores must know.
+      samples: Where the images are from, with their digest.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    samples: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Scorer:
         chosen = self._choose(metrics, result)
         _check_sizes(images, self.reference, self.weights, self.extractor.resize)
         # Digests are compared before a pass is continued, and written beside the scores.
-        about = images.describe()
+        about = result.samples = images.describe()
         reference_digest = self.reference.digest()
         ours = self._pass(images, chosen, folder / "samples", about, allow_constant)
         theirs = None

@@ -1,0 +1,141 @@
+"""Samples and scores a run over checkpoints, averages, guidance scales and intervals.
+
+    python tools/sweep.py --workdir runs/x --reference ready.npz --inception converted/inception \
+        --guidance 1.0 1.25 1.5 --ema 0.9999 --interval 0,1 0.1,0.9 --num-samples 10000 --out sweep
+
+Every combination is drawn by python -m dsr_jax.sample and scored by python -m dsr_jax.evaluate.
+The folder --out then holds samples, scores, table.csv and fid.png; the same command finishes a
+sweep that was stopped, and a longer list adds to it. Settings of the sampler go behind it, as in
+`--method heun --num-points 51` or `--config.sample.seed=1`. References of tools/make_reference.py
+spare the sweep a pass over the reference's images for every score.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dsr_jax import evaluate, sample
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.files import write_atomic
+from dsr_jax.evaluation.comparison import as_csv, as_text, make_table, plot_guidance, read_scores
+from dsr_jax.evaluation.image_sets import open_images
+from dsr_jax.evaluation.scoring import Scorer
+from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.training.checkpoints import list_steps
+
+
+class Point(NamedTuple):
+    """One combination: checkpoint, average, guidance, interval ("" for the run's own)."""
+
+    step: int
+    ema: str
+    guidance: float
+    interval: str
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        interval = f"-in{self.interval.replace(',', 'to')}" if self.interval else ""
+        return f"step{self.step:08d}-ema{self.ema or 'own'}-cfg{self.guidance:g}{interval}"
+
+    def arguments(self) -> list[str]:
+        """Of the command that draws it."""
+        found = ["--checkpoint-step", str(self.step), "--guidance", str(self.guidance)]
+        found += ["--ema", self.ema] if self.ema else []
+        return found + (["--interval", self.interval] if self.interval else [])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the sweep that the command line names; see the module's docstring."""
+    args, rest = _parser().parse_known_args(argv)
+    start_processes()
+    out = Path(args.out)
+    points = list(make_points(args, list_steps(Path(args.workdir) / "checkpoints")))
+    scorer, inception = evaluate.make_scorer(args.reference, args.inception, args.batch, "adm")
+    metrics = args.metrics.split(",") if args.metrics else None
+    for number, point in enumerate(points):
+        path = out / f"{point.name}.scores.json"
+        if path.is_file():
+            check_scored(path, scorer, args.num_samples)
+            continue
+        say(f"{number + 1}/{len(points)}: {point.name}")
+        where = ["--workdir", args.workdir, "--out", str(out), "--name", point.name]
+        count = ["--num-samples", str(args.num_samples)]
+        sample.main([*where, *count, *point.arguments(), *rest])
+        images = open_images(out / f"{point.name}.npz")
+        evaluate.score_to_file(scorer, inception, images, metrics, path)
+    if is_primary():
+        show(out, points)
+
+
+def make_points(args: argparse.Namespace, steps: Sequence[int]) -> Iterator[Point]:
+    """All combinations; without guidance an interval means nothing, and one of them is enough.
+
+    Raises:
+      EvaluationError: If there are no checkpoints, or not those that are asked for.
+    """
+    chosen = args.steps or list(steps)[-1:]
+    if not chosen or not set(chosen) <= set(steps):
+        raise EvaluationError(
+            f"{args.workdir} has no checkpoints {args.steps}", f"there are {list(steps)}"
+        )
+    combinations = itertools.product(chosen, args.ema, args.guidance, args.interval)
+    yield from dict.fromkeys(
+        Point(step, ema, scale, "" if scale == 1 else interval)
+        for step, ema, scale, interval in combinations
+    )
+
+
+def check_scored(path: Path, scorer: Scorer, num_samples: int) -> None:
+    """Checks that scores which are there already belong to this sweep.
+
+    Raises:
+      EvaluationError: Naming what is different.
+    """
+    recipe = read_scores(path).recipe
+    wanted = {
+        "weights": scorer.weights,
+        "reference": scorer.reference.digest(),
+        "num_samples": num_samples,
+    }
+    if differing := [key for key, value in wanted.items() if recipe.get(key) != value]:
+        raise EvaluationError(
+            f"{path} was computed with other {', '.join(differing)}", "name another --out"
+        )
+
+
+def show(out: Path, points: Sequence[Point]) -> None:
+    """Prints the table, and writes it and the plot into the folder."""
+    files = [read_scores(out / f"{point.name}.scores.json") for point in points]
+    rows = make_table(files)
+    print(as_text(rows))
+    write_atomic(out / "table.csv", as_csv(rows))
+    if any("fid" in each.scores for each in files):
+        plot_guidance(files, out / "fid.png", f"{files[0].recipe['num_samples']} samples")
+    print(f"written to {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="the run's folder")
+    add("--reference", required=True, help="as of python -m dsr_jax.evaluate")
+    add("--inception", required=True, help="folder of converted weights")
+    add("--steps", nargs="+", type=int, default=[], help="checkpoints; default: the newest")
+    add("--ema", nargs="+", default=[""], help="averages, or none; default: the run's own")
+    add("--guidance", nargs="+", type=float, default=[1.0])
+    add("--interval", nargs="+", default=[""], help="LOW,HIGH; default: the run's own")
+    add("--num-samples", type=int, default=10_000)
+    add("--metrics", help="as of python -m dsr_jax.evaluate")
+    add("--batch", type=int, default=64, help="images at a time through Inception")
+    add("--out", required=True, help="folder of the sweep")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
