@@ -156,10 +156,8 @@ def compile_report(
     shapes = CHIPS[topology.chip.generation].shapes
     larger = shapes[shapes.index(topology.name.partition(":")[2]) + 1 :]
     slices = tuple(f"{topology.chip.generation}:{shape}" for shape in larger)
-    # What is traced here is for the mesh's platform, not for this process's.
-    with jax.set_mesh(mesh):
-        ahead = PROGRAMS[program](config, mesh, slices)
-        compiled = _compile(ahead, topology)
+    ahead = PROGRAMS[program](config, mesh, slices)
+    compiled = _compile(ahead, mesh, topology)
     about = {
         "what": ahead.what,
         **subject,
@@ -179,11 +177,14 @@ def compile_report(
     )
 
 
-def _compile(ahead: Ahead, topology: Topology) -> Compiled:
+def _compile(ahead: Ahead, mesh: Mesh, topology: Topology) -> Compiled:
     arguments = {name: bytes_per_chip(tree) for name, tree in ahead.arguments.items()}
     limit, start = int(topology.chip.hbm_bytes), time.monotonic()
     try:
-        compiled = ahead.lower().compile()
+        # What is traced is for the mesh's platform, not for this process's.
+        with jax.set_mesh(mesh):
+            lowered = ahead.lower()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         refused = out_of_memory(str(error), sum(arguments.values()))
         if refused is None:

@@ -6,13 +6,21 @@ Memory of a chip by what it is for, operations, traffic, collectives, the least 
 of the run; in --out also as report.json and report.html. Exit status 1, and advice, where it does
 not fit. No TPU is needed, but its compiler: pip install 'dsr_jax[tpu]'. Any key of the config can
 be set behind it, as in --config.mesh.fsdp=16.
+
+    python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --sweep
+
+tries meshes, rematerialisation and micro-batches one after the other, which takes minutes each, and
+ranks those that fit; the --try options keep it short. --out gets the best one's report, and
+sweep.json with all.
 """
 
 import argparse
+import functools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,6 +30,7 @@ from dsr_jax.ahead import compile_report
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.parallel.topologies import find_topology
+from dsr_jax.sweep import line, sweep, trials
 from dsr_jax.telemetry.compile_page import make_page
 from dsr_jax.telemetry.compile_report import Report, format_report
 
@@ -34,12 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Frozen networks and this program's own arithmetic stay off a TPU that may be here.
     jax.config.update("jax_platforms", "cpu")
     build.set_precision(config)
-    report = compile_report(
-        config,
-        topology,
-        "sampler" if args.sampler else "train",
-        {"config": args.config, "command": shlex.join(["python", "-m", "dsr_jax.compile", *words])},
-    )
+    subject = {
+        "config": args.config,
+        "command": shlex.join(["python", "-m", "dsr_jax.compile", *words]),
+    }
+    if args.sweep:
+        chosen = trials(config, topology, args.try_fsdp, args.try_remat, args.try_accumulate)
+        reports = sweep(
+            config, topology, subject, chosen, note=lambda text: print(text, flush=True)
+        )
+        if args.out:
+            write_json(Path(args.out) / "sweep.json", reports)
+        print("\nfrom the fastest to what does not fit:", *map(line, reports), sep="\n", end="\n\n")
+        report = reports[0]
+    else:
+        program = "sampler" if args.sampler else "train"
+        report = compile_report(config, topology, program, subject)
     print(format_report(report))
     if args.out:
         _save(report, Path(args.out))
@@ -52,6 +71,10 @@ def _save(report: Report, folder: Path) -> None:
     print(f"\n{folder / 'report.json'}, {folder / 'report.html'}")
 
 
+def _words(kind: Callable[[str], Any], text: str) -> list[Any]:
+    return [kind(word) for word in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dsr_jax.compile",
@@ -62,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4 or v5p:2x2x2")
     parser.add_argument("--out", help="folder for report.json and report.html")
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
+    parser.add_argument("--sweep", action="store_true", help="try layouts of the training step")
+    for name, kind in (("fsdp", int), ("remat", str), ("accumulate", int)):
+        parser.add_argument(
+            f"--try-{name}",
+            type=functools.partial(_words, kind),
+            default=(),
+            help="only these in a sweep, as in A,B",
+        )
     return parser
 
 
