@@ -175,7 +175,9 @@ def _collective(computation: Computation, instruction: Instruction) -> Collectiv
 
 
 def _group_size(instruction: Instruction) -> int:
-    """Devices that communicate with each other, from any of XLA's three notations."""
+    """Devices that communicate with each other, from any of XLA's notations."""
+    if pairs := instruction.attribute(r"source_target_pairs=\{(.*?)\}\}"):
+        return pairs.count("{")
     if iota := instruction.attribute(r"replica_groups=\[\d+,(\d+)\]"):
         return int(iota)
     if listed := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):

@@ -28,7 +28,7 @@ def test_collectives_are_counted_by_kind_group_and_size() -> None:
         # Once per layer, although two fusions hold pieces of it.
         Collective("all-gather", 4, 8 * 4 * 4): 3,
         # The compiler's own loop runs four times per layer.
-        Collective("collective-permute", 1, 64): 12,
+        Collective("collective-permute", 2, 64): 12,
     }
     assert rest.cost.collectives == {Collective("all-reduce", 4, 400): 1}
     assert scan.cost.wire_bytes == 3 * 128 * 3 / 4 + 12 * 64
