@@ -35,7 +35,8 @@ def base_config() -> ConfigDict:
                 "class_token_start": 4,
                 "dropout": 0.0,
             },
-            "registers": {"num": 36, "start": 4},
+            # The gate is for registers that join a trained network: tools/add_registers.py.
+            "registers": {"num": 36, "start": 4, "gate": False},
             # Behind vae and scale all is for "rae", whose image_size 0 is 16 patches a side.
             "space": {
                 "name": "pixels",
@@ -107,7 +108,8 @@ def base_config() -> ConfigDict:
                 "freeze": (),
             },
             "ema": {"decays": (0.9999,)},
-            "train": {"steps": 100_080, "stop_after_steps": 0},
+            # init_from is a converted folder, whose weights a new run of a denoiser starts from.
+            "train": {"steps": 100_080, "stop_after_steps": 0, "init_from": ""},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             # xla_options are "name=value", for the compiler of the training step.
             "sharding": {"rules": "fsdp", "overrides": (), "xla_options": ()},

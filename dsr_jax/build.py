@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from dsr_jax.build_denoiser import forward_flops as forward_flops
 from dsr_jax.build_denoiser import make_model as make_model
 from dsr_jax.build_denoiser import restore_converted as restore_converted
+from dsr_jax.build_denoiser import start_from as start_from
 from dsr_jax.build_rae import file_digests, make_rae
 from dsr_jax.build_vae import make_vae
 from dsr_jax.config import ConfigDict, architecture

@@ -1,6 +1,7 @@
 """From a config to the denoiser it names, its cost, and converted weights for it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +22,14 @@ from dsr_jax.models.precision import Precision
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.spaces import InputSpace
 from dsr_jax.telemetry import flops
+from dsr_jax.training.optimizers import Optimizer
+from dsr_jax.training.state import TrainState, create_state
 
 # Where a config holds the constructor arguments that are not in its section `model`.
 _CONFIG_KEYS = {
     "num_registers": "registers.num",
     "register_start": "registers.start",
+    "register_gate": "registers.gate",
     "num_classes": "data.num_classes",
     "input_size": "side of the space's latents",
     "in_channels": "channels of the space's latents",
@@ -56,6 +60,7 @@ def make_model(
         num_classes=config.data.num_classes,
         num_registers=config.registers.num,
         register_start=config.registers.start,
+        register_gate=config.registers.gate,
         precision=Precision(config.precision.compute),
         constrain=constrain or Constrain(),
         **_model_settings(config, kind),
@@ -106,6 +111,7 @@ def forward_flops(model: DiffusionTransformer) -> int:
         "patch_inputs": model.in_channels * model.patch_size**2,
         "num_registers": model.num_registers,
         "register_start": model.register_start,
+        "register_gate": model.register_gate,
         "use_swiglu": model.use_swiglu,
         "time_features": model.time_features,
     }
@@ -184,3 +190,31 @@ def restore_converted(
         return jax.device_put(leaf.astype(like.dtype), like.sharding)
 
     return jax.tree.map(place, params, abstract), record
+
+
+def start_from(
+    folder: str, model: DiffusionTransformer, optimizer: Optimizer, abstract: TrainState
+) -> Callable[[], TrainState]:
+    """Reads the weights that a new run starts from.
+
+    Args:
+      folder: The converted model, config.train.init_from.
+      model: The config's model.
+      optimizer: Makes the moments.
+      abstract: The state's shapes and shardings.
+
+    Returns:
+      A function that makes the state before the first step, to be called once: parameters and
+      averages are those of the folder, moments are new.
+
+    Raises:
+      ConversionError: If they are of another kind or other sizes than the config's model.
+    """
+    held = [restore_converted(folder, model, abstract.params)[0]]
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make = jax.jit(
+        lambda params: create_state(params, optimizer, [float(decay) for decay in abstract.ema]),
+        out_shardings=layout,
+        donate_argnums=0,
+    )
+    return lambda: make(held.pop())

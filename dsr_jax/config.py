@@ -68,7 +68,7 @@ def _parse_value(key: str, text: str, default: Any) -> Any:
 
 
 def load_file(path_and_arg: str) -> ConfigDict:
-    """Runs `get_config(arg)` of "configs/x.py:arg".
+    """Runs `get_config(arg)` of "configs/x.py:arg", or reads the config.json of a run.
 
     Raises:
       ConfigError: If the file is missing, has no get_config, or sets a key that there is not.
@@ -77,6 +77,8 @@ def load_file(path_and_arg: str) -> ConfigDict:
     if not Path(path).is_file():
         others = sorted(str(p) for p in Path("configs").glob("*.py"))
         raise ConfigError(f"config file {path!r} not found", f"here are {', '.join(others)}")
+    if Path(path).suffix == ".json":
+        return from_json(files.read_json(path), path)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"config file {path!r} is not a Python file")
@@ -188,6 +190,11 @@ def check(config: ConfigDict) -> None:
         not config.data.latents or (config.space.name == "rae" and not trains_decoder(config)),
         f"config.data.latents={config.data.latents!r}, but images are needed",
         "latents are for training a denoiser with config.space.name=rae",
+    )
+    require(
+        not config.train.init_from or not trains_decoder(config),
+        f"config.train.init_from={config.train.init_from!r}, but a decoder is trained",
+        "leave it empty: only denoisers start from a converted folder",
     )
     require(
         config.eval.judge in ("", "digits"),

@@ -23,6 +23,7 @@ from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.results import Results
 from dsr_jax.run import Job, run_command
+from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
 
 
@@ -44,6 +45,8 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     source = build.make_source(config, random_crops=True)
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_state(config, model, space, optimizer, mesh, rules)
+    if config.train.init_from and not list_steps(workdir / "checkpoints"):
+        init = build.start_from(config.train.init_from, model, optimizer, abstract)
     step = build.jit_step(
         build.make_step(config, model, space, optimizer),
         abstract,

@@ -6,8 +6,6 @@ The folder then holds params.safetensors and conversion.json, which python -m ds
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from dsr_jax.convert.decoder import FAMILY as DECODER
 from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
@@ -15,7 +13,7 @@ from dsr_jax.convert.discriminator import FAMILY as DISCRIMINATOR
 from dsr_jax.convert.discriminator import add_discriminator_command, export_backbone
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
 from dsr_jax.convert.families import DENOISERS, add_denoiser_commands, export_denoiser
-from dsr_jax.convert.files import load_converted
+from dsr_jax.convert.files import load_converted, save_state
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
 from dsr_jax.convert.inception import FAMILY as INCEPTION
 from dsr_jax.convert.inception import add_inception_command, inception_rules, network_of_record
@@ -26,8 +24,6 @@ from dsr_jax.convert.sdvae import FAMILY as SDVAE
 from dsr_jax.convert.sdvae import add_vae_command, export_vae
 from dsr_jax.convert.statistics import add_statistics_command
 from dsr_jax.core.cli import run_main
-from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import open_atomic, write_atomic
 from dsr_jax.models.decoder import DecoderConfig
 
 
@@ -58,29 +54,8 @@ def export(args: argparse.Namespace) -> None:
         state = export_denoiser(params, record)
         # Whichever of a checkpoint's averages the original reads, it finds these weights.
         entries = DENOISERS[record["family"]].entries
-    out = Path(args.out)
-    if out.exists():
-        raise ConversionError(f"{out} exists", "name a new file; nothing was written")
-    if out.suffix == ".safetensors":
-        from safetensors.numpy import save
-
-        write_atomic(out, save(state))
-    else:
-        _save_torch(out, state, entries)
-    print(f"{args.source} -> {out}: {len(state)} tensors")
-
-
-def _save_torch(out: Path, state: dict[str, Any], entries: Sequence[str]) -> None:
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"writing {out} needs torch",
-            "pip install 'dsr_jax[torch]', or name a .safetensors file",
-        ) from error
-    with open_atomic(out) as file:
-        tensors = {name: torch.from_numpy(x) for name, x in state.items()}
-        torch.save(dict.fromkeys(entries, tensors) if entries else tensors, file)
+    save_state(args.out, state, entries)
+    print(f"{args.source} -> {args.out}: {len(state)} tensors")
 
 
 def _parser() -> argparse.ArgumentParser:

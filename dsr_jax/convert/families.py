@@ -13,6 +13,7 @@ from dsr_jax.convert import dit_dh, jit, lightningdit, sit
 from dsr_jax.convert.files import save_converted, source_record
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import RuleSet, flax_to_torch, torch_to_flax
+from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
 from dsr_jax.models.denoiser import DiffusionTransformer
@@ -132,9 +133,19 @@ def convert_denoiser(args: argparse.Namespace) -> None:
 
 
 def export_denoiser(params: Params, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's state dict of a converted denoiser."""
+    """The original's state dict of a converted denoiser.
+
+    Raises:
+      ConversionError: If it has what the original lacks.
+    """
     family = DENOISERS[record["family"]]
     model = family.model(**record["model"])
+    if model.register_gate:
+        raise ConversionError(
+            "this denoiser's registers are behind a gate, which the original does not have",
+            "train with config.registers.gate=False to export, or take the registers away with "
+            "tools/add_registers.py --ablate",
+        )
     state = flax_to_torch(params, family.rules(model)) | family.constants(model)
     return {family.prefix + name: value for name, value in state.items()}
 

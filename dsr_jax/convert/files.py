@@ -1,14 +1,14 @@
 """Converted models on disk: `params.safetensors` and `conversion.json` in one folder."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import file_digest, read_json, write_atomic, write_json
+from dsr_jax.core.files import file_digest, open_atomic, read_json, write_atomic, write_json
 from dsr_jax.core.trees import flatten_names, unflatten_names
 
 _PARAMS, _RECORD = "params.safetensors", "conversion.json"
@@ -61,6 +61,39 @@ def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
             f"{folder / _PARAMS} is not what was written", "convert again into a new folder"
         )
     return unflatten_names(load_file(folder / _PARAMS)), record
+
+
+def save_state(
+    out: str | os.PathLike[str], state: Mapping[str, np.ndarray], entries: Sequence[str]
+) -> None:
+    """Writes a state dict under the original's names; nothing is overwritten.
+
+    Args:
+      out: A new `.safetensors` file, or a torch file under any other ending.
+      state: The arrays.
+      entries: Names under which a torch file holds them, () for the file as a whole.
+
+    Raises:
+      ConversionError: If the file is there, or torch is needed and missing.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ConversionError(f"{out} exists", "name a new file; nothing was written")
+    if out.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        write_atomic(out, save(dict(state)))
+        return
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"writing {out} needs torch",
+            "pip install 'dsr_jax[torch]', or name a .safetensors file",
+        ) from error
+    with open_atomic(out) as file:
+        tensors = {name: torch.from_numpy(x) for name, x in state.items()}
+        torch.save(dict.fromkeys(entries, tensors) if entries else tensors, file)
 
 
 def source_record(source: str) -> dict[str, Any]:

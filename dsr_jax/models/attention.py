@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from dsr_jax.core.errors import ConfigError
@@ -137,6 +138,8 @@ class Attention(nn.Module):
       use_qknorm: Normalises q and k per head.
       use_rmsnorm: RMSNorm for q and k, else affine LayerNorm with torch's default epsilon.
       kv_bias: Prepends one learned key and value, not rotated (attn_with_bias).
+      gated: First place and number of tokens that count as far as a learned gate per head lets
+        them; None for no gate.
       kernel: See `attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
@@ -147,6 +150,7 @@ class Attention(nn.Module):
     use_qknorm: bool = False
     use_rmsnorm: bool = True
     kv_bias: bool = False
+    gated: tuple[int, int] | None = None
     kernel: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
@@ -168,11 +172,18 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         if rope is not None:
             q, k = (rotate(self.precision.island("rope", y), *rope) for y in (q, k))
+        first = 0
         if self.kv_bias:
             k, v = self._prepend("k_bias", k), self._prepend("v_bias", v)
+            first = 1
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")
         q, k, v = (self.constrain(self.precision.product(y), *names) for y in (q, k, v))
         mixed = attend(q, k, v, self.kernel)
+        if self.gated is not None:
+            first, count = first + self.gated[0], self.gated[1]
+            places = np.r_[:first, first + count : k.shape[1]]
+            without = attend(q, k[:, places], v[:, places], self.kernel)
+            mixed = self._gate(mixed, without)
         return Dense(
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
@@ -188,6 +199,12 @@ class Attention(nn.Module):
         return LayerNorm(
             epsilon=1e-5, affine=True, axis="head_dim", precision=self.precision, name=name
         )
+
+    def _gate(self, mixed: Array, without: Array) -> Array:
+        """`without` at a gate of 0, where training starts, and `mixed` at 1; each [B, L, H, K]."""
+        zeros = nn.initializers.zeros
+        gate = add_param(self, "register_gate", zeros, ("heads",), (self.num_heads,))
+        return without + self.precision.product(gate)[:, None] * (mixed - without)
 
     def _prepend(self, name: str, x: Array) -> Array:
         axes, shape = (None, "heads", None, "head_dim"), (1, x.shape[2], 1, x.shape[3])

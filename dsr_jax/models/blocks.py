@@ -85,6 +85,7 @@ class Block(nn.Module):
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.
       use_qknorm: Normalises q and k.
       attn_kv_bias: Learned extra key and value.
+      gated: Tokens behind a gate, see `models.attention.Attention`.
       attention: Attention kernel.
       precision: Dtype policy.
       constrain: Layout of activations.
@@ -97,6 +98,7 @@ class Block(nn.Module):
     use_rmsnorm: bool = True
     use_qknorm: bool = False
     attn_kv_bias: bool = False
+    gated: tuple[int, int] | None = None
     attention: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
@@ -128,6 +130,7 @@ class Block(nn.Module):
             self.use_qknorm,
             self.use_rmsnorm,
             self.attn_kv_bias,
+            self.gated,
             self.attention,
             self.precision,
             self.constrain,

@@ -122,6 +122,9 @@ class DiffusionTransformer(nn.Module):
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.
       num_registers: Register tokens R, a square number; 0 for none.
       register_start: First block that sees the registers.
+      register_gate: Registers count in attention as far as a learned gate lets them, one per block
+        and head, which starts at 0. The paper has none: it is for registers that join a trained
+        network, which thereby starts as it was (`convert.retrofit`).
       remat: What the backward pass recomputes: "none", "full" or "dots".
       attention: Attention kernel, see `models.attention.attend`.
       precision: Dtype policy.
@@ -148,6 +151,7 @@ class DiffusionTransformer(nn.Module):
     use_rmsnorm: bool = True
     num_registers: int = 0
     register_start: int = 0
+    register_gate: bool = False
     remat: str = "none"
     attention: str = "auto"
     precision: Precision = Precision()
@@ -171,6 +175,10 @@ class DiffusionTransformer(nn.Module):
             )
         check_heads(self.hidden_size, self.num_heads, self.use_rope)
         check_registers(self.num_registers, self.register_start, self.depth)
+        if self.register_gate and not self.num_registers:
+            raise ConfigError(
+                "config.registers.gate=True, but config.registers.num=0", "set either"
+            )
 
     def _table(self, name: str, rows: int, width: int, init: nn.initializers.Initializer) -> Array:
         return add_param(self, name, init, (None, "tokens", "embed"), (1, rows, width))
@@ -219,10 +227,16 @@ class DiffusionTransformer(nn.Module):
           [B, R+N, D], with R tokens that joined.
         """
         adders = {"reg": lambda tokens: self._add_registers(tokens, prefix), **add}
+        registers_at = None
         for stack in cut_depth(self.depth, self.joins(), prefix):
             for kind, start in self.joins().items():
-                if start == stack.first:
-                    tokens = adders[kind](tokens)
+                if start != stack.first:
+                    continue
+                length, tokens = tokens.shape[1], adders[kind](tokens)
+                if kind == "reg":
+                    registers_at = 0
+                elif registers_at is not None:
+                    registers_at += tokens.shape[1] - length
             tokens = self._run_stack(
                 stack.name,
                 stack.end - stack.first,
@@ -230,9 +244,16 @@ class DiffusionTransformer(nn.Module):
                 tokens,
                 condition,
                 dropout and dropout.layers(stack.first, stack.end),
+                gated=self._gated(registers_at),
                 **block,
             )
         return tokens
+
+    def _gated(self, registers_at: int | None) -> tuple[int, int] | None:
+        """Place and number of registers behind a gate, where there are any and they have one."""
+        if registers_at is None or not self.register_gate:
+            return None
+        return registers_at, self.num_registers
 
     def _run_stack(
         self,

@@ -58,6 +58,7 @@ class DiTDH(DiffusionTransformer):
             self.decoder_num_heads,
             tokens,
             condition,
+            gated=self._gated(0),
             linear_init=TORCH_DEFAULT,
         )
         tokens, condition = (x[:, self.num_registers :] for x in (tokens, condition))

@@ -50,6 +50,7 @@ def dit_forward_flops(
     patch_outputs: int,
     num_registers: int = 0,
     register_start: int = 0,
+    register_gate: bool = False,
     use_swiglu: bool = True,
     attn_kv_bias: bool = False,
     bottleneck: int = 0,
@@ -70,6 +71,7 @@ def dit_forward_flops(
       patch_outputs: Numbers p*p*C (twice that with learn_sigma) that come out of one.
       num_registers: Register tokens R.
       register_start: First block that sees the registers.
+      register_gate: Attention runs a second time, without the registers, where there are any.
       use_swiglu: Three matrices in the feed-forward, else two.
       attn_kv_bias: One learned key and value more in every block.
       bottleneck: Width between patches and tokens, 0 for none.
@@ -85,7 +87,12 @@ def dit_forward_flops(
     }
     joined = ((num_registers, register_start), (num_class_tokens, class_token_start))
     blocks = sum(
-        _block(tokens + sum(count for count, start in joined if i >= start), 1, **sizes)
+        _block(
+            tokens + sum(count for count, start in joined if i >= start),
+            1,
+            gated=num_registers if register_gate and i >= register_start else 0,
+            **sizes,
+        )
         for i in range(depth)
     )
     entrance = bottleneck * (patch_inputs + hidden) if bottleneck else patch_inputs * hidden
@@ -105,6 +112,7 @@ def dit_dh_forward_flops(
     patch_inputs: int,
     num_registers: int = 0,
     register_start: int = 0,
+    register_gate: bool = False,
     use_swiglu: bool = True,
     time_features: int = TIME_FEATURES,
 ) -> int:
@@ -123,19 +131,23 @@ def dit_dh_forward_flops(
       patch_inputs: Numbers p*p*C that make a token, and that come out of one.
       num_registers: Register tokens R of either part.
       register_start: First block of the encoder that sees its registers.
+      register_gate: Attention runs a second time, without the registers, where there are any.
       use_swiglu: Three matrices in the feed-forward, else two.
       time_features: Inputs of the time MLP.
     """
     length = tokens + num_registers
     before = min(register_start, depth) if num_registers else depth
     encoder: Any = {"hidden": hidden, "mlp_hidden": mlp_hidden, "use_swiglu": use_swiglu}
-    blocks = before * _block(tokens, 1, **encoder) + (depth - before) * _block(length, 1, **encoder)
+    gated = num_registers if register_gate else 0
+    blocks = before * _block(tokens, 1, **encoder)
+    blocks += (depth - before) * _block(length, 1, gated=gated, **encoder)
     blocks += decoder_depth * _block(
         length,
         length,
         hidden=decoder_hidden,
         mlp_hidden=decoder_mlp_hidden,
         use_swiglu=use_swiglu,
+        gated=gated,
     )
     # Both parts see the input; only the head's patches reach the final layer.
     ends = tokens * (patch_inputs * (hidden + 2 * decoder_hidden) + 2 * decoder_hidden**2)
@@ -151,12 +163,17 @@ def _block(
     mlp_hidden: int,
     use_swiglu: bool,
     attn_kv_bias: bool = False,
+    gated: int = 0,
 ) -> int:
-    """Multiply-accumulates of a block on `length` tokens with so many different conditions."""
+    """Multiply-accumulates of a block on `length` tokens with so many different conditions.
+
+    Of the tokens `gated` are registers behind a gate: all attend a second time, but not to them.
+    """
     matrices = 3 if use_swiglu else 2
     keys = length + int(attn_kv_bias)
     projections = length * (4 * hidden**2 + matrices * hidden * mlp_hidden)
-    return projections + 2 * length * keys * hidden + 6 * conditions * hidden**2
+    attended = keys + (keys - gated if gated else 0)
+    return projections + 2 * length * attended * hidden + 6 * conditions * hidden**2
 
 
 def _time(hidden: int, features: int) -> int:

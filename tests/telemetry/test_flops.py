@@ -144,6 +144,7 @@ def test_the_models_own_matrix_products(changes: dict[str, Any]) -> None:
         {},
         {"num_registers": 4, "register_start": 2, "use_swiglu": False, "patch_size": 2},
         {"num_registers": 9, "decoder_hidden_size": 48},
+        {"num_registers": 4, "register_start": 1, "register_gate": True},
     ],
 )
 def test_the_head_models_own_matrix_products(changes: dict[str, Any]) -> None:
@@ -223,6 +224,7 @@ def test_jits_figures(variant: str, digits: int, with_class_tokens: float, witho
         {"num_registers": 4, "register_start": 2},
         {"num_registers": 4, "register_start": 0, "class_token_start": 3},
         {"num_class_tokens": 0, "num_registers": 4, "register_start": 1},
+        {"num_registers": 4, "register_start": 2, "register_gate": True},
         {"num_class_tokens": 0},
     ],
 )

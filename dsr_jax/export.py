@@ -1,0 +1,45 @@
+"""Writes a run's denoiser as the original's checkpoint: `python -m dsr_jax.export --workdir=RUN`.
+
+    python -m dsr_jax.export --workdir=runs/rae_dit_xl --out=ep-last.pt
+    python -m dsr_jax.export --workdir=runs/rae_dit_xl --out=converted/rae_dit_xl
+
+The averaged weights, unless --ema says otherwise. A name that ends in .pt, .pth or .safetensors
+becomes a file under the original's names, which its code loads strictly; any other a folder such as
+`python -m dsr_jax.convert` writes, which sample and train read (config.train.init_from).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsr_jax.build_run import load_denoiser
+from dsr_jax.convert.families import DENOISERS, export_denoiser
+from dsr_jax.convert.files import save_converted, save_state
+from dsr_jax.core.cli import run_main
+
+_FILES = (".pt", ".pth", ".safetensors")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv` (default: the process's)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsr_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--out", required=True, help="new file, or new folder")
+    parser.add_argument("--checkpoint-step", type=int, help="which one; default: the newest")
+    parser.add_argument("--ema", help="decay of the averaged weights, or none for those themselves")
+    args = parser.parse_args(argv)
+    _, params, record, _ = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
+    if Path(args.out).suffix in _FILES:
+        state = export_denoiser(params, record)
+        save_state(args.out, state, DENOISERS[record["family"]].entries)
+    else:
+        save_converted(args.out, params, record)
+    print(f"{record['source']}, {record['entry']} -> {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

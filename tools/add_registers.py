@@ -1,0 +1,181 @@
+"""Adds diffusion registers to a denoiser that was trained without, or takes them away.
+
+    python tools/add_registers.py --workdir=runs/baseline --gated --out=converted/with_registers
+    python tools/add_registers.py --workdir=runs/digits --ablate --out=converted/without
+
+--out becomes a folder such as `python -m dsr_jax.convert` writes, and the command that trains on
+from it, or draws from it, is printed. The source is a run (its averaged weights) or, with
+--converted, another such folder.
+
+New registers start as the paper's do, N(0, 1) unless --scale says otherwise, and change at once
+what a trained network computes: attention gives each of them some weight, whatever they hold. With
+--gated they have none at first, and the first loss is that of the network without them: a learned
+gate per block and head, 0 at first, weighs what attention makes of all tokens against what it makes
+of all but the registers. A gate of 1 is the paper's attention; the original code knows no gates,
+so such a network cannot be exported to it. --compare=N measures both networks' loss on N batches.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsr_jax import build
+from dsr_jax.build_run import load_denoiser
+from dsr_jax.config import ConfigDict
+from dsr_jax.convert.families import DENOISERS, model_sizes
+from dsr_jax.convert.files import load_converted, save_converted
+from dsr_jax.convert.retrofit import add_registers, remove_registers
+from dsr_jax.core.cli import run_main
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
+from dsr_jax.core.typing import Params
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.parallel import shardings
+from dsr_jax.training.step import to_unit_range
+
+PAPERS_STARTS = {12: 4, 24: 8, 28: 8}
+"""First block with registers, by the depth."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv` (default: the process's)."""
+    args = _parser().parse_args(argv)
+    if args.compare and not args.workdir:
+        raise ConfigError("--compare needs data and objective", "give a run, with --workdir")
+    config = None
+    if args.workdir:
+        model, params, record, config = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
+    else:
+        params, record = load_converted(args.converted)
+        if record["family"] not in DENOISERS:
+            raise ConfigError(
+                f"{args.converted} holds a {record['family']}, no denoiser",
+                f"name one of a {', '.join(DENOISERS)}",
+            )
+        model = DENOISERS[record["family"]].model(**record["model"])
+    if args.ablate:
+        changed, more = remove_registers(model, params)
+    else:
+        changed, more = add_registers(
+            model,
+            params,
+            args.registers,
+            _start(model) if args.start is None else args.start,
+            scale=args.scale,
+            gate=args.gated,
+            seed=args.seed,
+        )
+    save_converted(
+        args.out,
+        more,
+        {
+            **record,
+            "model": model_sizes(changed),
+            "retrofit": {
+                "registers": [model.num_registers, changed.num_registers],
+                "scale": args.scale,
+                "seed": args.seed,
+            },
+        },
+    )
+    print(_next(args, changed))
+    if config is not None and args.compare:
+        losses = compare_losses(config, ((model, params), (changed, more)), args.compare)
+        print(f"mean loss on {args.compare} batches: {losses[0]:.6g} before, {losses[1]:.6g} after")
+
+
+def _start(model: DiffusionTransformer) -> int:
+    """Where registers join: with the class tokens, or at the paper's block of this depth."""
+    if getattr(model, "num_class_tokens", 0):
+        return getattr(model, "class_token_start", 0)
+    if model.depth not in PAPERS_STARTS:
+        raise ConfigError(
+            f"the paper has no network of depth {model.depth}",
+            "give --start, the first block that sees the registers",
+        )
+    return PAPERS_STARTS[model.depth]
+
+
+def compare_losses(
+    config: ConfigDict,
+    networks: Sequence[tuple[DiffusionTransformer, Params]],
+    num_batches: int,
+) -> list[float]:
+    """Mean losses of networks on the same images, times and noise, without label dropout.
+
+    Args:
+      config: The run's config, whose input space has all its files.
+      networks: Each with its parameters.
+      num_batches: Of the run's data.
+    """
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    space, variables = build.make_space(config, mesh)
+    objective, time_sampler = build.make_objective(config), build.make_time_sampler(config)
+    sharding = shardings.batch_sharding(mesh, rules)
+    batches = build.global_batches(config, build.make_source(config, random_crops=True), sharding)
+
+    def make_loss(model: DiffusionTransformer) -> Any:
+        apply = build.denoiser(model, config.objective.prediction)
+
+        @jax.jit
+        def loss(params: Params, batch: Any, variables: Any) -> jax.Array:
+            def keys(stream: str) -> jax.Array:
+                return sample_keys(stream_key(config.seed, stream), batch["index"])
+
+            x1 = space.encode(variables, to_unit_range(batch["image"]), keys("encode"))
+            t = time_sampler(uniform_per_sample(keys("time")))
+            x0 = normal_per_sample(keys("noise"), x1.shape[1:])
+            network = lambda x, t: apply(params, x, t, batch["label"])  # noqa: E731
+            return jnp.mean(objective.loss(network, x1, x0, t).loss)
+
+        return loss
+
+    losses = [make_loss(model) for model, _ in networks]
+    sums = [0.0] * len(networks)
+    for _, batch in zip(range(num_batches), batches(0), strict=False):
+        for i, (_, params) in enumerate(networks):
+            sums[i] += float(losses[i](params, batch, variables))
+    return [total / num_batches for total in sums]
+
+
+def _next(args: argparse.Namespace, model: DiffusionTransformer) -> str:
+    """What was written, and what to do with it."""
+    source = f"{args.workdir}/config.json" if args.workdir else "CONFIG"
+    keys = (
+        f"--config={source} --config.registers.num={model.num_registers} "
+        f"--config.registers.start={model.register_start} "
+        f"--config.registers.gate={model.register_gate}"
+    )
+    return (
+        f"{args.out}: {type(model).__name__} with {model.num_registers} registers; next\n"
+        f"  python -m dsr_jax.train --workdir=NEW {keys} --config.train.init_from={args.out}\n"
+        f"  python -m dsr_jax.sample --converted={args.out} {keys} --out=NEW"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="a run's folder")
+    source.add_argument("--converted", help="folder that python -m dsr_jax.convert wrote")
+    add("--out", required=True, help="new folder")
+    add("--checkpoint-step", type=int, help="of a run; default: the newest")
+    add("--ema", help="of a run: decay of the averaged weights, or none for those themselves")
+    add("--ablate", action="store_true", help="takes registers away instead")
+    add("--registers", type=int, default=36, help="how many, a square number; default 36")
+    add("--start", type=int, help="first block that sees them; default: the paper's")
+    add("--scale", type=float, default=1.0, help="standard deviation of the tokens; default 1")
+    add("--gated", action="store_true", help="behind gates that are closed at first")
+    add("--seed", type=int, default=0, help="of the tokens")
+    add("--compare", type=int, default=0, metavar="N", help="with --workdir: losses on N batches")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
