@@ -169,7 +169,10 @@ def test_a_run_that_fails_by_itself_is_given_up(cloud: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_local_processes_train_together(tmp_path: Path) -> None:
+def test_two_local_processes_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     done = launch(
         "local.sh",
         *("--processes=2", "--cpu-devices=1", "--", sys.executable, "-m", "dsr_jax.train"),
