@@ -11,6 +11,8 @@ the machine falls on both. What is compared:
     sample     10 Euler steps with classifier-free guidance
     encoder    SigLIP2-B on 8 images, beside transformers'
     ttr        the same with the published test-time registers, beside without
+    input      reading 256 JPEG files that were prepared, beside torch's DataLoader on the files
+    files      reading the same files, beside torch's DataLoader
     compile    seconds to compile the training step of the XL model, without running it
 
 Before both sides are timed, they must agree: outputs and loss within 5e-5 of the largest value,
@@ -37,6 +39,7 @@ from dsr_jax.core.files import write_json
 from dsr_jax.core.memory import keep_freed_memory
 from dsr_jax.core.provenance import provenance
 from tools.benchmark_encoder import EncoderSides
+from tools.benchmark_input import InputSides
 from tools.benchmark_sides import (
     Ours,
     check_samples,
@@ -48,8 +51,8 @@ from tools.benchmark_sides import (
     torch_batch,
 )
 
-TASKS = ("train", "registers", "sample", "encoder", "ttr", "compile")
-NEED_TORCH = {"train", "sample", "encoder", "ttr"}
+TASKS = ("train", "registers", "sample", "encoder", "ttr", "input", "files", "compile")
+NEED_TORCH = set(TASKS) - {"registers", "compile"}
 SIZES = ("S", "B", "L", "XL", "tiny")
 
 
@@ -117,6 +120,12 @@ def time_encoder(sides: EncoderSides, rounds: int) -> Timings:
     return in_turn({"dsr_jax": sides.plain, "torch": sides.torch()}, rounds, "encoder")
 
 
+def time_input(sides: InputSides, kind: str, rounds: int, task: str) -> Timings:
+    """Our pipeline beside PyTorch's, after checking that both read the same pixels."""
+    sides.check()
+    return in_turn({"dsr_jax": sides.ours(kind), "torch": sides.torch()}, rounds, task)
+
+
 def run_task(task: str, args: argparse.Namespace) -> Timings:
     """Runs one of TASKS."""
     if task == "compile":
@@ -124,11 +133,16 @@ def run_task(task: str, args: argparse.Namespace) -> Timings:
         say(f"compile: {size}")
         ours = Ours(make_config(size, 1, True, args.remat))
         return {"dsr_jax": [measure(ours.compile)]}
+    if task in ("input", "files"):
+        sides = InputSides(*(8, 32) if args.size == "tiny" else ())
+        kind = "arrayrecord" if task == "input" else "folder"
+        return time_input(sides, kind, args.rounds, task)
     if task in ("encoder", "ttr"):
-        sides = EncoderSides(args.size == "tiny", args.batch)
+        encoders = EncoderSides(args.size == "tiny", args.batch)
         if task == "encoder":
-            return time_encoder(sides, args.rounds)
-        return in_turn({"registers": sides.with_registers, "none": sides.plain}, args.rounds, task)
+            return time_encoder(encoders, args.rounds)
+        calls = {"registers": encoders.with_registers, "none": encoders.plain}
+        return in_turn(calls, args.rounds, task)
     ours = Ours(make_config(args.size, args.batch, True, args.remat))
     if task == "train":
         return time_training(ours, args.rounds)

@@ -86,18 +86,8 @@ def test_differing_samples_are_refused() -> None:
 @pytest.mark.slow
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.json"
-    command = [
-        "train",
-        "sample",
-        "encoder",
-        "ttr",
-        "--size",
-        "tiny",
-        "--rounds",
-        "1",
-        "--json",
-        str(path),
-    ]
+    tasks = ("train", "sample", "encoder", "input", "files", "ttr")
+    command = [*tasks, "--size", "tiny", "--rounds", "1", "--json", str(path)]
     platforms = jax.config.jax_platforms
     try:
         benchmark.main(command)
@@ -106,9 +96,9 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     environment, _, *rows = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in environment
     assert [row.split()[:2] for row in rows] == [
-        *([task, side] for task in ("train", "sample", "encoder") for side in ("dsr_jax", "torch")),
+        *([task, side] for task in tasks[:-1] for side in ("dsr_jax", "torch")),
         *(["ttr", side] for side in ("registers", "none")),
     ]
     figures = json.loads(path.read_text())
-    assert set(figures["tasks"]) == {"train", "sample", "encoder", "ttr"}
+    assert set(figures["tasks"]) == set(tasks)
     assert len(figures["tasks"]["train"]["rounds"]["torch"]) == 1
