@@ -92,7 +92,9 @@ def save_state(
             "pip install 'dsr_jax[torch]', or name a .safetensors file",
         ) from error
     with open_atomic(out) as file:
-        tensors = {name: torch.from_numpy(x) for name, x in state.items()}
+        tensors = {
+            name: torch.from_numpy(np.require(x, requirements="W")) for name, x in state.items()
+        }
         torch.save(dict.fromkeys(entries, tensors) if entries else tensors, file)
 
 

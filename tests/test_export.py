@@ -1,0 +1,141 @@
+"""A run's weights as the original's checkpoint: its very names and shapes, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dsr_jax import config as configs
+from dsr_jax import export
+from dsr_jax.build import make_optimizer
+from dsr_jax.build_run import load_denoiser
+from dsr_jax.config import base_config, write_run_files
+from dsr_jax.convert.families import DENOISERS, family_of, model_sizes
+from dsr_jax.convert.files import load_converted
+from dsr_jax.convert.rules import torch_to_flax
+from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError
+from dsr_jax.core.trees import flatten_names
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.training.checkpoints import Checkpoints
+from dsr_jax.training.state import create_state
+from tests.requirements import require
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES: dict[str, tuple[str, dict[str, int]]] = {
+    "lightningdit_base": ("lightningdit", {}),
+    "lightningdit_reg": ("lightningdit", {"register_start": 1}),
+    "lightningdit_attnbias": ("lightningdit", {"register_start": 1}),
+    "lightningdit_altflags": ("lightningdit", {}),
+    "ddt_reg": ("ditdh", {"register_start": 1}),
+    "ddt_altflags": ("ditdh", {"decoder_depth": 1}),
+    "sit_tiny": ("sit", {"num_heads": 3}),
+    "jit": ("jit", {"class_token_start": 1}),
+}
+MORE = ("lightningdit_base", "lightningdit_attnbias", "lightningdit_altflags", "ddt_altflags")
+EMA = 0.9999
+
+
+def save_run(workdir: Path, model: DiffusionTransformer, params: Any) -> None:
+    """Writes a run of one step, whose averages are `params` and whose weights are 1 more."""
+    config = base_config()
+    config.model.name = next(name for name in DENOISERS if DENOISERS[name] is family_of(model))
+    sizes = model_sizes(model)
+    config.model.update({key: sizes[key] for key in sizes if key in config.model})
+    config.registers.update(num=model.num_registers, start=model.register_start)
+    config.registers.gate = model.register_gate
+    config.data.update(image_size=model.input_size, channels=model.in_channels)
+    config.data.num_classes = model.num_classes
+    configs.check(config)
+    write_run_files(config, workdir)
+    params = jax.tree.map(jnp.asarray, params)
+    state = create_state(params, make_optimizer(config), config.ema.decays)
+    weights = jax.tree.map(lambda leaf: leaf + 1, params)
+    with Checkpoints(workdir / "checkpoints", every_steps=1) as checkpoints:
+        checkpoints.save(1, state.replace(params=weights, step=state.step + 1))
+
+
+def read_golden(case: str) -> tuple[dict[str, np.ndarray], DiffusionTransformer, Any]:
+    """The original's state dict of a case, the network that it is of, and its parameters."""
+    name, options = CASES[case]
+    state = load_file(GOLDEN / f"denoiser_{case}" / "weights.safetensors")
+    model = DENOISERS[name].infer(state, **options)
+    return state, model, torch_to_flax(state, DENOISERS[name].rules(model))
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in MORE else ()) for case in CASES]
+)
+def test_a_run_exports_the_originals_names_shapes_and_numbers(case: str, tmp_path: Path) -> None:
+    state, model, params = read_golden(case)
+    save_run(tmp_path / "run", model, params)
+    export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'x.safetensors'}"])
+    prefix = family_of(model).prefix
+    exported = {
+        name.removeprefix(prefix): value
+        for name, value in load_file(tmp_path / "x.safetensors").items()
+    }
+    constants = {name for name in exported if "feat_rope" in name}
+    # The stored JiT is without its constants.
+    assert set(exported) - (set() if any("rope" in key for key in state) else constants) == set(
+        state
+    )
+    for name, want in state.items():
+        assert exported[name].dtype == want.dtype and exported[name].shape == want.shape, name
+        assert np.allclose(exported[name], want, rtol=0, atol=2e-7 if name in constants else 0)
+
+
+def test_torch_files_hold_the_entries_that_the_original_reads(tmp_path: Path) -> None:
+    torch = require("torch", "torch")
+    for case, entries in (
+        ("lightningdit_reg", {"ema"}),
+        ("jit", {"model", "model_ema1", "model_ema2"}),
+    ):
+        state, model, params = read_golden(case)
+        save_run(tmp_path / case, model, params)
+        export.main([f"--workdir={tmp_path / case}", f"--out={tmp_path / case}.pt"])
+        content = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        assert set(content) == entries
+        for tensors in content.values():
+            assert all(
+                np.array_equal(tensors[family_of(model).prefix + name], value)
+                for name, value in state.items()
+                if "feat_rope" not in name
+            )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DiTDH with registers."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    save_run(folder, *read_golden("ddt_reg")[1:])
+    return folder
+
+
+def test_a_folder_keeps_the_tree_and_says_whence_it_came(run: Path, tmp_path: Path) -> None:
+    export.main([f"--workdir={run}", f"--out={tmp_path / 'folder'}", "--ema=none"])
+    params, record = load_converted(tmp_path / "folder")
+    model, _, _, _ = load_denoiser(run)
+    assert (record["source"], record["entry"]) == ("run, step 1", "params")
+    assert record["family"] == "ditdh" and record["model"] == model_sizes(model)
+    _, averages, other, _ = load_denoiser(run, step=1)
+    assert other["entry"] == f"ema {EMA}"
+    want, got = flatten_names(averages), flatten_names(params)
+    assert all(np.array_equal(got[name], want[name] + 1) for name in want)
+
+
+def test_what_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
+    out = f"--out={tmp_path / 'x.safetensors'}"
+    with pytest.raises(ConfigError, match="holds no run"):
+        export.main([f"--workdir={tmp_path}", out])
+    with pytest.raises(CheckpointError, match=r"no average of decay 0\.5"):
+        export.main([f"--workdir={run}", out, "--ema=0.5"])
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        export.main([f"--workdir={run}", out, "--checkpoint-step=7"])
+    assert not (tmp_path / "x.safetensors").exists()
+    export.main([f"--workdir={run}", out])
+    with pytest.raises(ConversionError, match="exists"):
+        export.main([f"--workdir={run}", out])
