@@ -138,7 +138,11 @@ PROGRAMS: Mapping[str, Callable[[ConfigDict, Mesh, tuple[str, ...]], Ahead]] = {
 
 
 def compile_report(
-    config: ConfigDict, topology: Topology, program: str, subject: Mapping[str, Any]
+    config: ConfigDict,
+    topology: Topology,
+    program: str,
+    subject: Mapping[str, Any],
+    keep_text: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Compiles one program of a config, and reports on it, also where it does not fit.
 
@@ -148,6 +152,7 @@ def compile_report(
       program: A key of PROGRAMS.
       subject: What the report begins with besides what is known here: the config's name and the
         command.
+      keep_text: Is given the compiled program's text.
 
     Raises:
       DsrError: If libtpu is not installed, or the config does not fit the mesh.
@@ -157,7 +162,7 @@ def compile_report(
     larger = shapes[shapes.index(topology.name.partition(":")[2]) + 1 :]
     slices = tuple(f"{topology.chip.generation}:{shape}" for shape in larger)
     ahead = PROGRAMS[program](config, mesh, slices)
-    compiled = _compile(ahead, mesh, topology)
+    compiled = _compile(ahead, mesh, topology, keep_text)
     about = {
         "what": ahead.what,
         **subject,
@@ -177,7 +182,9 @@ def compile_report(
     )
 
 
-def _compile(ahead: Ahead, mesh: Mesh, topology: Topology) -> Compiled:
+def _compile(
+    ahead: Ahead, mesh: Mesh, topology: Topology, keep_text: Callable[[str], None]
+) -> Compiled:
     arguments = {name: bytes_per_chip(tree) for name, tree in ahead.arguments.items()}
     limit, start = int(topology.chip.hbm_bytes), time.monotonic()
     try:
@@ -198,5 +205,7 @@ def _compile(ahead: Ahead, mesh: Mesh, topology: Topology) -> Compiled:
     memory = memory_parts(compiled.memory_analysis(), arguments)
     needed = sum(memory.values())
     hints = [] if needed <= limit else advice(ahead.layout, needed, limit)
-    parts = split_program(parse(compiled.as_text()))
+    text = compiled.as_text()
+    keep_text(text)
+    parts = split_program(parse(text))
     return Compiled(memory, needed, limit, seconds, parts, hints)

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = reports[0]
     else:
         program = "sampler" if args.sampler else "train"
-        report = compile_report(config, topology, program, subject)
+        keep = functools.partial(write_atomic, args.hlo) if args.hlo else lambda text: None
+        report = compile_report(config, topology, program, subject, keep)
     print(format_report(report))
     if args.out:
         _save(report, Path(args.out))
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
     parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4 or v5p:2x2x2")
     parser.add_argument("--out", help="folder for report.json and report.html")
+    parser.add_argument("--hlo", help="file for the text of the compiled program")
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     parser.add_argument("--sweep", action="store_true", help="try layouts of the training step")
     for name, kind in (("fsdp", int), ("remat", str), ("accumulate", int)):

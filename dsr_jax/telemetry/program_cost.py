@@ -175,7 +175,11 @@ def _collective(computation: Computation, instruction: Instruction) -> Collectiv
 
 
 def _group_size(instruction: Instruction) -> int:
-    """Devices that communicate with each other, from any of XLA's notations."""
+    """Devices that communicate with each other, from any of XLA's notations.
+
+    Raises:
+      ValueError: For another notation.
+    """
     if pairs := instruction.attribute(r"source_target_pairs=\{(.*?)\}\}"):
         return pairs.count("{")
     if iota := instruction.attribute(r"replica_groups=\[\d+,(\d+)\]"):
@@ -184,8 +188,10 @@ def _group_size(instruction: Instruction) -> int:
         return len(listed.split(","))
     mesh = instruction.attribute(r"replica_groups=mesh\[(.*?)\]")
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
-    axes = instruction.attribute(r"replica_groups=mesh\[.*?\] ?\{(.*?)\}")
+    axes = instruction.attribute(r"replica_groups=mesh\[.*?\][^{]*\{(.*?)\}")
     chosen = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
+    if not chosen:
+        raise ValueError(f"groups of {instruction.name}: {instruction.attributes[:200]}")
     return math.prod(int(part or sizes[axis]) for axis, part in chosen)
 
 

@@ -51,12 +51,19 @@ def test_a_fusion_reads_what_it_slices_and_nothing_of_fast_memory() -> None:
         ("replica_groups=[2,4]<=[8]", 4),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
         ("replica_groups=mesh['axis_0'=16] {'axis_0':(1)2}", 2),
+        ("replica_groups=mesh['a'=1,'b'=16,'c'=4], device_ids=([4,16]T(1,0)) {'b'}", 16),
     ],
 )
 def test_all_notations_of_groups(groups: str, size: int) -> None:
     program = parse(TEXT.replace("replica_groups=[2,4]<=[8]", groups))
     (found,) = split_program(program)[-1].cost.collectives
     assert found.group == size
+
+
+def test_a_notation_that_is_not_known_is_no_group_of_one() -> None:
+    program = parse(TEXT.replace("replica_groups=[2,4]<=[8]", "replica_groups=everyone"))
+    with pytest.raises(ValueError, match="everyone"):
+        split_program(program)
 
 
 @pytest.mark.parametrize(
