@@ -19,7 +19,7 @@ from dsr_jax.models.depth import cut_depth
 from dsr_jax.parallel.processes import say
 from dsr_jax.registers.outliers import split_norms
 from dsr_jax.training.checkpoints import restore_params
-from tools.claims.stages import Sizes, config_of
+from tools.claims.stages import Sizes, config_of, space_of
 
 ARMS = {
     "clean": "clean encoder",
@@ -50,6 +50,7 @@ def run_arm(
     say(f"{arm}, seed {seed}: {ARMS[arm]}")
     variant = {"clean": "clean", "outlier": "outlier", "masked": "outlier"}.get(arm, "cured")
     overrides = [
+        *space_of(stages, variant),
         f"--config.seed={seed}",
         f"--config.train.steps={sizes.steps}",
         f"--config.optim.decay_end_steps={max(sizes.steps, 51)}",
@@ -58,7 +59,7 @@ def run_arm(
     if arm == "masked":
         overrides.append("--config.space.post_stat_norm=True")
         overrides.append(f"--config.objective.outlier_norm={limit}")
-    config = config_of(stages, variant, registers=4 if arm == "dsr" else 0)
+    config = config_of(registers=4 if arm == "dsr" else 0)
     train.main([f"--config={config}", f"--workdir={folder}", *overrides])
     sample.main(
         [

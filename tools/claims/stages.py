@@ -1,6 +1,5 @@
 """What the experiment makes once: encoders, their decoders, statistics and register neurons."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +39,29 @@ class Sizes(NamedTuple):
 QUICK = Sizes(masked_steps=300, decoder_steps=4, steps=4, samples=40)
 
 
-def config_of(stages: Path, variant: str, registers: int = 0) -> str:
-    """The config of a denoiser on the latents of one variant."""
-    return f"{CONFIGS / 'digits_rae.py'}:stages={stages},variant={variant},registers={registers}"
+def config_of(registers: int = 0) -> str:
+    """The config of a denoiser, but for its space."""
+    return f"{CONFIGS / 'digits_rae.py'}:registers={registers}"
+
+
+def space_of(stages: Path, variant: str, decoded: bool = True) -> list[str]:
+    """Overrides that name the frozen networks of one variant.
+
+    Args:
+      stages: Where they are.
+      variant: A name in VARIANTS.
+      decoded: Names decoder and statistics, too.
+    """
+    encoder = "clean" if variant == "clean" else "outlier"
+    keys: dict[str, Any] = {
+        "encoder": stages / f"encoder_{encoder}",
+        "neurons": stages / "neurons.json" if variant == "cured" else "",
+        "image_size": encoders.ENCODER.image_size,
+    }
+    if decoded:
+        keys["decoder"] = stages / f"decoder_{variant}"
+        keys["statistics"] = stages / f"statistics_{variant}"
+    return [f"--config.space.{key}={value}" for key, value in keys.items()]
 
 
 def make_stages(stages: Path, sizes: Sizes) -> dict[str, Any]:
@@ -79,7 +98,8 @@ def latent_norm_limit(stages: Path, threshold: float) -> dict[str, float]:
     Returns:
       "norm", the share of tokens that it masks, and how many of the outliers are among them.
     """
-    config = configs.load(config_of(stages, "outlier"), ["--config.space.post_stat_norm=True"])
+    overrides = [*space_of(stages, "outlier"), "--config.space.post_stat_norm=True"]
+    config = configs.load(config_of(), overrides)
     space, variables = build.make_space(config)
     images, _ = read_all(build.make_source(config))
     encoded: Any = jax.jit(space.encode_with_norms)(variables, images / np.float32(255))  # type: ignore[attr-defined]
@@ -107,7 +127,7 @@ def _train_decoder(stages: Path, variant: str, steps: int) -> None:
         [
             f"--config={CONFIGS / 'rae_decoder.py'}:runlocal",
             f"--workdir={folder}",
-            *_space(stages, variant),
+            *space_of(stages, variant, decoded=False),
             "--config.space.noise_tau=0.2",
             "--config.decoder.hidden_size=64",
             "--config.decoder.depth=4",
@@ -139,16 +159,9 @@ def _take_statistics(stages: Path, variant: str) -> None:
     encode.main(
         [
             "statistics",
-            f"--config={config_of(stages, variant)}",
+            f"--config={config_of()}",
             f"--out={stages / f'statistics_{variant}'}",
             "--no-flip",
+            *space_of(stages, variant, decoded=False),
         ]
     )
-
-
-def _space(stages: Path, variant: str) -> Sequence[str]:
-    encoder = "clean" if variant == "clean" else "outlier"
-    keys = {"encoder": stages / f"encoder_{encoder}", "image_size": encoders.ENCODER.image_size}
-    if variant == "cured":
-        keys["neurons"] = stages / "neurons.json"
-    return [f"--config.space.{key}={value}" for key, value in keys.items()]
