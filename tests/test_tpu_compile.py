@@ -59,7 +59,8 @@ def facts(out: Path, *words: str) -> dict[str, Any]:
     assert 0 < report["hbm_bytes_per_chip"] < report["hbm_limit_bytes"] < 16 * 2**30
     # The state's buffers are donated: it is updated in place.
     assert report["memory"].get("results", 0) < 0.05 * state_bytes(report)
-    assert 0 < report["mfu_bound"] < report["mfu_bound_of_compute_alone"] <= 1
+    # By convention a backward pass costs two forward ones; this one spares the input's gradient.
+    assert 0 < report["mfu_bound"] < report["mfu_bound_of_compute_alone"] < 1.05
     return report
 
 
