@@ -28,6 +28,14 @@ ARMS = {
     "ttr": "outliers, test-time registers",
     "dsr": "outliers, TTR, diffusion registers",
 }
+VARIANT_OF = {
+    "clean": "clean",
+    "outlier": "outlier",
+    "masked": "outlier",
+    "ttr": "cured",
+    "dsr": "cured",
+}
+"""Which encoder, of `stages.VARIANTS`, each kind of run has."""
 PROBE_IMAGES = 128
 
 
@@ -48,9 +56,8 @@ def run_arm(
     if path.exists():
         return read_json(path)
     say(f"{arm}, seed {seed}: {ARMS[arm]}")
-    variant = {"clean": "clean", "outlier": "outlier", "masked": "outlier"}.get(arm, "cured")
     overrides = [
-        *space_of(stages, variant),
+        *space_of(stages, VARIANT_OF[arm]),
         f"--config.seed={seed}",
         f"--config.train.steps={sizes.steps}",
         f"--config.optim.decay_end_steps={max(sizes.steps, 51)}",

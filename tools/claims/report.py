@@ -8,7 +8,7 @@ import numpy as np
 
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.core.provenance import provenance
-from tools.claims.arms import ARMS
+from tools.claims.arms import ARMS, VARIANT_OF
 
 Scores = Mapping[str, Sequence[Mapping[str, Any]]]
 """Records of the runs by arm."""
@@ -65,14 +65,13 @@ def write_claims(out: Path, stages: Mapping[str, Any], scores: Scores) -> str:
         spread = f" +- {values.std(ddof=1):.{digits - 1}g}" if len(values) > 1 else ""
         return f"{values.mean():.{digits}g}{spread}"
 
-    variants = {"clean": "clean", "outlier": "outlier", "masked": "outlier"}
     lines = [
         "| run | judge accuracy, % | Frechet distance | encoder outliers, % | "
         "denoiser outliers, % | training, s |",
         "|---|---|---|---|---|---|",
     ]
     for arm, title in ARMS.items():
-        share = stages["encoders"][variants.get(arm, "cured")]["outlier_share"]
+        share = stages["encoders"][VARIANT_OF[arm]]["outlier_share"]
         lines.append(
             f"| {title} | {cell(arm, 'judge_accuracy', 100)} | {cell(arm, 'frechet_distance')} | "
             f"{100 * share:.2g} | {cell(arm, 'denoiser_outlier_share', 100)} | "
