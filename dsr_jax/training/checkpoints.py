@@ -26,12 +26,12 @@ from dsr_jax.core.provenance import package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.parallel.processes import is_primary, wait_for_all
-from dsr_jax.training.checksums import checksums
+from dsr_jax.training.checksums import checksums, record_checksum
 from dsr_jax.training.mismatch import check_arrays
 from dsr_jax.training.quiet import EchoFilter, without_echoes
 from dsr_jax.training.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -128,6 +128,7 @@ class Checkpoints:
             "arrays": _describe(state, checksums(state)),
             "extra": dict(extra or {}),
         }
+        meta["checksum"] = record_checksum(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._run(lambda: self._manager.save(step, args=args, force=True))
 
@@ -253,6 +254,8 @@ def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
             meta = manager.restore(step, args=args).meta
         if meta["format"] != FORMAT or not meta["arrays"]:
             raise ValueError(f"record of format {meta['format']}, this version reads {FORMAT}")
+        if meta.pop("checksum") != record_checksum(meta):
+            raise ValueError("the checksum of its record does not agree")
         return meta
 
     return _read(directory, step, read)

@@ -1,4 +1,9 @@
-"""Checksums of sharded arrays, computed where the arrays lie."""
+"""Checksums of sharded arrays, computed where the arrays lie, and of the records beside them."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +39,8 @@ def checksums(tree: PyTree) -> dict[str, int]:
     """Sums every array's bits on the devices that hold them; the mesh makes no difference."""
     flat = flatten_names(tree)
     return dict(zip(flat, fetch(_sums(list(flat.values()))).tolist(), strict=True))
+
+
+def record_checksum(record: Mapping[str, Any]) -> int:
+    """Sums up a record of JSON values; the order of keys makes no difference."""
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())

@@ -170,6 +170,19 @@ def test_damage_of_any_file_is_named_or_harmless(
     assert "Event loop" not in capfd.readouterr().err
 
 
+def test_flipped_bits_in_the_record_are_found_by_its_checksum(saved: Any, copy: Path) -> None:
+    """Even those that leave JSON: a name of a key, a digit of a checksum or of `extra`."""
+    path = copy / "5" / "meta" / "metadata"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="5 is damaged"):
+            read_meta(copy, 5)
+    path.write_bytes(whole.replace(b'"note":5', b'"note":6').replace(b'"note": 5', b'"note": 6'))
+    with pytest.raises(CheckpointError, match="the checksum of its record does not agree"):
+        read_meta(copy, 5)
+
+
 def test_flipped_bits_in_arrays_are_found_by_checksum(saved: Any, copy: Path) -> None:
     """The storage format itself notices some of these, not all; some bits are not read."""
     run, arrays = saved
