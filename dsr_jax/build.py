@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -21,10 +19,13 @@ from dsr_jax.build_denoiser import make_model as make_model
 from dsr_jax.build_denoiser import restore_converted as restore_converted
 from dsr_jax.build_denoiser import start_from as start_from
 from dsr_jax.build_rae import file_digests, make_rae
+from dsr_jax.build_state import abstract_params as abstract_params
+from dsr_jax.build_state import init_params as init_params
+from dsr_jax.build_state import make_state as make_state
+from dsr_jax.build_state import shard_state as shard_state
 from dsr_jax.build_vae import make_vae
 from dsr_jax.config import ConfigDict, architecture
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.rng import stream_key
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.pipeline import make_batches
@@ -50,10 +51,9 @@ from dsr_jax.sampling.sampler import (
 )
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
-from dsr_jax.training.state import TrainState, create_state
+from dsr_jax.training.state import TrainState, make_spread
 from dsr_jax.training.step import TrainStep, make_train_step
 
-State = TypeVar("State", bound=TrainState)
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
@@ -203,59 +203,6 @@ def global_batches(
     return batches
 
 
-def init_params(model: nn.Module, space: InputSpace, seed: int) -> Any:
-    """Initial parameters in Flax's logical-axis boxes; trace it, or run it under jit."""
-    x = jnp.zeros((1, *space.latent_shape))
-    key = stream_key(seed, "params")
-    return model.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
-
-
-def abstract_params(model: nn.Module, space: InputSpace, mesh: Mesh, rules: Rules) -> Params:
-    """Shapes and shardings of the parameters, without making any."""
-    return _with_shardings(jax.eval_shape(lambda: init_params(model, space, 0)), rules, mesh)
-
-
-def _with_shardings(boxed: PyTree, rules: Rules, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings.make_shardings(boxed, rules, mesh),
-    )
-
-
-def make_state(
-    config: ConfigDict,
-    model: nn.Module,
-    space: InputSpace,
-    optimizer: Optimizer,
-    mesh: Mesh,
-    rules: Rules,
-) -> tuple[TrainState, Callable[[], TrainState]]:
-    """Returns the training state's shapes and shardings, and a function that makes the first one.
-
-    No array exists before the function runs, and then each device makes its own part only.
-
-    Raises:
-      MeshError: If FSDP is asked for but leaves most bytes whole.
-    """
-
-    def init() -> TrainState:
-        return create_state(init_params(model, space, config.seed), optimizer, config.ema.decays)
-
-    return shard_state(config, init, mesh, rules)
-
-
-def shard_state(
-    config: ConfigDict, init: Callable[[], State], mesh: Mesh, rules: Rules
-) -> tuple[State, Callable[[], State]]:
-    """Does what `make_state` promises, for any function that makes a state in Flax's boxes."""
-    abstract = _with_shardings(jax.eval_shape(init), rules, mesh)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    if mesh.shape["fsdp"] > 1 and config.sharding.rules == "fsdp":
-        shardings.check_sharded(abstract.params, layout.params)
-    return abstract, jax.jit(lambda: nn.unbox(init()), out_shardings=layout)
-
-
 def denoiser(model: DiffusionTransformer, prediction: str = "velocity") -> Callable[..., Array]:
     """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
 
@@ -321,9 +268,21 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
 
 
 def make_step(
-    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, optimizer: Optimizer
+    config: ConfigDict,
+    model: DiffusionTransformer,
+    space: InputSpace,
+    optimizer: Optimizer,
+    abstract: TrainState | None = None,
 ) -> TrainStep:
     """The training step, to be compiled by `jit_step`.
+
+    Args:
+      config: The config.
+      model: The denoiser.
+      space: The input space.
+      optimizer: Parameters' update.
+      abstract: Shapes and shardings of the state, whose moments say how the update is divided;
+        None leaves that to the compiler.
 
     Raises:
       ConfigError: If tokens are to be weighted by norms that the space does not give.
@@ -348,6 +307,7 @@ def make_step(
         token_weights=weights,
         accumulate=config.optim.accumulate,
         num_time_bins=config.objective.time_bins,
+        spread=make_spread(abstract) if abstract is not None else None,
     )
 
 

@@ -48,7 +48,7 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     if config.train.init_from and not list_steps(workdir / "checkpoints"):
         init = build.start_from(config.train.init_from, model, optimizer, abstract)
     step = build.jit_step(
-        build.make_step(config, model, space, optimizer),
+        build.make_step(config, model, space, optimizer, abstract),
         abstract,
         sharding,
         mesh,

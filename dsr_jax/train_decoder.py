@@ -24,6 +24,7 @@ from dsr_jax.run import Job, run_command
 from dsr_jax.training.decoder_state import DecoderState
 from dsr_jax.training.decoder_step import make_decoder_step
 from dsr_jax.training.loop import Hook
+from dsr_jax.training.state import make_spread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,13 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     abstract, init = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
     settings = build_decoder.make_settings(config)
     step = build.jit_step(
-        make_decoder_step(parts.networks, settings, optimizer, seed=config.seed),
+        make_decoder_step(
+            parts.networks,
+            settings,
+            optimizer,
+            seed=config.seed,
+            spread=make_spread(abstract),
+        ),
         abstract,
         sharding,
         mesh,

@@ -1,6 +1,8 @@
 """A training step from a config gives the same numbers however the mesh divides the work."""
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,15 +15,42 @@ from dsr_jax.core.errors import MeshError
 from dsr_jax.core.trees import flatten_names, tree_bytes
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global
+from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.state import TrainState
 from tests.programs import quick_programs
 
 REFERENCE = ((8, 1, 1), "fsdp")
-OTHERS = (
+FAMILIES: dict[str, dict[str, Any]] = {
+    "lightningdit": {"patch_size": 2},
+    # Its head stands on an encoder of one block without registers, and one with them.
+    "ditdh": {
+        "patch_size": 2,
+        "decoder_hidden_size": 64,
+        "decoder_depth": 1,
+        "decoder_num_heads": 4,
+    },
+    "sit": {"use_swiglu": False, "use_rope": False, "use_rmsnorm": False, "learn_sigma": True},
+    "jit": {
+        "bottleneck_dim": 16,
+        "num_class_tokens": 2,
+        "class_token_start": 1,
+        "use_qknorm": True,
+    },
+}
+LAYOUTS = (
     ((1, 8, 1), "fsdp"),
     ((2, 2, 2), "fsdp"),
-    pytest.param(((2, 2, 2), "replicated"), marks=pytest.mark.slow),
+    ((1, 8, 1), "zero1"),
+    ((2, 2, 2), "zero1"),
+    ((2, 2, 2), "replicated"),
 )
+QUICK = {("lightningdit", case) for case in LAYOUTS[1:4]}
+"""Compiling each takes seconds; the others are for patience."""
+OTHERS = [
+    pytest.param(family, case, marks=() if (family, case) in QUICK else pytest.mark.slow)
+    for family in FAMILIES
+    for case in LAYOUTS
+]
 TOLERANCE = 2e-5
 """Of an array's largest magnitude: sums over devices are rounded in another order."""
 
@@ -35,11 +64,13 @@ def compiled_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
-def tiny_config(case: Case) -> configs.ConfigDict:
+def tiny_config(case: Case, family: str = "lightningdit", micro: int = 1) -> configs.ConfigDict:
     """Blocks before and with registers, of sizes that 8 devices divide."""
     sizes, rules = case
     config = configs.base_config()
-    config.model.update(hidden_size=32, depth=2, num_heads=4, patch_size=2, mlp_ratio=6.0)
+    shared = {"name": family, "hidden_size": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 6.0}
+    config.model.update({**shared, "patch_size": 2, **FAMILIES[family]})
+    config.optim.accumulate = micro
     config.registers.update(num=4, start=1)
     config.data.global_batch = 16
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
@@ -55,15 +86,15 @@ def tiny_config(case: Case) -> configs.ConfigDict:
 class Step:
     """What a start of the config would build, on noise for data and weights."""
 
-    def __init__(self, case: Case) -> None:
-        config = tiny_config(case)
+    def __init__(self, case: Case, family: str = "lightningdit", micro: int = 1) -> None:
+        config = tiny_config(case, family, micro)
         mesh, rules = build.make_mesh(config), build.make_rules(config)
         space, self.variables = build.make_space(config)
         model = build.make_model(config, space, Constrain(rules, mesh))
         optimizer = build.make_optimizer(config)
         self.abstract, self.init = build.make_state(config, model, space, optimizer, mesh, rules)
         sharding = batch_sharding(mesh, rules)
-        step = build.make_step(config, model, space, optimizer)
+        step = build.make_step(config, model, space, optimizer, self.abstract)
         self.step = build.jit_step(step, self.abstract, sharding, mesh)
         random = np.random.default_rng(0)
         batch = {
@@ -90,15 +121,14 @@ class Step:
         return flatten_names(fetch({"state": vars(state), "metrics": metrics}))
 
 
-@pytest.fixture(scope="module")
-def want() -> dict[str, np.ndarray]:
+@functools.cache
+def reference(family: str = "lightningdit") -> dict[str, np.ndarray]:
     """The step where every device holds all parameters and two samples."""
-    return Step(REFERENCE).run()
+    return Step(REFERENCE, family).run()
 
 
-@pytest.mark.parametrize("case", OTHERS, ids=str)
-def test_one_step_is_the_same_on_every_mesh(case: Case, want: dict[str, np.ndarray]) -> None:
-    got = Step(case).run()
+def agree(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    """Loss, metrics, parameters, averages and moments, all up to rounding."""
     assert got.keys() == want.keys()
     assert {"metrics/loss", "metrics/grad_norm", "state/step"} < want.keys()
     for name, value in want.items():
@@ -108,9 +138,24 @@ def test_one_step_is_the_same_on_every_mesh(case: Case, want: dict[str, np.ndarr
         )
 
 
-def test_the_step_moves_every_parameter(want: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize(("family", "case"), OTHERS, ids=str)
+def test_one_step_is_the_same_on_every_mesh(family: str, case: Case) -> None:
+    agree(Step(case, family).run(), reference(family))
+
+
+@pytest.mark.slow
+def test_micro_batches_divide_their_gradients_too() -> None:
+    agree(Step(((2, 2, 2), "zero1"), micro=2).run(), reference())
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["lightningdit", *(pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:])],
+)
+def test_the_step_moves_every_parameter(family: str) -> None:
     """Else the comparison above would compare what nothing computes."""
-    before = flatten_names(fetch(vars(Step(REFERENCE).noisy())["params"]))
+    before = flatten_names(fetch(vars(Step(REFERENCE, family).noisy())["params"]))
+    want = reference(family)
     for name, value in before.items():
         moved = np.abs(want[f"state/params/{name}"] - value).max()
         assert moved > 1000 * TOLERANCE * np.abs(value).max(), name
@@ -132,6 +177,51 @@ def test_fsdp_divides_parameters_averages_and_moments() -> None:
     assert share(Step(((2, 2, 2), "fsdp")).abstract.params) < 0.45
     assert share(Step(((2, 2, 2), "replicated")).abstract.params) == 1
     assert share(Step(REFERENCE).abstract.params) == 1
+
+
+def test_zero1_divides_averages_and_moments_alone() -> None:
+    """On the devices, before and after a step."""
+    built = Step(((1, 8, 1), "zero1"))
+    first = built.noisy()
+    after, _ = built.step(built.noisy(), built.batch, built.variables)
+    for state in (first, after):
+        for leaf in jax.tree.leaves(state.params):
+            assert {shard.data.shape for shard in leaf.addressable_shards} == {leaf.shape}
+        for part in (state.ema, state.opt_state):
+            held = [0] * 8
+            for leaf in jax.tree.leaves(part):
+                for shard in leaf.addressable_shards:
+                    held[shard.device.id] += shard.data.nbytes
+            assert len(set(held)) == 1
+            # What has no dimension of the model's width stays whole: 3 % of so small a model.
+            assert 1 / 8 <= held[0] / tree_bytes(part) < 0.155
+
+
+def test_zero1_refuses_a_width_that_fsdp_does_not_divide() -> None:
+    config = tiny_config(((1, 8, 1), "zero1"))
+    config.model.update(hidden_size=36, num_heads=3)
+    mesh, rules = build.make_mesh(config), build.make_rules(config)
+    space, _ = build.make_space(config)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    with pytest.raises(MeshError, match="of the optimizer and EMA bytes are split over fsdp"):
+        build.make_state(config, model, space, build.make_optimizer(config), mesh, rules)
+
+
+@pytest.mark.parametrize(("saved", "opened"), [("fsdp", "zero1"), ("zero1", "replicated")])
+def test_a_checkpoint_of_one_preset_opens_under_another(
+    tmp_path: Path, saved: str, opened: str
+) -> None:
+    one, other = Step(((1, 8, 1), saved)), Step(((2, 2, 2), opened))
+    state = one.noisy()
+    with Checkpoints(tmp_path, every_steps=1) as checkpoints:
+        checkpoints.save(0, state)
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(other.abstract)
+    for leaf, like in zip(jax.tree.leaves(restored), jax.tree.leaves(other.abstract), strict=True):
+        assert leaf.sharding == like.sharding
+    want = flatten_names(fetch(vars(state)))
+    for name, value in flatten_names(fetch(vars(restored))).items():
+        np.testing.assert_array_equal(value, want[name], err_msg=name)
 
 
 def test_tensor_parallelism_divides_heads_and_hidden_units() -> None:

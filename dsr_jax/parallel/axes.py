@@ -54,9 +54,21 @@ _PRESETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "act_heads": ("tensor",),
         "act_mlp": ("tensor",),
     },
+    # As "fsdp", but parameters are whole along the width: what splits is in _UPDATE_PRESETS.
+    "zero1": {
+        "mlp": ("tensor",),
+        "heads": ("tensor",),
+        "modulation": ("tensor",),
+        "act_batch": ("data", "fsdp"),
+        "act_heads": ("tensor",),
+        "act_mlp": ("tensor",),
+    },
     # Every device holds all parameters; only the batch is split.
     "replicated": {"act_batch": ("data", "fsdp", "tensor")},
 }
+
+_UPDATE_PRESETS: Mapping[str, str] = {"zero1": "fsdp"}
+"""Presets whose moments and averages lie as another preset's parameters do."""
 
 
 def check_rules(rules: Rules) -> None:
@@ -86,7 +98,7 @@ def make_rules(name: str, overrides: Sequence[tuple[str, Sequence[str]]] = ()) -
     """Returns a checked rule set.
 
     Args:
-      name: Preset, "fsdp" or "replicated".
+      name: Preset, "fsdp", "zero1" or "replicated".
       overrides: `(logical axis, mesh axes)` pairs that replace the preset's.
 
     Raises:
@@ -104,6 +116,16 @@ def make_rules(name: str, overrides: Sequence[tuple[str, Sequence[str]]] = ()) -
     rules = tuple({**_REPLICATED, **_PRESETS[name], **replaced}.items())
     check_rules(rules)
     return rules
+
+
+def make_update_rules(name: str, overrides: Sequence[tuple[str, Sequence[str]]] = ()) -> Rules:
+    """Returns the rules of what only the update reads, moments and averages; see `make_rules`.
+
+    They are the parameters' own, except under "zero1" (Rajbhandari et al. 2020, stage 1), where
+    parameters lie whole on each device of `fsdp` and the rest of the state is split over it.
+    """
+    make_rules(name)
+    return make_rules(_UPDATE_PRESETS.get(name, name), overrides)
 
 
 def partition_spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:

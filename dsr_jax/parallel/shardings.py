@@ -71,8 +71,10 @@ def sharded_fraction(abstract: PyTree, shardings: PyTree, axis: str = "fsdp") ->
     return split / max(total, 1)
 
 
-def check_sharded(abstract: PyTree, shardings: PyTree, *, least: float = 0.9) -> None:
-    """Checks that FSDP really splits most parameter bytes.
+def check_sharded(
+    abstract: PyTree, shardings: PyTree, *, what: str = "parameter", least: float = 0.9
+) -> None:
+    """Checks that most bytes, of `what` for the message, are really split over `fsdp`.
 
     Raises:
       MeshError: If less than `least` of the bytes are split over `fsdp`, naming the largest
@@ -89,7 +91,7 @@ def check_sharded(abstract: PyTree, shardings: PyTree, *, least: float = 0.9) ->
     ]
     worst = ", ".join(f"{name} {shape}" for _, name, shape in sorted(whole, reverse=True)[:4])
     raise MeshError(
-        f"only {share:.0%} of the parameter bytes are split over fsdp; whole: {worst}",
+        f"only {share:.0%} of the {what} bytes are split over fsdp; whole: {worst}",
         "choose config.mesh.fsdp so that it divides the model width, or a smaller value",
     )
 

@@ -28,6 +28,7 @@ from dsr_jax.training.adversarial import (
 from dsr_jax.training.decoder_state import Critic, DecoderState
 from dsr_jax.training.diffaug import NUM_DRAWS, augment
 from dsr_jax.training.optimizers import Optimizer
+from dsr_jax.training.state import Spread
 from dsr_jax.training.step import apply_gradients, to_unit_range
 
 
@@ -276,7 +277,12 @@ def update_critic(
 
 
 def make_decoder_step(
-    networks: Networks, settings: LossSettings, optimizer: Optimizer, *, seed: int
+    networks: Networks,
+    settings: LossSettings,
+    optimizer: Optimizer,
+    *,
+    seed: int,
+    spread: Spread | None = None,
 ) -> Callable[[DecoderState, Batch, PyTree], tuple[DecoderState, Metrics]]:
     """Builds the step that the caller compiles, with shardings and donation of the state.
 
@@ -288,6 +294,7 @@ def make_decoder_step(
       settings: Weights and starts.
       optimizer: Of both networks.
       seed: The run's seed.
+      spread: From `make_spread`.
 
     Returns:
       `step(state, batch, variables) -> (state, metrics)`. Metrics: "loss" (the total), "l1",
@@ -295,6 +302,8 @@ def make_decoder_step(
       "learning_rate", "finite"; with a discriminator also "discriminator_loss" and
       "discriminator_accuracy", 0 before its start, and "discriminator_learning_rate".
     """
+
+    divide = spread or (lambda tree: tree)
 
     def step(state: DecoderState, batch: Batch, variables: PyTree) -> tuple[DecoderState, Metrics]:
         def keys(stream: str) -> Array:
@@ -309,7 +318,8 @@ def make_decoder_step(
         terms, grads = generator_terms_and_grads(
             networks, settings, variables, state, images, latents, draws("augment"), gan_on
         )
-        new = apply_gradients(state, grads, optimizer)
+        grads = divide(grads)
+        new = apply_gradients(state, grads, optimizer, divide)
         metrics = _generator_metrics(new, terms, grads, optimizer.learning_rate(state.step))
         finite = [metrics[name] for name in ("loss", "grad_norm", "param_norm")]
         if state.critic is not None:

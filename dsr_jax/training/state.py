@@ -1,14 +1,18 @@
 """What a run carries from step to step: arrays and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.training.optimizers import Optimizer
+
+Spread = Callable[[PyTree], PyTree]
+"""Gives a tree like the parameters another layout."""
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -54,6 +58,24 @@ def create_state(
         ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
         opt_state=optimizer.init(params),
     )
+
+
+def make_spread(abstract: TrainState) -> Spread | None:
+    """Returns what lays a tree like the parameters out as their moments lie; None if it does.
+
+    A step under ZeRO-1 applies it to gradients and parameters, so that each device reduces and
+    updates its own part only, and the new parameters are gathered afterwards.
+
+    Args:
+      abstract: Shapes and shardings of the state.
+    """
+    moments = optax.tree.get(abstract.opt_state, "mu")
+    layout, whole = (
+        jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (moments, abstract.params)
+    )
+    if layout == whole:
+        return None
+    return lambda tree: jax.lax.with_sharding_constraint(tree, layout)
 
 
 def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:

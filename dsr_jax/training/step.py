@@ -18,7 +18,7 @@ from dsr_jax.diffusion.guidance import drop_labels
 from dsr_jax.diffusion.objectives import Objective, bin_losses
 from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.training.optimizers import Optimizer
-from dsr_jax.training.state import TrainState, update_ema
+from dsr_jax.training.state import Spread, TrainState, update_ema
 
 State = TypeVar("State", bound=TrainState)
 
@@ -94,9 +94,19 @@ def loss_and_grads(
     return loss, grads
 
 
-def apply_gradients(state: State, grads: PyTree, optimizer: Optimizer) -> State:
-    """Returns the state after one update: parameters, moments, then averages, then the count."""
-    params, opt_state = optimizer.apply(grads, state.opt_state, state.params, state.step)
+def apply_gradients(
+    state: State, grads: PyTree, optimizer: Optimizer, spread: Spread = lambda tree: tree
+) -> State:
+    """Returns the state after one update: parameters, moments, then averages, then the count.
+
+    Args:
+      state: The state before.
+      grads: Gradients like `state.params`, laid out by `spread`.
+      optimizer: The update.
+      spread: From `make_spread`: how the update is divided over the devices.
+    """
+    params, opt_state = optimizer.apply(grads, state.opt_state, spread(state.params), state.step)
+    params = spread(params)
     ema = update_ema(state.ema, params)
     return dataclasses.replace(
         state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state
@@ -117,6 +127,7 @@ def make_train_step(
     token_weights: TokenWeights | None = None,
     accumulate: int = 1,
     num_time_bins: int = 8,
+    spread: Spread | None = None,
 ) -> TrainStep:
     """Builds the step that the caller compiles, with shardings and donation of the state.
 
@@ -139,6 +150,7 @@ def make_train_step(
         weights' mean is 1 over a micro-batch.
       accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
       num_time_bins: Equal intervals of t for which losses are reported.
+      spread: From `make_spread`.
 
     Returns:
       `step(state, batch, variables) -> (state, metrics)`, with the encoder's frozen arrays in
@@ -158,6 +170,8 @@ def make_train_step(
             f"config.optim.accumulate={accumulate}, config.objective.time_bins={num_time_bins}",
             "both must be at least 1",
         )
+
+    divide = spread or (lambda tree: tree)
 
     def draw(step: Array, batch: Batch, variables: PyTree) -> tuple[Array, Draws]:
         """Returns latents and what goes with them."""
@@ -189,7 +203,7 @@ def make_train_step(
             "bin_loss": bin_loss,
             "bin_count": bin_count,
         }
-        return grads, sums
+        return divide(grads), sums
 
     def train_step(
         state: TrainState, batch: Batch, variables: PyTree = None
@@ -207,7 +221,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
             grads = jax.tree.map(lambda g: g / accumulate, grads)
-        new_state = apply_gradients(state, grads, optimizer)
+        new_state = apply_gradients(state, grads, optimizer, divide)
         size = batch["label"].shape[0]
         metrics = {
             **sums,

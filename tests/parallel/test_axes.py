@@ -30,6 +30,16 @@ def test_unknown_names_raise_with_the_vocabulary() -> None:
         axes.make_rules("fsdp", [("mpl", ("tensor",))])
 
 
+def test_only_zero1_lays_the_update_out_by_itself() -> None:
+    for name in ("fsdp", "replicated"):
+        assert axes.make_update_rules(name) == axes.make_rules(name)
+    assert axes.partition_spec(("embed", "mlp"), axes.make_rules("zero1")) == P(None, "tensor")
+    rules = axes.make_update_rules("zero1", [("mlp", ())])
+    assert axes.partition_spec(("embed", "mlp"), rules) == P("fsdp", None)
+    with pytest.raises(MeshError, match="unknown sharding rules 'zero2'"):
+        axes.make_update_rules("zero2")
+
+
 def test_collisions_raise() -> None:
     rules = axes.make_rules("fsdp", [("mlp", ("fsdp",))])
     with pytest.raises(MeshError, match="'embed' and 'mlp'.*'fsdp'"):

@@ -12,7 +12,7 @@ from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.variants import DIT
 from dsr_jax.parallel import shardings
-from dsr_jax.parallel.axes import make_rules
+from dsr_jax.parallel.axes import make_rules, make_update_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 
 
@@ -38,6 +38,20 @@ def test_fsdp_splits_most_bytes_of_xl(shape: MeshShape) -> None:
     specs = {name: sharding.spec for name, sharding in flatten_names(tree).items()}
     assert specs["blocks_reg/attn/qkv/kernel"] == P(None, "fsdp", None, "tensor", None)
     assert specs["blocks_pre/mlp/w3/kernel"] == P(None, "tensor", "fsdp")
+
+
+@pytest.mark.parametrize("shape", [MeshShape(1, 8, 1), MeshShape(2, 2, 2)])
+def test_zero1_splits_the_update_of_xl_and_no_width_of_its_parameters(shape: MeshShape) -> None:
+    boxed, mesh = abstract(xl()), make_mesh(shape)
+    params, update, fsdp = (
+        shardings.make_shardings(boxed, rules, mesh)
+        for rules in (make_rules("zero1"), make_update_rules("zero1"), make_rules("fsdp"))
+    )
+    assert shardings.sharded_fraction(nn.unbox(boxed), params) == 0
+    assert shardings.sharded_fraction(nn.unbox(boxed), update) > 0.99
+    assert update == fsdp
+    tensor = flatten_names(params)["blocks_reg/attn/qkv/kernel"].spec
+    assert tensor == P(None, None, None, "tensor", None)
 
 
 def test_what_does_not_divide_stays_whole_and_is_named() -> None:
