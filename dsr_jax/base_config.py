@@ -119,6 +119,17 @@ def base_config() -> ConfigDict:
                 "keep_latest": 2,
                 "keep_every": 25_000,
                 "restore_step": -1,
+                "save_seconds": 1200.0,
+            },
+            # When a process counts as lost, and a run as hung: seconds without a sign of life; for
+            # a step and its batch; for all else (start, compilation, pictures). 0 for no limit,
+            # except to signs of life.
+            "failures": {
+                "lost_seconds": 90.0,
+                "step_seconds": 900.0,
+                "pause_seconds": 7200.0,
+                "end_hung": True,
+                "check_replicas": True,
             },
             "log": {
                 "every_steps": 100,

@@ -47,6 +47,19 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     return values
 
 
+def choose(table: Mapping[str, Any], key: str, value: str) -> Any:
+    """Returns `table[value]`, where the user has chosen the value of the config argument `key`.
+
+    Raises:
+      ConfigError: With the choices, if there is no such entry.
+    """
+    if value not in table:
+        raise ConfigError(
+            f"config argument {key}={value}: no such {key}", f"choose from {', '.join(table)}"
+        )
+    return table[value]
+
+
 def _parse_value(key: str, text: str, default: Any) -> Any:
     """Reads `text` as a value of the default's type."""
     if isinstance(default, str):
@@ -163,7 +176,8 @@ def check(config: ConfigDict) -> None:
         "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
         "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
         "decoder.depth decoder.num_heads decoder.mlp_dim decoder.patch_size gan.kernel_size "
-        "objective.time_bins log.every_steps checkpoint.every_steps checkpoint.keep_latest"
+        "objective.time_bins log.every_steps checkpoint.every_steps checkpoint.keep_latest "
+        "checkpoint.save_seconds failures.lost_seconds"
     )
     leaves = dict(_leaves(config))
     for key in positive.split():
@@ -177,7 +191,8 @@ def check(config: ConfigDict) -> None:
         f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
         f"choose from none, {', '.join(known)}",
     )
-    for key in ("decoder.hidden_size", "lpips.weight", "gan.weight", "data.crop_from"):
+    none = "decoder.hidden_size lpips.weight gan.weight data.crop_from "
+    for key in (none + "failures.step_seconds failures.pause_seconds").split():
         require(leaves[key] >= 0, f"config.{key}={leaves[key]}", "use 0 for none")
     dropout = config.objective.label_dropout
     require(0 <= dropout <= 1, f"config.objective.label_dropout={dropout}", "use 0 to 1")

@@ -6,22 +6,34 @@ The training commands build a `Job` from a config; all else is here.
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from jax.sharding import Mesh
 
 from dsr_jax import build
 from dsr_jax import config as configs
+from dsr_jax.core.provenance import git_revision, package_versions
+from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Batch
-from dsr_jax.parallel.processes import is_primary, say, start_processes, wait_for_all
+from dsr_jax.parallel.peers import check_identical
+from dsr_jax.parallel.processes import (
+    HEARTBEAT_SECONDS,
+    coordination_client,
+    is_primary,
+    say,
+    start_processes,
+    wait_for_all,
+)
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.watch import Limits, Watch, join_watch
 from dsr_jax.telemetry.writers import MetricWriter, check_packages
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.loop import (
@@ -88,7 +100,36 @@ def run_command(
     # Grain's worker processes read absl's flags, which this program does not use.
     flags.FLAGS(sys.argv[:1], known_only=True)
     config, workdir = configs.load(args.config, overrides), Path(args.workdir)
-    start_processes()
+    lost_seconds = config.failures.lost_seconds
+    # JAX names nobody; it comes into play where this program is itself no longer able to speak.
+    start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
+    with join_watch(workdir, _limits(config), config.failures.end_hung, lost_seconds) as watch:
+        check_processes(configs.to_json(config))
+        return _run(config, workdir, make_job, watch)
+
+
+def check_processes(config: Mapping[str, Any]) -> None:
+    """Checks that all processes of a run have the same config, code and packages.
+
+    Raises:
+      ConfigError: Naming the processes that differ, and what differs.
+      ProcessError: If one does not start.
+    """
+    if jax.process_count() == 1:
+        return
+    values = {f"config.{name}": value for name, value in flatten_names(config, ".").items()}
+    values |= {f"package {name}": value for name, value in package_versions().items()}
+    values |= {"code": git_revision(), "Python": sys.version.split()[0]}
+    check_identical(coordination_client(), jax.process_index(), jax.process_count(), values)
+
+
+def _limits(config: configs.ConfigDict) -> Limits:
+    section = config.failures
+    return Limits(section.step_seconds, section.pause_seconds, config.checkpoint.save_seconds)
+
+
+def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeJob, watch: Watch) -> int:
+    """Builds what the config names and trains; returns the exit status."""
     build.set_precision(config)
     changes = configs.check_workdir(config, workdir)
     check_packages(config.log.tensorboard, config.log.wandb)
@@ -99,10 +140,10 @@ def run_command(
         say(f"changed since the last start: {change}")
     if is_primary():
         configs.write_run_files(config, workdir)
-    return train(job, config, workdir)
+    return _train(job, config, workdir, watch)
 
 
-def train(job: Job, config: configs.ConfigDict, workdir: Path) -> int:
+def _train(job: Job, config: configs.ConfigDict, workdir: Path, watch: Watch) -> int:
     """Trains to the end or until stopped; returns the exit status."""
     section = config.checkpoint
     steps, images = config.train.steps, config.data.global_batch
@@ -113,10 +154,12 @@ def train(job: Job, config: configs.ConfigDict, workdir: Path) -> int:
         keep_latest=section.keep_latest,
         keep_every=section.keep_every,
         architecture=configs.architecture(config),
+        save_seconds=section.save_seconds,
     ) as checkpoints:
         state, carried = start_or_resume(checkpoints, job.init, job.abstract, section.restore_step)
-        summary = _loop(job, config, workdir, state, carried, checkpoints)
+        summary = _loop(job, config, workdir, state, carried, checkpoints, watch)
     if not summary.stopped:
+        watch.enter("finishing", summary.step)
         job.finish(summary)
     return summary.exit_status
 
@@ -128,14 +171,18 @@ def _loop(
     state: Any,
     carried: Carried,
     checkpoints: Checkpoints,
+    watch: Watch,
 ) -> Summary:
     start = int(state.step)
     if 0 < start < config.train.steps:
         say(f"continuing from step {start}")
     settings = LoopSettings(
-        config.train.steps, config.log.every_steps, config.train.stop_after_steps
+        config.train.steps,
+        config.log.every_steps,
+        config.train.stop_after_steps,
+        config.failures.check_replicas,
     )
-    with _instruments(job, config, workdir, start) as instruments:
+    with _instruments(job, config, workdir, start, watch) as instruments:
         return train_loop(
             state,
             job.step,
@@ -150,7 +197,7 @@ def _loop(
 
 @contextlib.contextmanager
 def _instruments(
-    job: Job, config: configs.ConfigDict, workdir: Path, start: int
+    job: Job, config: configs.ConfigDict, workdir: Path, start: int, watch: Watch
 ) -> Iterator[Instruments]:
     """Opens what the loop reports to."""
     devices = job.mesh.devices.flatten()
@@ -172,7 +219,7 @@ def _instruments(
     profile = ProfileWindow(workdir, config.log.profile_start, config.log.profile_steps)
     with writer, progress, profile:
         clock = StepClock(config.data.global_batch, config.train.steps)
-        yield Instruments(writer, progress, clock, profile, mfu)
+        yield Instruments(writer, progress, clock, profile, mfu, watch)
 
 
 def _parser(program: str, description: str | None) -> argparse.ArgumentParser:

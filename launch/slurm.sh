@@ -38,8 +38,8 @@ cd $(printf '%q' "$repository")
 [ ! -d .venv ] || export PATH=\$PWD/.venv/bin:\$PATH
 srun --kill-on-bad-exit=1 $(printf '%q ' "${job[@]}")
 status=\$?
-# 128 + SIGTERM: the run has saved and wants to continue.
-[ \$status -ne 143 ] || scontrol requeue "\$SLURM_JOB_ID"
+# 128 + SIGTERM: the run has saved and wants to continue. 75: a process was lost or hung.
+[ \$status -ne 143 ] && [ \$status -ne 75 ] || scontrol requeue "\$SLURM_JOB_ID"
 exit \$status
 EOF
 }

@@ -1,6 +1,6 @@
 """Errors that a user can act on: each names the offender and the remedy.
 
-Entry points print a `DsrError` without a traceback and exit with status 2 (`core.cli`); any other
+Entry points print a `DsrError` without a traceback and exit with its status (`core.cli`); any other
 exception is a bug and keeps its traceback.
 """
 
@@ -12,6 +12,8 @@ class DsrError(Exception):
       problem: What is wrong, naming the offending key, shape or file.
       remedy: What to do about it; printed on its own line.
     """
+
+    exit_status = 2
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem = problem
@@ -33,6 +35,20 @@ class DataError(DsrError):
 
 class CheckpointError(DsrError):
     """A checkpoint or run folder that is missing, damaged or of another model."""
+
+
+class StuckSaveError(CheckpointError):
+    """A save that does not end; the program must end without waiting for its threads."""
+
+
+class ProcessError(DsrError):
+    """A process of the run that is lost, hangs, or differs from the others.
+
+    Starting again continues from the last checkpoint, hence the status that sysexits.h calls a
+    temporary failure: launchers start such a run again.
+    """
+
+    exit_status = 75
 
 
 class ConversionError(DsrError):

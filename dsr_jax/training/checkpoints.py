@@ -10,8 +10,8 @@ The storage format checks its indices but not the numbers themselves: a flipped 
 restores without complaint. The checksums are there for that.
 """
 
-import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dsr_jax.core.errors import CheckpointError
+from dsr_jax.core.errors import CheckpointError, StuckSaveError
 from dsr_jax.core.provenance import package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Params, PyTree
@@ -30,9 +30,12 @@ from dsr_jax.training.checksums import checksums, record_checksum
 from dsr_jax.training.mismatch import check_arrays
 from dsr_jax.training.quiet import EchoFilter, without_echoes
 from dsr_jax.training.state import TrainState
+from dsr_jax.training.step_folders import TEMPORARY, check_folder, choose_step, move_aside
+from dsr_jax.training.step_folders import list_steps as list_steps
 
 FORMAT = 2
-_TEMPORARY = ".orbax-checkpoint-tmp"
+SAVE_SECONDS = 1200.0
+"""How long a save may take; Orbax's own limit for the agreement of all processes."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -59,6 +62,7 @@ class Checkpoints:
       keep_every: Steps that are multiples of this stay as well; 0 for none.
       architecture: Config values that decide the parameters, by dotted key; compared by name when
         arrays do not fit.
+      save_seconds: Time that a save may take, also in the background.
 
     Raises:
       CheckpointError: If the folder holds something else.
@@ -72,24 +76,28 @@ class Checkpoints:
         keep_latest: int = 2,
         keep_every: int = 0,
         architecture: Mapping[str, Any] | None = None,
+        save_seconds: float = SAVE_SECONDS,
     ) -> None:
         self.directory = Path(directory).absolute()
         self._every_steps = every_steps
         self._architecture = dict(architecture or {})
-        _check_folder(self.directory)
+        check_folder(self.directory)
         if is_primary() and self.directory.is_dir():
-            for leftover in self.directory.glob(f"*{_TEMPORARY}*"):
+            for leftover in self.directory.glob(f"*{TEMPORARY}*"):
                 shutil.rmtree(leftover)
         wait_for_all("checkpoints opened")
         keep: list[Any] = [policies.LatestN(keep_latest)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep)
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            async_options=ocp.options.AsyncOptions(timeout_secs=max(1, round(save_seconds))),
         )
         self._open: Callable[[], _Manager] = lambda: _Manager(self.directory, options=options)
         self._manager = self._open()
-        self._failed = False
+        self._save_seconds = save_seconds
+        self._saving: tuple[int, float] | None = None
+        self._failed = self._stuck = False
         self._echoes = EchoFilter()
         self._echoes.install()
 
@@ -130,6 +138,8 @@ class Checkpoints:
         }
         meta["checksum"] = record_checksum(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self.wait()
+        self._saving = step, time.monotonic()
         self._run(lambda: self._manager.save(step, args=args, force=True))
 
     def raise_errors(self) -> None:
@@ -137,17 +147,36 @@ class Checkpoints:
 
         Raises:
           CheckpointError: If there is one.
+          StuckSaveError: If a save is under way for too long.
         """
         self._run(self._manager.check_for_errors)
+        if self._saving is None:
+            return
+        step, since = self._saving
+        if not self._manager.is_saving_in_progress():
+            self._saving = None
+            # Its last thread is at its end; errors of that one come out here only.
+            self._run(self._manager.wait_until_finished)
+        elif time.monotonic() - since > self._save_seconds:
+            self._stuck = True
+            raise StuckSaveError(
+                f"saving step {step} to {self.directory} has not ended after "
+                f"{self._save_seconds:.0f} s",
+                f"whole checkpoints there: {self.steps() or 'none'}; look at the storage, or set "
+                "config.checkpoint.save_seconds higher; the same command continues",
+            )
 
     def wait(self) -> None:
         """Waits until all saves are on disk.
 
         Raises:
           CheckpointError: If one failed.
+          StuckSaveError: If one does not end.
         """
-        self._run(self._manager.wait_until_finished)
         self.raise_errors()
+        while self._saving is not None:
+            time.sleep(0.01)
+            self.raise_errors()
 
     def restore(
         self, abstract: TrainState, step: int | None = None
@@ -164,7 +193,7 @@ class Checkpoints:
         Raises:
           CheckpointError: If it is missing, damaged, or does not fit.
         """
-        step = _choose(self.directory, step)
+        step = choose_step(self.directory, step)
         meta = read_meta(self.directory, step)
         path = self.directory / str(step)
         check_arrays(path, meta, _describe(abstract), architecture=self._architecture)
@@ -187,13 +216,16 @@ class Checkpoints:
             self._manager.close()
             if is_primary():
                 for other in later:
-                    _move_aside(self.directory, other)
+                    move_aside(self.directory, other)
             wait_for_all("checkpoints set aside")
             self._manager = self._open()
         return later
 
     def close(self) -> None:
-        """Waits for saves and ends the threads."""
+        """Waits for saves and ends the threads; not for those of a save that does not end."""
+        if self._stuck:
+            return
+        self.wait()
         self._run(self._manager.close)
         if not self._failed:
             self._echoes.remove()
@@ -216,20 +248,12 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 raise
-            self._failed = True
+            self._failed, self._saving = True, None
             raise CheckpointError(
                 f"saving to {self.directory} failed: {_first_line(error)}",
                 f"whole checkpoints there: {self.steps() or 'none'}; free space or mend the "
                 "storage, then start again to continue from the newest",
             ) from error
-
-
-def list_steps(directory: str | Path) -> list[int]:
-    """Returns the steps in a checkpoint folder, in order; [] if there is no such folder."""
-    folder = Path(directory)
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
 
 
 def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
@@ -246,7 +270,7 @@ def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
       CheckpointError: If it is missing, damaged or of another program.
     """
     directory = Path(directory).absolute()
-    step = _choose(directory, step)
+    step = choose_step(directory, step)
 
     def read() -> dict[str, Any]:
         with ocp.CheckpointManager(directory, options=_READING) as manager:
@@ -279,7 +303,7 @@ def restore_params(
       CheckpointError: If it is missing, damaged, or does not fit.
     """
     directory = Path(directory).absolute()
-    step = _choose(directory, step)
+    step = choose_step(directory, step)
     meta = read_meta(directory, step)
     item = {"params": abstract} if ema is None else {"ema": {ema: abstract}}
     if ema is not None:
@@ -347,21 +371,6 @@ def _damaged(directory: Path, step: int, problem: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {directory / str(step)} is damaged: {problem}", remedy)
 
 
-def _choose(directory: Path, step: int | None) -> int:
-    steps = list_steps(directory)
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {directory}",
-            "check the folder; a run writes its first after config.checkpoint.every_steps steps",
-        )
-    if step is not None and step not in steps:
-        raise CheckpointError(
-            f"no checkpoint of step {step} in {directory}",
-            f"steps there: {', '.join(map(str, steps))}",
-        )
-    return steps[-1] if step is None else step
-
-
 def _check_average(path: Path, meta: Mapping[str, Any], ema: str) -> None:
     decays = sorted({name.split("/")[1] for name in meta["arrays"] if name.startswith("ema/")})
     if ema not in decays:
@@ -369,29 +378,6 @@ def _check_average(path: Path, meta: Mapping[str, Any], ema: str) -> None:
             f"checkpoint {path} holds no average of decay {ema}",
             f"decays there: {', '.join(decays) or 'none; use the parameters themselves'}",
         )
-
-
-def _check_folder(directory: Path) -> None:
-    """Raises unless `directory` is absent, empty or holds checkpoints only."""
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file", "name a folder for checkpoints")
-    if not directory.is_dir():
-        return
-    known = re.compile(rf"\d+({re.escape(_TEMPORARY)}.*)?|\..*")
-    foreign = sorted(p.name for p in directory.iterdir() if not known.fullmatch(p.name))
-    if foreign:
-        raise CheckpointError(
-            f"{directory} holds files that are no checkpoints: {', '.join(foreign[:5])}",
-            "use another --workdir; nothing was written",
-        )
-
-
-def _move_aside(directory: Path, step: int) -> None:
-    folder = directory.with_name(f"{directory.name}_set_aside")
-    folder.mkdir(exist_ok=True)
-    names = (f"{step}", *(f"{step}.{count}" for count in range(1, 1000)))
-    free = next(name for name in names if not (folder / name).exists())
-    (directory / str(step)).rename(folder / free)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,25 +14,26 @@ from dsr_jax.core.typing import Array, PyTree
 from dsr_jax.parallel.shardings import fetch
 
 
+def sum_bits(array: Array) -> Array:
+    """Sums an array's bits, weighted by odd numbers so that order counts; uint32 []."""
+    if array.dtype.itemsize == 4:
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
+    elif array.dtype.itemsize == 2:
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32)
+    else:
+        bits = array.astype(jnp.uint32)
+    strides = np.cumprod((1, *bits.shape[:0:-1]))[::-1]
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, stride in zip(range(bits.ndim), strides, strict=False):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place + iota * jnp.uint32(stride % 2**32)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
 @jax.jit
 def _sums(leaves: list[Array]) -> Array:
-    """Sums each leaf's bits [n], modulo 2**32, weighted by odd numbers so that order counts."""
-
-    def one(leaf: Array) -> Array:
-        if leaf.dtype.itemsize == 4:
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        elif leaf.dtype.itemsize == 2:
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)
-        else:
-            bits = leaf.astype(jnp.uint32)
-        strides = np.cumprod((1, *bits.shape[:0:-1]))[::-1]
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, stride in zip(range(bits.ndim), strides, strict=False):
-            iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            place = place + iota * jnp.uint32(stride % 2**32)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-    return jnp.stack([one(leaf) for leaf in leaves])
+    """The sums of several arrays [n]."""
+    return jnp.stack([sum_bits(leaf) for leaf in leaves])
 
 
 def checksums(tree: PyTree) -> dict[str, int]:

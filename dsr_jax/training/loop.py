@@ -15,13 +15,15 @@ import jax
 import numpy as np
 
 from dsr_jax.core.errors import NumericsError
-from dsr_jax.core.typing import Batch, Metrics
+from dsr_jax.core.typing import Array, Batch, Metrics
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.watch import Watch
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.metrics import MetricWindow
+from dsr_jax.training.replicas import ReplicaCheck
 from dsr_jax.training.state import TrainState
 from dsr_jax.training.stopping import StopRequest
 
@@ -37,11 +39,18 @@ class LoopSettings:
       total_steps: Step at which the run is complete.
       log_every: Steps between two log records.
       stop_after_steps: Ends this start after so many steps, as if asked to stop; 0 for no limit.
+      check_replicas: Whether to compare the copies of the state at log records and before saves.
     """
 
     total_steps: int
     log_every: int = 100
     stop_after_steps: int = 0
+    check_replicas: bool = True
+
+    def end(self, start: int) -> int:
+        """The step at which a start from `start` ends."""
+        stop = start + self.stop_after_steps if self.stop_after_steps else self.total_steps
+        return min(self.total_steps, stop)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Instruments:
       clock: Measures the steps.
       profile: Traces some steps.
       mfu: Share of the devices' peak from the seconds per step; None if unknown.
+      watch: Is told where the loop is.
     """
 
     writer: MetricWriter
@@ -79,6 +89,7 @@ class Instruments:
     clock: StepClock
     profile: ProfileWindow
     mfu: Callable[[float], float | None] = field(default=lambda step_seconds: None)
+    watch: Watch = field(default_factory=Watch)
 
 
 @dataclass(frozen=True)
@@ -170,46 +181,35 @@ def train_loop(
     Raises:
       NumericsError: After a step whose loss, gradients or parameters are not finite. That step's
         state is not saved.
-      CheckpointError: If a save fails.
+      ProcessError: If copies of the state differ. That state is not saved.
+      CheckpointError: If a save fails, or does not end.
     """
     start = step = int(state.step)
-    total = settings.total_steps
-    end = min(total, start + settings.stop_after_steps) if settings.stop_after_steps else total
-    window, seconds = carried or Carried(MetricWindow())
-    log = _Log(instruments, settings.log_every, window, checkpoints)
-    began = time.monotonic() - seconds
+    total, end = settings.total_steps, settings.end(start)
+    watch = instruments.watch
+    loop = _Loop(checkpoints, settings, instruments, hooks, carried or Carried(MetricWindow()))
     metrics: Metrics = {}
     if step >= total:
         instruments.progress.say(f"the run is complete: step {step} of {total}")
     with StopRequest() as stop, contextlib.closing(_batches(make_batches, start)) as batches:
         stopping = False
         while step < end and not stopping:
+            watch.enter("waiting for data", step)
             batch = next(batches)
+            watch.enter("in step", step, compiling=step == start)
             with instruments.profile.step(step, wait_for=metrics):
                 state, metrics = step_fn(state, batch)
             step += 1
-            # The first step compiles; waiting for it starts the clock after that.
-            log.add(step, metrics, wait=step == start + 1)
-            checkpoints.raise_errors()
             stopping = stop.reached(step)
-            ending = stopping or step == end
+            saving = stopping or step == end or checkpoints.due(step)
+            loop.note(step, state, batch, metrics, first=step == start + 1, saving=saving)
             if stopping:
                 instruments.progress.say(f"{stop.name}: saving step {step} ...")
-            if ending or checkpoints.due(step):
-                # A state is saved only after its own metrics were seen to be finite.
-                log.drain()
-                # What follows the last save is not counted: a later start would not know of it.
-                seconds = time.monotonic() - began
-                with instruments.clock.pause(state):
-                    extra = {"window": log.window.to_json(), "seconds": seconds}
-                    checkpoints.save(step, state, extra=extra)
-            due = [hook for hook in hooks if hook.due(step, total) and not stopping]
-            if due:
-                log.drain()
-                with instruments.clock.pause(state):
-                    for hook in due:
-                        if scores := hook.call(step, state):
-                            instruments.writer.write(step, scores)
+            if saving:
+                loop.save(step, state)
+            if not stopping:
+                loop.call_hooks(step, state)
+        watch.enter("saving", step)
         checkpoints.wait()
         stopped = "" if step >= total else stop.name if stopping else "stop_after_steps"
         if stopped:
@@ -217,7 +217,7 @@ def train_loop(
                 f"stopped by {stopped} after step {step} of {total}; the same command continues"
             )
         status = stop.exit_status if stopping and stopped else 0
-    return Summary(state, step, step - start, stopped, status, seconds)
+    return Summary(state, step, step - start, stopped, status, loop.seconds)
 
 
 def _batches(
@@ -225,6 +225,78 @@ def _batches(
 ) -> Generator[Batch, None, None]:
     """Makes any iterator a generator, which can be closed."""
     yield from make_batches(start)
+
+
+class _Loop:
+    """What is done with a state between two steps."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        settings: LoopSettings,
+        out: Instruments,
+        hooks: Sequence[Hook],
+        carried: Carried,
+    ) -> None:
+        self.seconds = carried.seconds
+        self._began = time.monotonic() - carried.seconds
+        self._checkpoints, self._settings, self._out = checkpoints, settings, out
+        self._hooks = hooks
+        self._log = _Log(out, settings.log_every, carried.window, checkpoints)
+        self._check: ReplicaCheck | None = None
+
+    def note(
+        self,
+        step: int,
+        state: TrainState,
+        batch: Batch,
+        metrics: Metrics,
+        *,
+        first: bool,
+        saving: bool,
+    ) -> None:
+        """Notes a step that was just dispatched, and raises what earlier ones brought to light."""
+        sums = None
+        if self._settings.check_replicas and (
+            first or saving or step % self._settings.log_every == 0
+        ):
+            if self._check is None:
+                self._check = ReplicaCheck(state, batch, self._out.watch.name_process)
+            sums = self._check.start(step, state, batch)
+        # The first step compiles; waiting for it starts the clock after that.
+        self._log.add(_Pending(step, metrics, sums, self._check), wait=first)
+        self._checkpoints.raise_errors()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves a state, after its own metrics were seen to be finite and its copies to agree."""
+        self._log.drain()
+        self._out.watch.enter("saving", step)
+        # What follows the last save is not counted: a later start would not know of it.
+        self.seconds = time.monotonic() - self._began
+        with self._out.clock.pause(state):
+            extra = {"window": self._log.window.to_json(), "seconds": self.seconds}
+            self._checkpoints.save(step, state, extra=extra)
+
+    def call_hooks(self, step: int, state: TrainState) -> None:
+        """Calls the hooks that are due."""
+        due = [hook for hook in self._hooks if hook.due(step, self._settings.total_steps)]
+        if not due:
+            return
+        self._log.drain()
+        self._out.watch.enter("evaluating", step)
+        with self._out.clock.pause(state):
+            for hook in due:
+                if scores := hook.call(step, state):
+                    self._out.writer.write(step, scores)
+
+
+class _Pending(NamedTuple):
+    """A step whose results the host has not seen yet: metrics and, now and then, checksums."""
+
+    step: int
+    metrics: Metrics
+    sums: Array | None
+    check: ReplicaCheck | None
 
 
 class _Log:
@@ -235,32 +307,35 @@ class _Log:
     ) -> None:
         self.window = window
         self._out, self._every, self._checkpoints = out, every, checkpoints
-        self._pending: deque[tuple[int, Metrics]] = deque()
+        self._pending: deque[_Pending] = deque()
 
-    def add(self, step: int, metrics: Metrics, *, wait: bool) -> None:
+    def add(self, pending: _Pending, *, wait: bool) -> None:
         """Notes a step that was just dispatched; `wait` starts the clock after it."""
-        self._pending.append((step, metrics))
+        self._pending.append(pending)
         while self._pending and (wait or len(self._pending) > RUN_AHEAD):
             self._take()
         if wait:
-            self._out.clock.lap(step)
+            self._out.clock.lap(pending.step)
 
     def drain(self) -> None:
         """Waits for all steps noted so far.
 
         Raises:
           NumericsError: If one was not finite.
+          ProcessError: If copies of one's state differ.
         """
         while self._pending:
             self._take()
 
     def _take(self) -> None:
-        step, metrics = self._pending.popleft()
+        step, metrics, sums, check = self._pending.popleft()
         host: dict[str, Any] = {name: np.asarray(v) for name, v in jax.device_get(metrics).items()}
         self.window.add(host)
         if not host["finite"]:
             self._out.writer.write(step, self.window.flush())
             raise self._not_finite(step, host)
+        if check is not None and sums is not None:
+            check.verify(step, np.asarray(sums))
         if step % self._every == 0:
             self._write(step)
 

@@ -31,8 +31,13 @@ COMMAND = (
 )
 
 
-def run(workdir: Path, count: int, *overrides: str, status: int = 0) -> list[str]:
-    """Runs the command on `count` processes; returns what each wrote to standard error."""
+def run(
+    workdir: Path, count: int, *overrides: str, status: int = 0, own: tuple[str, ...] = ("", "")
+) -> list[str]:
+    """Runs the command on `count` processes; returns what each wrote to standard error.
+
+    Overrides in `own` are of one process each.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -50,7 +55,7 @@ def run(workdir: Path, count: int, *overrides: str, status: int = 0) -> list[str
             environment["DSR_PROCESS_ID"] = str(rank)
         processes.append(
             subprocess.Popen(
-                [*COMMAND, f"--workdir={workdir}", *overrides],
+                [*COMMAND, f"--workdir={workdir}", *overrides, *filter(None, [own[rank]])],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -118,4 +123,13 @@ def test_both_processes_refuse_what_cannot_work(tmp_path: Path) -> None:
     """Neither waits for the other."""
     errors = run(tmp_path / "run", 2, "--config.registers.num=5", status=2)
     assert all("ConfigError: config.registers.num=5" in error for error in errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_configs_are_told_so(tmp_path: Path) -> None:
+    own = ("--config.optim.lr=0.001", "--config.optim.lr=0.002")
+    errors = run(tmp_path / "run", 2, status=2, own=own)
+    for error in errors:
+        assert "of 2 processes these differ from the others: 1 (" in error
+        assert "config.optim.lr: 0.002 there, 0.001 elsewhere" in error
     assert not (tmp_path / "run").exists()

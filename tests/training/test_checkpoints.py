@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from dsr_jax.core.errors import CheckpointError
+from dsr_jax.core.errors import CheckpointError, StuckSaveError
 from dsr_jax.parallel.mesh import MeshShape
 from dsr_jax.training.checkpoints import (
     Checkpoints,
@@ -112,6 +115,52 @@ def test_a_killed_save_leaves_nothing_behind(copy: Path) -> None:
     assert list_steps(copy) == [2, 3, 5]
     with Checkpoints(copy, every_steps=1):
         assert not leftover.exists()
+
+
+def poll(checkpoints: Checkpoints, seconds: float = 20.0) -> None:
+    """Asks for errors as the loop does after every step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        checkpoints.raise_errors()
+        time.sleep(0.02)
+
+
+def test_an_error_in_the_background_is_raised_after_a_following_step(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when the next save, or the end, waits for it."""
+    before = ocp.CheckpointManager._finalize_checkpoint
+
+    def fail(manager: Any, step: int) -> Any:
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        return before(manager, step)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", fail)
+    run = saved[0].elsewhere(tmp_path)
+    with run.checkpoints() as checkpoints:
+        checkpoints.save(1, run.init())
+        checkpoints.save(2, run.init())
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            poll(checkpoints)
+
+
+def test_a_save_that_does_not_end_is_an_error_and_not_waited_for(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = threading.Event()
+    monkeypatch.setattr(
+        ocp.CheckpointManager, "_finalize_checkpoint", lambda *args: storage.wait(60)
+    )
+    run = saved[0].elsewhere(tmp_path)
+    try:
+        with pytest.raises(StuckSaveError, match="saving step 2 to .* has not ended after 1 s"):
+            with run.checkpoints(save_seconds=1.0) as checkpoints:
+                checkpoints.save(2, run.init())
+                checkpoints.raise_errors()
+                checkpoints.wait()
+    finally:
+        storage.set()
 
 
 def test_earlier_step_sets_later_ones_aside(saved: Any, copy: Path) -> None:

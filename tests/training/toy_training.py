@@ -2,13 +2,17 @@
 
 As a script it is a whole run, for tests that need processes of their own:
 
-    python toy_training.py WORKDIR STEPS [--slow] [--accumulate=A]
+    python toy_training.py WORKDIR STEPS [--slow] [--save-every=N] [--step-seconds=S]
 
-It writes the final parameters to WORKDIR/final.npz and prints `step N` after each step.
+It writes the final parameters to WORKDIR/final.npz and prints `step N` after each step. With
+TOY_FAULT=KIND:PROCESS:STEP something goes wrong in one process behind a step: "corrupt" changes its
+copy of an array, "data" lets it wait for a batch for ever, "skip" gives it those of another step,
+"raise" raises an error.
 """
 
 import argparse
 import copy
+import itertools
 import os
 import sys
 import time
@@ -22,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.core.cli import run_main
+from dsr_jax.core.errors import DataError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.diffusion.time_sampling import TimeSampler
@@ -38,6 +43,7 @@ from dsr_jax.parallel.shardings import (
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.watch import Limits, Watch, join_watch
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.loop import (
@@ -189,7 +195,7 @@ class Run:
 
     def train(
         self, steps: int, *, step_fn: Any = None, log_every: int = 3, restore_step: int = -1,
-        hooks: Any = (), stop_after_steps: int = 0,
+        hooks: Any = (), stop_after_steps: int = 0, batches: Any = None, watch: Watch | None = None,
     ) -> Summary:  # fmt: skip
         """Starts or continues the run."""
         with self.checkpoints() as checkpoints:
@@ -199,11 +205,12 @@ class Run:
                 Progress(steps, start_step=int(state.step)) as progress,
                 ProfileWindow(self.workdir, 0, 0) as profile,
             ):
-                out = Instruments(writer, progress, StepClock(BATCH, steps), profile)
+                clock = StepClock(BATCH, steps)
+                out = Instruments(writer, progress, clock, profile, watch=watch or Watch())
                 return train_loop(
                     state,
                     step_fn or self.step,
-                    self.batches,
+                    batches or self.batches,
                     checkpoints,
                     LoopSettings(steps, log_every, stop_after_steps),
                     out,
@@ -217,23 +224,62 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in flatten_names(fetch(tree)).items()}
 
 
+def corrupt(state: TrainState) -> TrainState:
+    """Changes one number in this process's copy of a parameter."""
+    array = state.params["table"]
+    pieces = [np.array(shard.data) for shard in array.addressable_shards]
+    for piece in pieces:
+        piece.flat[0] += 1
+    placed = [
+        jax.device_put(piece, shard.device)
+        for piece, shard in zip(pieces, array.addressable_shards, strict=True)
+    ]
+    wrong = jax.make_array_from_single_device_arrays(array.shape, array.sharding, placed)
+    return state.replace(params={**state.params, "table": wrong})
+
+
 def main() -> int:
     """Runs as a script; see the module's docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir", type=Path)
     parser.add_argument("steps", type=int)
     parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--data-parallel", action="store_true")
     args = parser.parse_args()
     start_processes()
-    run = Run(args.workdir, every_steps=1000)
+    with join_watch(args.workdir, Limits(args.step_seconds), True, lost_seconds=4.0) as watch:
+        return run_script(args, watch)
+
+
+def run_script(args: argparse.Namespace, watch: Watch) -> int:
+    """Trains, with the fault that the environment asks for."""
+    kind, process, at = os.environ.get("TOY_FAULT", "none:-1:-1").split(":")
+    faulty = int(process) == jax.process_index()
+    mesh = MeshShape(jax.device_count(), 1, 1) if args.data_parallel else MeshShape()
+    run = Run(args.workdir, mesh, every_steps=args.save_every)
 
     def step_fn(state: TrainState, batch: Any) -> Any:
         done = run.step(state, batch)
-        print(f"step {int(done[0].step)}", flush=True)
+        step = int(done[0].step)
+        print(f"step {step}", flush=True)
         time.sleep(0.05 if args.slow else 0)
+        if faulty and step == int(at):
+            if kind == "raise":
+                raise DataError("no such file: shard-7", "mend it")
+            if kind == "corrupt":
+                done = corrupt(done[0]), done[1]
         return done
 
-    summary = run.train(args.steps, step_fn=step_fn)
+    def batches(start: int) -> Iterator[Any]:
+        for step in itertools.count(start):
+            late = faulty and step >= int(at)
+            if late and kind == "data":
+                time.sleep(1000)
+            yield run.batch(step + 1 if late and kind == "skip" else step)
+
+    summary = run.train(args.steps, step_fn=step_fn, batches=batches, watch=watch)
     final = flat(summary.state)
     if is_primary():
         np.savez(args.workdir / "final.npz", **final)

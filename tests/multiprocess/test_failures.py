@@ -1,0 +1,111 @@
+"""Processes that die, hang, fail or differ are named by the others, which end."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dsr_jax.training.checkpoints import list_steps
+from tests.multiprocess.test_training import finish, start
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+HOST = os.uname().nodename
+OPTIONS = ("--slow", "--save-every=10", "--data-parallel")
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == f"step {step}\n":
+            return
+    raise AssertionError(process.communicate()[1])
+
+
+def screen(errors: str) -> str:
+    """The error that a process showed last."""
+    name = "ProcessError: "
+    assert name in errors, errors
+    text = errors[errors.index(name) :]
+    # JAX's own report may lie between, but the error itself is short.
+    assert len(text.splitlines()) < 25, errors
+    return text
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_named_by_the_other(tmp_path: Path, victim: int) -> None:
+    """Also the one that holds the coordination service."""
+    processes = start(tmp_path, 2000, 2, *OPTIONS)
+    wait_for_step(processes[1 - victim], 15)
+    processes[victim].send_signal(signal.SIGKILL)
+    wanted = [75, 75]
+    wanted[victim] = -9
+    shown = screen(finish(processes, *wanted)[1 - victim])
+    assert f"process {victim} ({HOST}) is lost" in shown
+    assert "the same command continues from the last checkpoint" in shown
+    assert 10 in list_steps(tmp_path / "checkpoints")
+    steps = max(list_steps(tmp_path / "checkpoints")) + 5
+    finish(start(tmp_path, steps, 2, "--data-parallel"))
+
+
+def test_a_stopped_process_is_named_by_the_other(tmp_path: Path) -> None:
+    processes = start(tmp_path, 2000, 2, *OPTIONS)
+    wait_for_step(processes[0], 15)
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        errors = processes[0].communicate(timeout=60)[1]
+    finally:
+        processes[1].kill()
+        processes[0].kill()
+        processes[1].communicate()
+    assert processes[0].returncode == 75, errors
+    assert f"process 1 ({HOST}) is lost: no sign of life for" in screen(errors)
+
+
+def test_a_process_without_data_is_named_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_FAULT", "data:1:12")
+    errors = finish(start(tmp_path, 2000, 2, *OPTIONS, "--step-seconds=5"), 75, 75)
+    for text in map(screen, errors):
+        assert f"the run does not move: process 1 ({HOST}) behind the others" in text
+        assert f"process 1 ({HOST}): at step 12, waiting for data" in text
+        assert f"process 0 ({HOST}): at step 12, in step" in text
+    reports = [(tmp_path / "failures" / f"process_{i}.txt").read_text() for i in (0, 1)]
+    assert "step 12, waiting for data" in reports[1] and "in batches" in reports[1]
+    assert "step 12, in step" in reports[0] and "in train_loop" in reports[0]
+    assert list_steps(tmp_path / "checkpoints") == [10]
+
+
+def test_an_error_in_one_process_is_told_by_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_FAULT", "raise:1:12")
+    errors = finish(start(tmp_path, 2000, 2, *OPTIONS), 75, 2)
+    assert "DataError: no such file: shard-7" in errors[1] and "Traceback" not in errors[1]
+    assert f"process 1 ({HOST}) ended: DataError: no such file: shard-7" in screen(errors[0])
+
+
+def test_a_corrupted_copy_is_named_and_never_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the log record before the next save; two alone cannot tell which of them is right."""
+    monkeypatch.setenv("TOY_FAULT", "corrupt:1:13")
+    errors = finish(start(tmp_path, 2000, 2, *OPTIONS), 75, 75)
+    for text in map(screen, errors):
+        assert f"process 0 ({HOST}) and process 1 ({HOST}) differ from each other" in text
+        assert "step 15" in text and "params/" in text
+    assert list_steps(tmp_path / "checkpoints") == [10]
+    monkeypatch.setenv("TOY_FAULT", "none:-1:-1")
+    finish(start(tmp_path, 15, 2, "--data-parallel"))
+
+
+def test_the_samples_of_another_step_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_FAULT", "skip:1:13")
+    errors = finish(start(tmp_path, 2000, 2, *OPTIONS), 75, 75)
+    for text in map(screen, errors):
+        assert f"step 15: process 1 ({HOST}) trained on samples of another step" in text
