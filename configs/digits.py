@@ -14,9 +14,10 @@ the rate falls to its end by then), `runlocal` (a smoke run of a few steps).
 
 from ml_collections import ConfigDict
 
-from dsr_jax.config import base_config, parse_arg
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.config import base_config, choose, parse_arg
 from dsr_jax.models.variants import SIT
+
+FAMILIES = {name: name for name in ("lightningdit", "ditdh", "sit", "jit")}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -67,7 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _use_family(config: ConfigDict, family: str) -> None:
     """Sets the denoiser and what its own recipe has otherwise; sizes and rate stay."""
-    config.model.name = family
+    config.model.name = choose(FAMILIES, "family", family)
     if family == "ditdh":
         config.model.update(decoder_hidden_size=128, decoder_depth=1, decoder_num_heads=8)
     elif family == "sit":
@@ -85,7 +86,3 @@ def _use_family(config: ConfigDict, family: str) -> None:
         config.optim.freeze = ("*pos_embed",)
         config.sample.update(method="heun-euler", num_points=51, uint8="round")
         config.sample.update(interval=(0.0, 0.9), open_interval=True)
-    elif family != "lightningdit":
-        raise ConfigError(
-            f"config argument family={family!r}", "choose from lightningdit, ditdh, sit, jit"
-        )

@@ -23,7 +23,7 @@ digits).
 from ml_collections import ConfigDict
 
 from dsr_jax import recipes
-from dsr_jax.config import base_config, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg
 from dsr_jax.models.variants import JIT
 
 GUIDANCE = {"B": 2.9, "L": 2.4, "H": 2.2}
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base_config()
 
     config.model.name = "jit"
-    config.model.update(JIT[args.variant])
+    config.model.update(choose(JIT, "variant", args.variant))
     config.model.use_qknorm = True
     config.model.num_class_tokens = args.class_tokens
     config.model.dropout = 0.2 if size == "H" else 0.0

@@ -20,7 +20,7 @@ digits, with tiny frozen networks of random weights).
 
 from ml_collections import ConfigDict
 
-from dsr_jax.config import base_config, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg
 from dsr_jax.models.variants import DECODERS
 
 IMAGENET = 1_281_167
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.space.name = "rae"
     config.space.encoder = "converted/siglip2-base"
     config.space.noise_tau = 0.8
-    config.decoder.update(DECODERS[args.decoder])
+    config.decoder.update(choose(DECODERS, "decoder", args.decoder))
     config.decoder.patch_size = 16
     config.decoder.remat = "dots"
 

@@ -49,7 +49,7 @@ smoke run of a few steps on scikit-learn's digits, with a tiny autoencoder of ra
 from ml_collections import ConfigDict
 
 from dsr_jax import recipes
-from dsr_jax.config import base_config, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg
 from dsr_jax.models.variants import DIT, REGISTER_START
 
 
@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config = base_config()
 
-    config.model.update(DIT[args.variant])
+    config.model.update(choose(DIT, "variant", args.variant))
     config.registers.num = args.registers
     config.registers.start = REGISTER_START[args.variant]
 

@@ -24,7 +24,7 @@ of random weights).
 from ml_collections import ConfigDict
 
 from dsr_jax import recipes
-from dsr_jax.config import base_config, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg
 from dsr_jax.models.variants import DIT_DH, REGISTER_START
 
 
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seed = 42
 
     config.model.name = "ditdh"
-    config.model.update(DIT_DH[args.variant])
+    config.model.update(choose(DIT_DH, "variant", args.variant))
     config.registers.num = args.registers
     config.registers.start = REGISTER_START[args.variant]
 

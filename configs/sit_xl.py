@@ -19,7 +19,7 @@ XL), `runlocal` (a smoke run of a few steps on drawn shapes, in pixels, for want
 from ml_collections import ConfigDict
 
 from dsr_jax import recipes
-from dsr_jax.config import base_config, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg
 from dsr_jax.models.variants import REGISTER_START, SIT
 
 
@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base_config()
 
     config.model.name = "sit"
-    config.model.update(SIT[args.variant])
+    config.model.update(choose(SIT, "variant", args.variant))
     config.registers.num = args.registers
     config.registers.start = REGISTER_START[args.variant]
     config.space.name = "vae"

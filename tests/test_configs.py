@@ -74,6 +74,25 @@ TRACED = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("argument", "choices"),
+    [
+        ("jit_h.py:variant=H-14", "B-16, B-32, L-16"),
+        ("rae_dit.py:variant=M", "S, B, L, XL"),
+        ("rae_dit_dh.py:variant=M", "S, B, L, XL"),
+        ("sit_xl.py:variant=M", "S, B, L, XL"),
+        ("rae_decoder.py:decoder=M", "ViTB, ViTL, ViTXL"),
+        ("digits.py:family=unet", "lightningdit, ditdh, sit, jit"),
+    ],
+)
+def test_an_unknown_size_is_told_with_the_choices(argument: str, choices: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.load(f"{ROOT}/configs/{argument}")
+    key, _, value = argument.partition(":")[2].partition("=")
+    assert f"config argument {key}={value}" in caught.value.problem
+    assert choices in caught.value.remedy
+
+
 def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of every leaf, by name."""
     return {name: (leaf.shape, leaf.dtype) for name, leaf in flatten_names(vars(tree)).items()}

@@ -6,6 +6,7 @@ encoder 3, 7 and 13.
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from dsr_jax.convert.encoders import layer_rules, mae_table, norm_rules, stacked_rules
 from dsr_jax.convert.files import load_converted, save_converted, source_record
-from dsr_jax.convert.readers import read_state
+from dsr_jax.convert.readers import read_state, shape_of
 from dsr_jax.convert.rules import Rule, RuleSet, shapes_of, torch_to_flax
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
@@ -31,6 +32,7 @@ FAMILY = "decoder"
 
 _ANCHOR = "trainable_cls_token"
 _LAYER = "decoder_layers.{}."
+_OTHER_FILE = "check that the file is RAE's decoder"
 
 
 def take_decoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -68,12 +70,7 @@ def infer_decoder(state: Mapping[str, np.ndarray], num_heads: int = 0) -> Decode
         not known.
     """
 
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in state or state[name].ndim != ndim:
-            found = list(state[name].shape) if name in state else "absent"
-            raise ConversionError(f"{name} is {found}", "check that the file is RAE's decoder")
-        return state[name].shape
-
+    shape = functools.partial(shape_of, state, remedy=_OTHER_FILE)
     width, channels = shape("decoder_embed.weight", 2)
     sizes = {
         "hidden_size": width,

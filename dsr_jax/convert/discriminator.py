@@ -5,6 +5,7 @@ Source: facebookresearch/dino vision_transformer.py, RAE stage1/disc; spec encod
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from flax import linen as nn
 from dsr_jax.convert.encoders import Table, layer_rules, norm_rules, stacked_rules
 from dsr_jax.convert.files import load_converted, save_converted, source_record
 from dsr_jax.convert.hub import config_of_record
-from dsr_jax.convert.readers import read_state
+from dsr_jax.convert.readers import read_state, shape_of
 from dsr_jax.convert.rules import (
     CONV,
     Layout,
@@ -39,6 +40,7 @@ from dsr_jax.models.vit import ViT, ViTConfig
 FAMILY = "dino_discriminator"
 """What conversion.json calls the backbone."""
 
+_OTHER_FILE = "check that the file is a ViT of DINO, such as dino_vit_small_patch8_224.pth"
 _CONV1D = Layout((2, 1, 0))
 """[out, in, k] -> [k, in, out]."""
 _PARTS = ("q", "k", "v")
@@ -106,15 +108,7 @@ def infer_backbone(state: Mapping[str, np.ndarray], num_heads: int = 0) -> ViTCo
         not known.
     """
 
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in state or state[name].ndim != ndim:
-            found = list(state[name].shape) if name in state else "absent"
-            raise ConversionError(
-                f"{name} is {found}",
-                "check that the file is a ViT of DINO, such as dino_vit_small_patch8_224.pth",
-            )
-        return state[name].shape
-
+    shape = functools.partial(shape_of, state, remedy=_OTHER_FILE)
     width, _, patch, _ = shape("patch_embed.proj.weight", 4)
     known = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DINO.values()}
     if not num_heads and width not in known:

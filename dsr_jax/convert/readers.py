@@ -47,6 +47,24 @@ def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict
     return _strip(path, state)
 
 
+def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int, remedy: str) -> tuple[int, ...]:
+    """Returns the shape of a tensor that tells a size.
+
+    Args:
+      state: Arrays by name.
+      name: Of the tensor.
+      ndim: How many dimensions it must have.
+      remedy: What to do where it does not.
+
+    Raises:
+      ConversionError: If it is missing or has another number of dimensions.
+    """
+    if name not in state or state[name].ndim != ndim:
+        found = list(state[name].shape) if name in state else "absent"
+        raise ConversionError(f"{name} is {found}", remedy)
+    return state[name].shape
+
+
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
