@@ -28,7 +28,7 @@ from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import SampleFile, check_levels, open_samples
 from dsr_jax.evaluation.scoring import Result, Scorer
-from dsr_jax.models.inception import RESIZES
+from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_primary, say, start_processes
 

@@ -1,6 +1,7 @@
 """Times our training step and sampler beside PyTorch's on this machine's CPU.
 
-    python tools/benchmark.py [train] [registers] [sample] [encoder] [ttr] [compile] [--size S]
+    python tools/benchmark.py [TASK ...] [--size S]
+    python tools/benchmark.py inception inception-last fid pr
 
 Both sides run in one process and in turn, on the same weights and inputs in float32, with the same
 number of threads; the ratio is the median over pairs of neighbouring calls, so that other load on
@@ -14,6 +15,10 @@ the machine falls on both. What is compared:
     input      reading 256 JPEG files that were prepared, beside torch's DataLoader on the files
     files      reading the same files, beside torch's DataLoader
     compile    seconds to compile the training step of the XL model, without running it
+    inception  features of 32 images of 256 pixels by FID's Inception, beside PyTorch's
+    inception-last  the same beside PyTorch with channels last, which the public ports do not use
+    fid        FID from ready features, 50,000 x 2048, against a reference's moments
+    pr         precision and recall from ready features, 10,000 x 2048 each, and the memory it takes
 
 Before both sides are timed, they must agree: outputs and loss within 5e-5 of the largest value,
 parameters after a step within 2e-4. If they do not, nothing is printed and the exit status is 2.
@@ -39,6 +44,12 @@ from dsr_jax.core.files import write_json
 from dsr_jax.core.memory import keep_freed_memory
 from dsr_jax.core.provenance import provenance
 from tools.benchmark_encoder import EncoderSides
+from tools.benchmark_evaluation import (
+    InceptionSides,
+    make_frechet,
+    make_neighbours,
+    peak_of_neighbours,
+)
 from tools.benchmark_input import InputSides
 from tools.benchmark_sides import (
     Ours,
@@ -51,8 +62,13 @@ from tools.benchmark_sides import (
     torch_batch,
 )
 
-TASKS = ("train", "registers", "sample", "encoder", "ttr", "input", "files", "compile")
-NEED_TORCH = set(TASKS) - {"registers", "compile"}
+EVALUATION_TASKS = ("inception", "inception-last", "fid", "pr")
+TASKS = (
+    *("train", "registers", "sample", "encoder", "ttr", "input", "files", "compile"),
+    *EVALUATION_TASKS,
+)
+NEED_TORCH = set(TASKS) - {"registers", "compile", "fid", "pr"}
+INCEPTION_BATCH = 32
 SIZES = ("S", "B", "L", "XL", "tiny")
 
 
@@ -126,8 +142,24 @@ def time_input(sides: InputSides, kind: str, rounds: int, task: str) -> Timings:
     return in_turn({"dsr_jax": sides.ours(kind), "torch": sides.torch()}, rounds, task)
 
 
+def time_evaluation(task: str, tiny: bool, rounds: int) -> Timings:
+    """One of EVALUATION_TASKS."""
+    if task == "fid":
+        score = make_frechet(500, 32) if tiny else make_frechet(50_000)
+        return {"dsr_jax": [measure(score) for _ in range(rounds)]}
+    if task == "pr":
+        neighbours = make_neighbours(500, 32) if tiny else make_neighbours(10_000)
+        return in_turn({"dsr_jax": neighbours}, rounds, task)
+    sides = InceptionSides(2 if tiny else INCEPTION_BATCH)
+    sides.check()
+    theirs = sides.torch(channels_last=task == "inception-last")
+    return in_turn({"dsr_jax": sides.ours, "torch": theirs}, rounds, task)
+
+
 def run_task(task: str, args: argparse.Namespace) -> Timings:
     """Runs one of TASKS."""
+    if task in EVALUATION_TASKS:
+        return time_evaluation(task, args.size == "tiny", args.rounds)
     if task == "compile":
         size = "tiny" if args.size == "tiny" else "XL"
         say(f"compile: {size}")
@@ -173,7 +205,7 @@ def summarise(timings: Timings) -> dict[str, Any]:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line per task and side."""
-    head = "task       side       wall median    wall min  cpu median  wall ratio  cpu ratio"
+    head = "task            side       wall median    wall min  cpu median  wall ratio  cpu ratio"
     lines = [head]
     for task, summary in results.items():
         ratios = ""
@@ -181,7 +213,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             ratios = f"{summary['wall_ratio']:12.2f}{summary['cpu_ratio']:11.2f}"
         for side, figures in summary["sides"].items():
             seconds = "".join(f"{figures[f'{k}']:12.3g}" for k in ("wall_median", "wall_min"))
-            line = f"{task:10} {side:9} {seconds}{figures['cpu_median']:12.3g}{ratios}"
+            line = f"{task:15} {side:9} {seconds}{figures['cpu_median']:12.3g}{ratios}"
             lines.append(line)
             ratios = ""
     return "\n".join(lines)
@@ -220,10 +252,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     results = {task: summarise(run_task(task, args)) for task in tasks}
+    if "pr" in tasks:
+        peak = peak_of_neighbours(*(500, 32) if args.size == "tiny" else (10_000,))
+        results["pr"]["peak_bytes"] = peak
     stamp = environment()
     versions = ", ".join(f"{n} {stamp['packages'].get(n)}" for n in ("jax", "jaxlib", "torch"))
     print(f"{stamp['cpu']}, {stamp['cores']} cores; {versions}; size {args.size}")
     print(table(results))
+    for task, summary in results.items():
+        if "peak_bytes" in summary:
+            print(f"{task}: {summary['peak_bytes'] / 2**30:.2f} GiB at most beyond its inputs")
     if args.json:
         write_json(
             args.json,

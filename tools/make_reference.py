@@ -26,7 +26,7 @@ from dsr_jax.data.sources import make_source
 from dsr_jax.evaluation.features import Extractor, forget, tally_images
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
 from dsr_jax.evaluation.reference import open_reference
-from dsr_jax.models.inception import RESIZES
+from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_primary, say, start_processes
 from dsr_jax.sampling.npz import write_npz

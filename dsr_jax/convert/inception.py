@@ -21,7 +21,8 @@ from dsr_jax.convert.rules import CONV, LINEAR, SAME, Rule, RuleSet, shapes_of, 
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
-from dsr_jax.models.inception import BLOCKS, INPUT_SIZE, STEM, Branches, InceptionV3, convolutions
+from dsr_jax.models.inception import BLOCKS, STEM, Branches, InceptionV3, convolutions
+from dsr_jax.models.inception_input import INPUT_SIZE
 
 FAMILY = "inception"
 """What conversion.json calls it."""

@@ -24,7 +24,8 @@ from dsr_jax.core.typing import Array, Params
 from dsr_jax.evaluation.frechet import Moments
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import InceptionScore
-from dsr_jax.models.inception import InceptionV3, prepare
+from dsr_jax.models.inception import InceptionV3
+from dsr_jax.models.inception_input import prepare
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.processes import is_primary
 from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
@@ -54,7 +55,7 @@ class Extractor:
       params: Its parameters.
       mesh: All devices; images are split over every axis.
       batch: Images at a time over all devices; rounded up to a multiple of their number.
-      resize: A name in `models.inception.RESIZES`.
+      resize: A name in `models.inception_input.RESIZES`.
     """
 
     def __init__(

@@ -3,10 +3,9 @@
 It is not torchvision's: 1008 classes, no auxiliary head, average pools that leave the padding out
 of the mean, a max pool in the last block, and other weights. The graph is a table, from which the
 converter, too, reads its names. Source: ADM evaluator, torch-fidelity
-feature_extractor_inceptionv3.py; spec evaluation 3 and 4.
+feature_extractor_inceptionv3.py; spec evaluation 4.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,14 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.layers import add_param, ones, zeros
 
-INPUT_SIZE = 299
 SPATIAL_CHANNELS = 7
 """Channels of the 17 x 17 map that sFID takes."""
-RESIZES = ("adm", "pytorch_fid")
 
 _BATCH_NORM_EPS = 1e-3
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -177,6 +173,31 @@ def convolutions(branch: tuple[Step, ...]) -> Iterator[Conv]:
             yield from step
 
 
+def convolve(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") -> Array:
+    """Convolution in true float32 of [B, H, W, C] with a kernel [h, w, C, D].
+
+    Args:
+      x: Images or maps.
+      kernel: The kernel.
+      stride: In both directions.
+      padding: "SAME" or "VALID".
+    """
+    if kernel.shape[:2] == (1, 1):
+        return jnp.matmul(x, kernel[0, 0], precision=_HIGHEST)
+    width = x.shape[2]
+    wanted = (width - kernel.shape[1]) // stride + 1 if padding == "VALID" else width
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        # XLA's convolution on CPUs takes half the time where there is some padding, if only a
+        # column that is cut off again.
+        ((0, 0), (0, 1)) if padding == "VALID" else padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=_HIGHEST,
+    )[:, :, :wanted]
+
+
 class ConvBN(nn.Module):
     """Convolution, batch norm with the statistics of training, ReLU.
 
@@ -189,25 +210,21 @@ class ConvBN(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [B, H, W, C] to [B, H', W', features]."""
-        shape = (*self.conv.kernel, x.shape[-1], self.features)
+    def arrays(self, inputs: int) -> tuple[Array, Array, Array]:
+        """The kernel [h, w, inputs, D], and factor and offset [D] of the norm."""
+        shape = (*self.conv.kernel, inputs, self.features)
         kernel = add_param(self, "kernel", nn.initializers.he_normal(), (None,) * 4, shape)
         scale, bias, mean, var = (
             add_param(self, name, init, (None,), (self.features,))
             for name, init in (("scale", ones), ("bias", zeros), ("mean", zeros), ("var", ones))
         )
-        strides = (self.conv.stride,) * 2
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            strides,
-            self.conv.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=_HIGHEST,
-        )
         factor = scale * jax.lax.rsqrt(var + _BATCH_NORM_EPS)
-        return nn.relu(y * factor + (bias - mean * factor))
+        return kernel, factor, bias - mean * factor
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, H, W, C] to [B, H', W', features]."""
+        kernel, factor, offset = self.arrays(x.shape[-1])
+        return nn.relu(convolve(x, kernel, self.conv.stride, self.conv.padding) * factor + offset)
 
 
 def _pool(x: Array, pool: Pool) -> Array:
@@ -220,6 +237,9 @@ def _pool(x: Array, pool: Pool) -> Array:
 class Block(nn.Module):
     """Branches side by side, joined along the channels.
 
+    All 1 x 1 convolutions of the block's input are one product. Those behind an average come before
+    it, which is the same but for rounding, and leaves fewer channels to average.
+
     Attributes:
       branches: The block's table.
       width_div: Divides every number of channels.
@@ -231,21 +251,46 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Maps [B, H, W, C]; returns all branches [B, H', W', C'], and the first one alone."""
-        outputs = [self._run(branch, x) for branch in self.branches]
+        outputs, products = [], self._products(x)
+        for branch in self.branches:
+            entry, y = _entry(branch), x
+            if entry is not None:
+                y, factor, offset = products[entry.name]
+                place = branch.index(entry)
+                y = nn.relu(self._run(branch[:place], y) * factor + offset)
+                branch = branch[place + 1 :]
+            outputs.append(self._run(branch, y))
         return jnp.concatenate(outputs, axis=-1), outputs[0]
+
+    def _products(self, x: Array) -> dict[str, tuple[Array, Array, Array]]:
+        """By convolution: x's product with its kernel, and factor and offset of its norm."""
+        convs = list(filter(None, map(_entry, self.branches)))
+        kernels, factors, offsets = zip(
+            *(self._module(conv).arrays(x.shape[-1]) for conv in convs), strict=True
+        )
+        joined = convolve(x, jnp.concatenate(kernels, axis=-1))
+        parts = jnp.split(joined, np.cumsum([len(x) for x in offsets])[:-1], axis=-1)
+        names = [conv.name for conv in convs]
+        return dict(zip(names, zip(parts, factors, offsets, strict=True), strict=True))
 
     def _run(self, branch: tuple[Step, ...], x: Array) -> Array:
         for step in branch:
             if isinstance(step, Pool):
                 x = _pool(x, step)
             elif isinstance(step, Conv):
-                x = self._conv(step, x)
+                x = self._module(step)(x)
             else:
-                x = jnp.concatenate([self._conv(conv, x) for conv in step], axis=-1)
+                x = jnp.concatenate([self._module(conv)(x) for conv in step], axis=-1)
         return x
 
-    def _conv(self, conv: Conv, x: Array) -> Array:
-        return ConvBN(conv, conv.features // self.width_div, name=conv.name)(x)
+    def _module(self, conv: Conv) -> ConvBN:
+        return ConvBN(conv, conv.features // self.width_div, name=conv.name)
+
+
+def _entry(branch: tuple[Step, ...]) -> Conv | None:
+    """The 1 x 1 convolution that a branch applies to its block's input, if it does."""
+    step = branch[1] if branch[0] == Pool("avg") else branch[0]
+    return step if isinstance(step, Conv) and step.kernel == (1, 1) else None
 
 
 class Features(NamedTuple):
@@ -275,7 +320,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Features:
-        """Maps prepared images [B, 299, 299, 3], see `prepare`; sows what it pools."""
+        """Maps prepared images [B, 299, 299, 3], see `inception_input`; sows what it pools."""
         pools = 0
         for step in STEM:
             if isinstance(step, Conv):
@@ -308,51 +353,3 @@ class Classifier(nn.Module):
         kernel = add_param(self, "kernel", nn.initializers.lecun_normal(), (None, None), shape)
         add_param(self, "bias", zeros, (None,), (self.features,))
         return jnp.matmul(x, kernel, precision=_HIGHEST)
-
-
-@functools.cache
-def _table(size: int, wanted: int, centred: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower and upper source index and the upper one's weight of each of `wanted` pixels.
-
-    In float32 as the originals do it; in float64 some weights differ by thousandths of a level.
-    """
-    scale, half = np.float32(size) / np.float32(wanted), np.float32(0.5)
-    place = np.arange(wanted, dtype=np.float32)
-    place = np.maximum((place + half) * scale - half, 0) if centred else place * scale
-    low = np.floor(place).astype(np.int32)
-    return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
-
-
-def resize_bilinear(images: Array, size: int = INPUT_SIZE, centred: bool = False) -> Array:
-    """TensorFlow 1's ResizeBilinear, [B, H, W, C] to [B, size, size, C], float32.
-
-    Corners are not aligned, pixels have no centres unless `centred` (as in PyTorch), and nothing is
-    smoothed before shrinking.
-    """
-    x = jnp.asarray(images, jnp.float32)
-    for axis in (2, 1):  # Columns first; the order decides the last bit.
-        low, high, weight = _table(x.shape[axis], size, centred)
-        weight = weight.reshape(-1, *(1,) * (3 - axis))
-        first = jnp.take(x, low, axis=axis)
-        x = first + (jnp.take(x, high, axis=axis) - first) * weight
-    return x
-
-
-def prepare(images: Array, resize: str = "adm") -> Array:
-    """Brings uint8 images [B, H, W, 1 or 3] to what the network takes, [B, 299, 299, 3] float32.
-
-    Args:
-      images: Values 0 to 255; grey is repeated.
-      resize: "adm" is TensorFlow 1's resize, and (x - 128) / 128. "pytorch_fid" puts pixels at
-        their centres and maps to [-1, 1], as that package does; its FIDs are others.
-
-    Raises:
-      ConfigError: For an unknown resize.
-    """
-    if resize not in RESIZES:
-        raise ConfigError(f"unknown resize {resize!r}", f"choose from {', '.join(RESIZES)}")
-    if images.shape[-1] == 1:
-        images = jnp.repeat(images, 3, axis=-1)
-    if resize == "pytorch_fid":
-        return 2 * resize_bilinear(images.astype(jnp.float32) / 255, centred=True) - 1
-    return (resize_bilinear(images) - 128) * 0.0078125

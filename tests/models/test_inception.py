@@ -1,13 +1,12 @@
-"""Inception's input; the network itself is held by golden cases."""
+"""Inception's size and how its products are computed; golden cases hold its values."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params
-from dsr_jax.models.inception import InceptionV3, prepare, resize_bilinear
+from dsr_jax.models.inception import InceptionV3, convolve
 
 
 def test_the_full_network_has_the_published_number_of_parameters():
@@ -20,28 +19,19 @@ def test_the_full_network_has_the_published_number_of_parameters():
     assert [x.shape[1] for x in features] == [2048, 2023, 1008]
 
 
-def test_pixels_of_the_resize_by_hand():
-    images = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1) * 10
-    found = np.asarray(resize_bilinear(images, 4))[0, ..., 0]
-    # Source places are 0, 0.5, 1 and 1.5; beyond the last pixel there is nothing to mix in.
-    np.testing.assert_array_equal(found[:, 0], [0, 10, 20, 20])
-    np.testing.assert_array_equal(found[0], [0, 5, 10, 10])
-    centred = np.asarray(resize_bilinear(images, 4, centred=True))[0, ..., 0]
-    np.testing.assert_array_equal(centred[0], [0, 2.5, 7.5, 10])
-
-
-def test_shrinking_does_not_smooth():
-    stripes = np.zeros((1, 598, 598, 3), np.uint8)
-    stripes[:, :, ::2] = 255
-    assert (np.asarray(resize_bilinear(stripes)) == 255).all()
-
-
-def test_range_and_grey():
-    levels = np.array([0, 128, 255], np.uint8).reshape(3, 1, 1, 1)
-    given = np.asarray(prepare(jnp.asarray(levels)))
-    assert given.shape == (3, 299, 299, 3)
-    assert given[:, 0, 0, 0].tolist() == [-1, 0, 0.9921875]
-    other = np.asarray(prepare(jnp.asarray(levels), "pytorch_fid"))
-    assert other[[0, 2], 0, 0, 0].tolist() == [-1, 1]
-    with pytest.raises(ConfigError, match="unknown resize 'bicubic'"):
-        prepare(jnp.asarray(levels), "bicubic")
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 7)])
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (1, "VALID"), (2, "VALID")])
+@pytest.mark.parametrize("side", [8, 9])
+def test_convolutions_by_the_definition(kernel, stride, padding, side):
+    if kernel == (1, 1) and stride > 1:
+        pytest.skip("there is none")
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, side, side, 3)).astype(np.float32)
+    weights = random.standard_normal((*kernel, 3, 4)).astype(np.float32)
+    found = np.asarray(convolve(jnp.asarray(x), jnp.asarray(weights), stride, padding))
+    around = [(k // 2,) * 2 if padding == "SAME" else (0, 0) for k in kernel]
+    padded = np.pad(x, [(0, 0), *around, (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(1, 2))
+    want = np.einsum("bhwcij,ijcd->bhwd", windows[:, ::stride, ::stride], weights)
+    assert found.shape == want.shape
+    np.testing.assert_allclose(found, want, atol=1e-4)

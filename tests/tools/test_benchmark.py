@@ -10,7 +10,7 @@ import pytest
 from dsr_jax import build
 from dsr_jax.core.errors import NumericsError
 from tests.requirements import require
-from tools import benchmark, benchmark_sides
+from tools import benchmark, benchmark_evaluation, benchmark_sides
 
 torch = require("torch", "torch")
 
@@ -102,3 +102,30 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(path.read_text())
     assert set(figures["tasks"]) == set(tasks)
     assert len(figures["tasks"]["train"]["rounds"]["torch"]) == 1
+
+
+@pytest.mark.slow
+def test_inception_and_ready_features(capsys: pytest.CaptureFixture[str]) -> None:
+    platforms = jax.config.jax_platforms
+    try:
+        benchmark.main(["inception", "fid", "pr", "--size", "tiny", "--rounds", "1"])
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    _, _, *rows, memory = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        *(["inception", side] for side in ("dsr_jax", "torch")),
+        *([task, "dsr_jax"] for task in ("fid", "pr")),
+    ]
+    assert memory.startswith("pr: ") and "beyond its inputs" in memory
+
+
+def test_differing_features_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_evaluation.InceptionSides, "__init__", lambda self: None)
+    sides = benchmark_evaluation.InceptionSides()
+    features = np.random.default_rng(0).random((2, 8), np.float32)
+    monkeypatch.setattr(sides, "torch", lambda: lambda: torch.from_numpy(features))
+    monkeypatch.setattr(sides, "ours", lambda: features)
+    sides.check()
+    monkeypatch.setattr(sides, "ours", lambda: features * 1.001)
+    with pytest.raises(NumericsError, match="features differ"):
+        sides.check()

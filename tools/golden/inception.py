@@ -26,9 +26,8 @@ from dsr_jax.models.inception import (
     block_d,
     block_e,
     convolutions,
-    prepare,
-    resize_bilinear,
 )
+from dsr_jax.models.inception_input import prepare, resize_bilinear
 from tools.golden.compare import Case, Check
 
 

@@ -1,0 +1,130 @@
+"""Evaluation in `tools/benchmark.py`: Inception on both sides, and scores from ready features."""
+
+import copy
+import multiprocessing
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsr_jax.convert.inception import inception_rules, infer_inception
+from dsr_jax.convert.rules import torch_to_flax
+from dsr_jax.evaluation.features import Extractor
+from dsr_jax.evaluation.frechet import Gaussian, frechet_distance, gaussian_moments
+from dsr_jax.evaluation.neighbours import precision_recall
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from tools.benchmark_sides import require_close
+
+WIDTH = 2048
+_POOL = frozenset(["pool"])
+
+
+class InceptionSides:
+    """One randomly initialised Inception as ours and as a plain PyTorch program.
+
+    Both read the same uint8 images in the layout that each prefers, and resize as pytorch-fid does.
+
+    Args:
+      batch: Images.
+      size: Their side.
+    """
+
+    def __init__(self, batch: int, size: int = 256) -> None:
+        from tools.inception_twin import random_inception
+
+        self._torch = random_inception()
+        state = {name: value.numpy() for name, value in self._torch.state_dict().items()}
+        network = infer_inception(state)
+        params = torch_to_flax(state, inception_rules(network))
+        mesh = make_mesh(MeshShape(), jax.devices()[:1])
+        self._extract = Extractor(network, params, mesh, batch, "pytorch_fid")
+        shape = (batch, size, size, 3)
+        self._images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+    def ours(self) -> np.ndarray:
+        """Pooled features [B, 2048] of ours."""
+        return np.asarray(self._extract(self._images, _POOL)["pool"])
+
+    def torch(self, channels_last: bool = False) -> Callable[[], Any]:
+        """A function to PyTorch's features.
+
+        Args:
+          channels_last: Lays images and kernels out as ours are, which the public ports do not.
+        """
+        import torch
+
+        network, images = copy.deepcopy(self._torch), torch.from_numpy(self._images)
+        images = images.permute(0, 3, 1, 2)
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        else:
+            images = images.contiguous()
+
+        def extract() -> Any:
+            with torch.no_grad():
+                return network(images)
+
+        return extract
+
+    def check(self) -> None:
+        """Compares ours with PyTorch's.
+
+        Raises:
+          NumericsError: If they differ.
+        """
+        require_close("output", "features", self.ours(), self.torch()())
+
+
+def make_frechet(count: int, width: int = WIDTH) -> Callable[[], float]:
+    """A function to FID from the features of `count` samples and the moments of a reference."""
+    features, reference = _features(count, width, 0), gaussian_moments(_features(width, width, 1))
+
+    def score() -> float:
+        ours: Gaussian = gaussian_moments(features)
+        return frechet_distance(ours.mean, ours.cov, reference.mean, reference.cov)
+
+    return score
+
+
+def make_neighbours(count: int, width: int = WIDTH) -> Callable[[], Any]:
+    """A function to precision and recall from the features of `count` samples and images."""
+    samples, reference = _features(count, width, 0), _features(count, width, 1)
+    return lambda: precision_recall(samples, reference)
+
+
+def peak_of_neighbours(count: int, width: int = WIDTH) -> int:
+    """The most memory, in bytes, that precision and recall take beyond their inputs.
+
+    In a process of its own, since a process seldom gives back what it has once had. What the
+    program and its compilation take counts, too.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_peak, args=(theirs, count, width))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the process that computes precision and recall ended with {process}")
+    return int(ours.recv())
+
+
+def _peak(result: Any, count: int, width: int) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    score = make_neighbours(count, width)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize()
+    score()
+    result.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _features(count: int, width: int, seed: int) -> np.ndarray:
+    """Positive features of uneven spread, as Inception's are [N, D], float32."""
+    random = np.random.default_rng(seed)
+    scale = (1 / np.arange(1, width + 1)).astype(np.float32)
+    features = random.standard_normal((count, width), np.float32)
+    np.abs(features, out=features)
+    features *= scale
+    return features
