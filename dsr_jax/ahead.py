@@ -17,7 +17,7 @@ from dsr_jax.core.provenance import git_revision
 from dsr_jax.core.typing import PyTree
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
-from dsr_jax.parallel.topologies import CHIPS, Topology, compile_only_devices
+from dsr_jax.parallel.topologies import Topology, compile_only_devices
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.compile_report import Compiled, Report, make_report
 from dsr_jax.telemetry.hlo import parse
@@ -158,10 +158,7 @@ def compile_report(
       DsrError: If libtpu is not installed, or the config does not fit the mesh.
     """
     mesh = build.make_mesh(config, compile_only_devices(topology))
-    shapes = CHIPS[topology.chip.generation].shapes
-    larger = shapes[shapes.index(topology.name.partition(":")[2]) + 1 :]
-    slices = tuple(f"{topology.chip.generation}:{shape}" for shape in larger)
-    ahead = PROGRAMS[program](config, mesh, slices)
+    ahead = PROGRAMS[program](config, mesh, topology.larger)
     compiled = _compile(ahead, mesh, topology, keep_text)
     about = {
         "what": ahead.what,
@@ -207,5 +204,5 @@ def _compile(
     hints = [] if needed <= limit else advice(ahead.layout, needed, limit)
     text = compiled.as_text()
     keep_text(text)
-    parts = split_program(parse(text))
+    parts = split_program(parse(text, topology.slices))
     return Compiled(memory, needed, limit, seconds, parts, hints)

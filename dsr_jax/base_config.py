@@ -110,7 +110,8 @@ def base_config() -> ConfigDict:
             "ema": {"decays": (0.9999,)},
             # init_from is a converted folder, whose weights a new run of a denoiser starts from.
             "train": {"steps": 100_080, "stop_after_steps": 0, "init_from": ""},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            # dcn_data and dcn_fsdp: the parts of data and fsdp that lie in different TPU slices.
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1, "dcn_fsdp": 1},
             # xla_options are "name=value", for the compiler of the training step.
             "sharding": {"rules": "fsdp", "overrides": (), "xla_options": ()},
             "precision": {"compute": "float32", "matmul": "default"},

@@ -5,7 +5,8 @@
 Memory of a chip by what it is for, operations, traffic, collectives, the least time of a step and
 of the run; in --out also as report.json and report.html. Exit status 1, and advice, where it does
 not fit. No TPU is needed, but its compiler: pip install 'dsr_jax[tpu]'. Any key of the config can
-be set behind it, as in --config.mesh.fsdp=16.
+be set behind it, as in --config.mesh.fsdp=16. --topology=2xv5e:8x8 is two such slices, with what
+they exchange over the data-centre network.
 
     python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --sweep
 
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
-    parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4 or v5p:2x2x2")
+    parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4, or 2xv5e:4x4")
     parser.add_argument("--out", help="folder for report.json and report.html")
     parser.add_argument("--hlo", help="file for the text of the compiled program")
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")

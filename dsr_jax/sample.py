@@ -64,7 +64,7 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     else:
         config = configs.load_run(args.workdir)
         # The mesh is this machine's, not the one that trained.
-        config.mesh.update(data=-1, fsdp=1, tensor=1)
+        config.mesh.update(data=-1, fsdp=1, tensor=1, dcn_data=-1, dcn_fsdp=1)
     section = config.sample
     shortcuts = [
         f"--config.sample.{key}={value}"

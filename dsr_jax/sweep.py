@@ -83,7 +83,9 @@ def trials(
             f"global batch {batch} does not divide over {chips} chips",
             f"use --config.data.global_batch={nearest}",
         )
-    sizes = [n for n in range(1, chips + 1) if chips % n == config.model.hidden_size % n == 0]
+    # A state is shared within a slice, whose links are the fast ones.
+    own = chips // topology.slices
+    sizes = [n for n in range(1, own + 1) if own % n == config.model.hidden_size % n == 0]
     worthwhile = [n for n in sizes if n == 1 or n >= _LEAST_FSDP]
     counts = [n for n in _MICRO_BATCHES if batch // chips % n == 0]
     for shards in fsdp or worthwhile:

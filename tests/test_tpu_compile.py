@@ -96,6 +96,21 @@ def test_fsdp_gathers_and_fits(tmp_path: Path) -> None:
     assert trips == [4, 8, 8, 4, 1]
 
 
+def test_slices_exchange_gradients_alone(tmp_path: Path) -> None:
+    """Each holds the state, split over its own chips; a chip sums about its own part with
+    another's, not the whole of the gradients, which is eight times as much."""
+    fsdp = "--config.mesh.fsdp=8"
+    done = compile_for_tpu(tmp_path, fsdp, "--topology=2xv5e:2x4", "--config.model.hidden_size=128")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = read_json(tmp_path / "report.json")
+    assert (report["chips"], report["slices"]) == (16, 2)
+    crossing = [row for row in report["collectives"] if row["network"] == "DCN"]
+    assert {(row["kind"], row["group"]) for row in crossing} == {("all-reduce", 2)}
+    gradients = report["memory"]["parameters"]
+    assert 0.9 * gradients < report["dcn_bytes"] < 2 * gradients
+    assert any(row["network"] == "ICI" for row in report["collectives"])
+
+
 def test_what_does_not_fit_ends_with_figures_and_advice(tmp_path: Path) -> None:
     """The same step that keeps all it computes."""
     done = compile_for_tpu(tmp_path, *SMALL, *FSDP)

@@ -1,10 +1,11 @@
-"""Device meshes with the axes data, fsdp and tensor."""
+"""Device meshes with the axes data, fsdp and tensor, over one TPU slice or several."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsr_jax.core.errors import MeshError
@@ -13,11 +14,22 @@ from dsr_jax.parallel.axes import MESH_AXES
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; at most one may be -1, which takes what is left."""
+    """Devices along each mesh axis; at most one may be -1, which takes what is left.
+
+    Attributes:
+      data: Copies of the state, over all slices.
+      fsdp: Devices that share a state, over all slices.
+      tensor: Devices that share a head or a hidden unit, within a slice.
+      dcn_data: Slices along `data`, that is factors of it that lie in different slices and so
+        communicate over the data-centre network; at most one of the two may be -1.
+      dcn_fsdp: Slices along `fsdp`.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    dcn_data: int = -1
+    dcn_fsdp: int = 1
 
     def resolve(self, num_devices: int) -> tuple[int, int, int]:
         """Returns the sizes of (data, fsdp, tensor) for `num_devices`.
@@ -26,36 +38,79 @@ class MeshShape:
           MeshError: If the sizes are not positive or do not multiply to the device count.
         """
         sizes = dict(zip(MESH_AXES, (self.data, self.fsdp, self.tensor), strict=True))
-        free = [axis for axis, size in sizes.items() if size == -1]
-        if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        data, fsdp, tensor = _fill(sizes, num_devices, "devices")
+        return data, fsdp, tensor
+
+    def resolve_slices(self, num_devices: int, num_slices: int) -> tuple[int, int, int]:
+        """Returns the factors of (data, fsdp, tensor) that lie in different slices.
+
+        Raises:
+          MeshError: If they do not multiply to `num_slices`, or do not divide their axes.
+        """
+        sizes = self.resolve(num_devices)
+        wanted = {"dcn_data": self.dcn_data, "dcn_fsdp": self.dcn_fsdp}
+        data, fsdp = _fill(wanted, num_slices, "slices")
+        slices = data, fsdp, 1
+        if any(size % across for size, across in zip(sizes, slices, strict=True)):
+            names = dict(zip(MESH_AXES, sizes, strict=True))
             raise MeshError(
-                f"mesh sizes {sizes} are not valid", "use positive sizes and at most one -1"
+                f"mesh sizes {names} of {num_devices} devices do not divide over {num_slices} "
+                f"slices with dcn_data {slices[0]} and dcn_fsdp {slices[1]}",
+                f"set config.mesh.data to a multiple of {slices[0]} (with fsdp x tensor at most "
+                f"{num_devices // num_slices}, the devices of a slice), or say with "
+                "config.mesh.dcn_fsdp that slices share a state",
             )
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        if free and num_devices % fixed == 0:
-            sizes[free[0]] = num_devices // fixed
-        if math.prod(sizes.values()) != num_devices:
-            raise MeshError(
-                f"mesh sizes {sizes} do not multiply to the {num_devices} devices at hand",
-                "set config.mesh.data, .fsdp and .tensor so that their product is the device "
-                "count, or one of them to -1",
-            )
-        return sizes["data"], sizes["fsdp"], sizes["tensor"]
+        return slices
+
+
+def _fill(sizes: dict[str, int], total: int, what: str) -> tuple[int, ...]:
+    """Returns the sizes with -1 replaced by what makes their product `total`."""
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise MeshError(
+            f"mesh sizes {sizes} are not valid", "use positive sizes and at most one -1"
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and total % fixed == 0:
+        sizes = {**sizes, free[0]: total // fixed}
+    if math.prod(sizes.values()) != total:
+        raise MeshError(
+            f"mesh sizes {sizes} do not multiply to the {total} {what} at hand",
+            f"set {', '.join(f'config.mesh.{axis}' for axis in sizes)} so that their product is "
+            f"the number of {what}, or one of them to -1",
+        )
+    return tuple(sizes.values())
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices that the devices belong to; 1 for devices of another kind."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh over `devices` (default: all devices of all processes).
 
+    Neighbours along an axis are neighbours in the slice's torus. Several slices are cut along
+    `data`, where devices exchange gradients once a step, unless the shape says otherwise.
+
     Axis types are Auto: Linen layers leave the layout of products to the compiler, which an
     Explicit mesh forbids.
 
     Raises:
-      MeshError: If the sizes do not fit the devices.
+      MeshError: If the sizes do not fit the devices or their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = shape.resolve(len(devices))
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    sizes, types = shape.resolve(len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+    across = shape.resolve_slices(len(devices), num_slices(devices))
+    if math.prod(across) == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    within = [size // factor for size, factor in zip(sizes, across, strict=True)]
+    array = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+    return Mesh(array, MESH_AXES, axis_types=types)
 
 
 def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:

@@ -1,7 +1,9 @@
 """TPU slices by name, with the chips' limits, and their devices for compiling ahead of time.
 
 Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; link speeds from "How to scale your model"
-(jax-ml.github.io/scaling-book), chapter TPUs; memory from what libtpu's compiler says.
+(jax-ml.github.io/scaling-book), chapter TPUs; memory from what libtpu's compiler says. The pages
+give the data-centre network's speed per chip (v5p) or per pod of 256 chips (v5e, v6e); they give
+none for v4, for which v5p's stands.
 """
 
 import importlib.util
@@ -32,6 +34,7 @@ class Chip:
       peak_flops: Dense bfloat16 FLOP/s.
       hbm_bandwidth: Bytes/s.
       ici_bandwidth: Bytes/s that it can send along one axis of the torus, in both directions.
+      dcn_bandwidth: Bytes/s that it can send over the data-centre network to other slices.
       chips_per_host: Chips along each axis that one host holds, in slices of several hosts.
       shapes: Slices that can be had.
     """
@@ -44,6 +47,7 @@ class Chip:
     peak_flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float
     chips_per_host: tuple[int, ...]
     shapes: tuple[str, ...]
 
@@ -57,22 +61,22 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         for chip in (
             Chip(
                 *("v4", "TPU v4", "v4", True),
-                *(30.75 * GIB, 275e12, 1.2e12, 9e10),
+                *(30.75 * GIB, 275e12, 1.2e12, 9e10, 6.25e9),
                 *((2, 2, 1), _CUBES),
             ),
             Chip(
                 *("v5e", "TPU v5 lite", "v5litepod", False),
-                *(15.75 * GIB, 197e12, 8.1e11, 9e10),
+                *(15.75 * GIB, 197e12, 8.1e11, 9e10, 3.125e9),
                 *((2, 2), _FLAT),
             ),
             Chip(
                 *("v5p", "TPU v5", "v5p", True),
-                *(95.74 * GIB, 459e12, 2.8e12, 1.8e11),
+                *(95.74 * GIB, 459e12, 2.8e12, 1.8e11, 6.25e9),
                 *((2, 2, 1), (*_CUBES, "16x16x16", "16x16x24")),
             ),
             Chip(
                 *("v6e", "TPU v6 lite", "v6e", False),
-                *(31.25 * GIB, 918e12, 1.6e12, 1.8e11),
+                *(31.25 * GIB, 918e12, 1.6e12, 1.8e11, 1.25e10),
                 *((2, 2), _FLAT),
             ),
         )
@@ -82,28 +86,42 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: so many chips of a kind in a grid.
+    """A slice, so many chips of a kind in a grid, or several equal ones.
 
     Attributes:
-      name: As in "v5e:16x16".
+      name: As in "v5e:16x16", or "2xv5e:16x16".
       chip: Its chips.
-      shape: Chips along each axis.
+      shape: Chips along each axis of a slice.
+      slices: How many there are, connected by the data-centre network.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def num_chips(self) -> int:
-        """Chips of the slice."""
-        return math.prod(self.shape)
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def slice_name(self) -> str:
+        """The name of one slice."""
+        return f"{self.chip.generation}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def larger(self) -> tuple[str, ...]:
+        """Names of the same number of larger slices."""
+        many, shapes = f"{self.slices}x" if self.slices > 1 else "", self.chip.shapes
+        behind = shapes[shapes.index(self.slice_name.partition(":")[2]) + 1 :]
+        return tuple(f"{many}{self.chip.generation}:{shape}" for shape in behind)
 
     @property
     def accelerator_type(self) -> str:
-        """What the slice is called where it is created, as in "v5litepod-256"."""
+        """What a slice is called where it is created, as in "v5litepod-256"."""
         cores = 2 if self.chip.types_count_cores else 1
-        return f"{self.chip.accelerator}-{self.num_chips * cores}"
+        return f"{self.chip.accelerator}-{math.prod(self.shape) * cores}"
 
 
 _ENVIRONMENT = MappingProxyType(
@@ -118,12 +136,17 @@ _ENVIRONMENT = MappingProxyType(
 
 
 def find_topology(name: str) -> Topology:
-    """Returns the slice called `name`, as in "v5e:4x4" or "v5p:2x2x4".
+    """Returns the slice called `name`, as in "v5e:4x4" or "v5p:2x2x4", or slices: "2xv5e:4x4".
 
     Raises:
       MeshError: If there is none, with those that there are.
     """
     generation, _, shape = name.partition(":")
+    many, times, rest = generation.partition("x")
+    if times and many.isdigit() and int(many):
+        generation = rest
+    else:
+        many = "1"
     if generation not in CHIPS:
         raise MeshError(
             f"unknown TPU {generation!r} in topology {name!r}",
@@ -134,7 +157,7 @@ def find_topology(name: str) -> Topology:
         raise MeshError(
             f"no {generation} slice of shape {shape!r}", f"there are {', '.join(chip.shapes)}"
         )
-    return Topology(name, chip, tuple(int(side) for side in shape.split("x")))
+    return Topology(name, chip, tuple(int(side) for side in shape.split("x")), int(many))
 
 
 def compile_only_devices(topology: Topology) -> list[jax.Device]:
@@ -158,10 +181,12 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
     options: dict[str, Any] = {"chips_per_host_bounds": (*host, 1)[:3]}
     if topology.chip.types_count_cores:
         options["chip_config_name"] = "megacore"  # JAX shows such a chip's two cores as one device.
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     from jax.experimental.topologies import get_topology_desc
 
     try:
-        found = get_topology_desc(topology.name, "tpu", **options).devices
+        found = get_topology_desc(topology.slice_name, "tpu", **options).devices
     except Exception as error:  # libtpu's errors have no class of their own.
         raise MeshError(f"libtpu does not compile for {topology.name}: {error}") from error
     if len(found) != topology.num_chips:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-from dsr_jax.telemetry.compile_report import GIB, Report
+from dsr_jax.telemetry.compile_report import GIB, Report, resources, slices_text
 
 _COLORS = ("#4269d0", "#efb118", "#6cc5b0", "#ff725c", "#a463f2", "#9c6b4e", "#97bbf5", "#3ca951")
 _STYLE = """
@@ -24,7 +24,7 @@ def make_page(report: Report) -> str:
     verdict = "It fits." if report["fits"] else '<b class="bad">It does not fit.</b>'
     body = [
         f"<h1>{_text(title)}</h1>",
-        f"<p>{report['chips']} chips ({_text(report['accelerator_type'])}), mesh "
+        f"<p>{report['chips']} chips ({_text(slices_text(report))}), mesh "
         f"{_text(report['mesh'])}, {report['images_per_chip']:g} images a chip, remat "
         f"{_text(report['remat'])}. Compiled in {report['compile_seconds']:.0f} s with "
         f"{_text(', '.join(f'{k} {v}' for k, v in report['versions'].items()))}.</p>",
@@ -47,6 +47,7 @@ def make_page(report: Report) -> str:
 
 
 def _speed(report: Report) -> list[str]:
+    names = resources(report)
     rows = (
         (
             _text(part["name"]),
@@ -54,16 +55,18 @@ def _speed(report: Report) -> list[str]:
             f"{part['flops'] / 1e12:.2f}",
             f"{part['hbm_bytes'] / 1e9:.1f}",
             f"{part['sent_bytes'] / 1e9:.3f}",
-            *(f"{1e3 * part[f'{kind}_seconds']:.1f}" for kind in ("compute", "hbm", "ici")),
+            *(f"{1e3 * part[f'{kind}_seconds']:.1f}" for kind in names),
             _text(part["bound"]),
         )
         for part in report["parts"]
     )
-    heads = "part,runs,TFLOP,GB of HBM,GB sent,compute ms,HBM ms,ICI ms,bound by".split(",")
+    heads = "part,runs,TFLOP,GB of HBM,GB sent,compute ms,HBM ms,ICI ms,DCN ms".split(",")
+    heads = [*heads[: 5 + len(names)], "bound by"]
     collectives = (
         (
             _text(row["kind"]),
             _text(row["part"]),
+            _text(row["network"]),
             str(row["group"]),
             f"{row['bytes'] / 1e6:.3f}",
             f"{row['count']:,}",
@@ -81,7 +84,7 @@ def _speed(report: Report) -> list[str]:
         _table(heads, rows),
         f"<p>{_text(report['how'])}</p>",
         "<h2>Collectives of a chip and step</h2>",
-        _table("kind,part,chips,MB each,times,MB sent".split(","), collectives),
+        _table("kind,part,network,chips or slices,MB each,times,MB sent".split(","), collectives),
     ]
 
 

@@ -66,6 +66,7 @@ def make_report(
         **subject,
         "topology": topology.name,
         "chips": topology.num_chips,
+        "slices": topology.slices,
         "accelerator_type": topology.accelerator_type,
         "images_per_chip": images / topology.num_chips,
         "fits": compiled.fits,
@@ -97,6 +98,7 @@ def _speed(
         {
             "part": part.name,
             "kind": found.kind,
+            "network": found.network,
             "group": found.group,
             "bytes": found.bytes,
             "count": count,
@@ -117,6 +119,7 @@ def _speed(
         "model_flops": useful,
         "hbm_traffic_bytes": cost.hbm_bytes,
         "sent_bytes": cost.wire_bytes,
+        "dcn_bytes": cost.dcn_bytes,
         "unknown_loops": cost.unknown_loops,
         "parts": [
             {
@@ -125,9 +128,11 @@ def _speed(
                 "flops": time.part.cost.flops,
                 "hbm_bytes": time.part.cost.hbm_bytes,
                 "sent_bytes": time.part.cost.wire_bytes,
+                "dcn_bytes": time.part.cost.dcn_bytes,
                 "compute_seconds": time.compute,
                 "hbm_seconds": time.hbm,
                 "ici_seconds": time.ici,
+                "dcn_seconds": time.dcn,
                 "seconds": time.seconds,
                 "bound": time.bound,
             }
@@ -144,7 +149,7 @@ def format_report(report: Report) -> str:
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
     lines = [
         f"{report['what']} of {report['config']} on {report['topology']} ({report['chips']} chips, "
-        f"{report['accelerator_type']})",
+        f"{slices_text(report)})",
         f"mesh {report['mesh']}, {report['images_per_chip']:g} images a chip, "
         f"remat {report['remat']}; compiled in {report['compile_seconds']:.0f} s",
         f"\nmemory of a chip: {need / GIB:.2f} of {limit / GIB:.2f} GiB, {verdict}",
@@ -157,21 +162,37 @@ def format_report(report: Report) -> str:
     return "\n".join(lines)
 
 
+def slices_text(report: Report) -> str:
+    """The accelerator type, and how many slices of it."""
+    many = f"{report['slices']} slices of " if report["slices"] > 1 else ""
+    return f"{many}{report['accelerator_type']}"
+
+
+def resources(report: Report) -> tuple[str, ...]:
+    """What a part's time can be bound by, as in the keys "compute_seconds" and so on."""
+    return ("compute", "hbm", "ici", "dcn") if report["slices"] > 1 else ("compute", "hbm", "ici")
+
+
 def _format_speed(report: Report) -> list[str]:
-    lines = ["\ntime of a step in ms    compute      HBM      ICI   (how often)  part"]
+    names = resources(report)
+    heads = " ".join(f"{name if name == 'compute' else name.upper():>8}" for name in names)
+    lines = [f"\ntime of a step in ms  {heads}   (how often)  part"]
     for part in report["parts"]:
-        times = [f"{1e3 * part[f'{name}_seconds']:8.1f}" for name in ("compute", "hbm", "ici")]
+        times = [f"{1e3 * part[f'{name}_seconds']:8.1f}" for name in names]
         lines.append(f"{'':21} {' '.join(times)}   x{part['trips']:<11} {part['name']}")
     lines.append("\ncollectives of a chip and step, the largest")
-    for row in report["collectives"][:_MOST]:
+    by_network = ([r for r in report["collectives"] if r["network"] == n] for n in ("DCN", "ICI"))
+    for row in (row for rows in by_network for row in rows[:_MOST]):
         lines.append(
             f"  {row['sent_bytes'] / 1e6:9.1f} MB sent: {row['count']:6} x {row['kind']} of "
-            f"{row['bytes'] / 1e6:.2f} MB among {row['group']}, {row['part']}"
+            f"{row['bytes'] / 1e6:.2f} MB among {row['group']}"
+            f"{' slices over the DCN' if row['network'] == 'DCN' else ''}, {row['part']}"
         )
     lines += [
         f"\nby each chip in each step {report['flops_per_chip'] / 1e12:.1f} TFLOP, "
         f"{report['hbm_traffic_bytes'] / 1e9:.0f} GB through HBM, "
-        f"{report['sent_bytes'] / 1e9:.2f} GB sent",
+        f"{report['sent_bytes'] / 1e9:.2f} GB sent"
+        + (f", {report['dcn_bytes'] / 1e9:.2f} GB over the DCN" if report["slices"] > 1 else ""),
         f"a step takes {report['step_seconds_estimate']:.3f} s at best: "
         f"{report['images_per_second']:,.0f} images/s, MFU at most {report['mfu_bound']:.1%} "
         f"({report['mfu_bound_of_compute_alone']:.1%} if compute were all)",

@@ -127,10 +127,12 @@ class Program:
     Attributes:
       entry: Where it begins.
       computations: All of them by name.
+      slices: TPU slices that it runs on together.
     """
 
     entry: Computation
     computations: Mapping[str, Computation]
+    slices: int = 1
 
     def trips(self, loop: Instruction) -> int | None:
         """How often a `while` runs: its counter goes from 0 in equal steps up to a constant.
@@ -150,8 +152,8 @@ class Program:
         return math.ceil(int(limits[0]) / step)
 
 
-def parse(text: str) -> Program:
-    """Reads `compiled.as_text()`.
+def parse(text: str, slices: int = 1) -> Program:
+    """Reads `compiled.as_text()` of a program for so many TPU slices.
 
     Raises:
       ValueError: If the text has no entry computation.
@@ -170,7 +172,7 @@ def parse(text: str) -> Program:
             lines[instruction.name] = instruction
     if entry is None:
         raise ValueError("the text of the program has no ENTRY computation")
-    return Program(entry, computations)
+    return Program(entry, computations, slices)
 
 
 def _instruction(line: str) -> Instruction:

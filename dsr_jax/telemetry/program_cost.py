@@ -27,11 +27,13 @@ class Collective:
       kind: One of COLLECTIVES.
       group: Devices that take part.
       bytes: Of the whole array, gathered or to be reduced or sent, on one device.
+      network: "ICI" within a TPU slice; "DCN" between slices, where the group counts slices.
     """
 
     kind: str
     group: int
     bytes: int
+    network: str = "ICI"
 
     @property
     def wire_bytes(self) -> float:
@@ -68,8 +70,20 @@ class Cost:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that the device sends."""
-        return sum(count * collective.wire_bytes for collective, count in self.collectives.items())
+        """Bytes that the device sends within its slice."""
+        return self._sent("ICI")
+
+    @property
+    def dcn_bytes(self) -> float:
+        """Bytes that the device sends to other slices."""
+        return self._sent("DCN")
+
+    def _sent(self, network: str) -> float:
+        return sum(
+            count * collective.wire_bytes
+            for collective, count in self.collectives.items()
+            if collective.network == network
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ def _cost(program: Program, computation: Computation, instruction: Instruction) 
         cost.add(_body_cost(program, instruction.called("branch_computations")))
     for where, inner in _with_fused(program, computation, instruction):
         cost.flops += _flops(where, inner)
-        if found := _collective(where, inner):
+        if found := _collective(program, where, inner):
             cost.collectives[found] += 1
     return cost
 
@@ -160,7 +174,11 @@ def _with_fused(
             yield from _with_fused(program, program.computations[name], inner)
 
 
-def _collective(computation: Computation, instruction: Instruction) -> Collective | None:
+def _collective(
+    program: Program, computation: Computation, instruction: Instruction
+) -> Collective | None:
+    if instruction.opcode == "send" and instruction.attribute(_TRANSFER):
+        return _between_slices(program, computation, instruction)
     kind = instruction.opcode.removesuffix("-start")
     # Spread over fusions that compute meanwhile, one collective is written in each of them.
     piece = instruction.attribute(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
@@ -172,6 +190,23 @@ def _collective(computation: Computation, instruction: Instruction) -> Collectiv
         results -= operands  # It returns its operands, too.
     size = results if kind == "all-gather" else operands
     return Collective(kind, _group_size(instruction), size)
+
+
+_TRANSFER = r'_xla_megascale_transfer_type="(\w+)"'
+
+
+def _between_slices(
+    program: Program, computation: Computation, instruction: Instruction
+) -> Collective:
+    """What a chip hands to the host, whose runtime exchanges it with other slices.
+
+    The compiler names the slices where all take part; where groups of them do, all are assumed.
+    """
+    kind = instruction.attribute(_TRANSFER).lower().replace("_", "-")
+    named = instruction.attribute(r'_xla_megascale_target="\{([\d,]+)\}')
+    group = len(named.split(",")) if named else program.slices
+    size = _operands(computation, instruction)[0].bytes
+    return Collective(kind, group, size * group if kind == "all-gather" else size, "DCN")
 
 
 def _group_size(instruction: Instruction) -> int:
@@ -262,6 +297,8 @@ def _hbm_bytes(program: Program, computation: Computation, instruction: Instruct
         return 0
     if code == "fusion":
         return _fusion_bytes(program, computation, instruction)
+    if code in ("send", "recv"):
+        return results[0].bytes * results[0].in_hbm
     operands = _operands(computation, instruction)
     if code.startswith(("slice", "dynamic-slice", "gather")):
         moved = min((a.bytes for a in results if a.shape), default=0)

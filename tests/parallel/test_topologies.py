@@ -5,7 +5,7 @@ import pytest
 from dsr_jax.core.errors import MeshError
 from dsr_jax.models.attention import target_platform
 from dsr_jax.parallel import topologies
-from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from dsr_jax.parallel.mesh import MeshShape, make_mesh, num_slices
 from dsr_jax.parallel.topologies import CHIPS, compile_only_devices, find_topology
 from dsr_jax.telemetry.flops import peak_flops
 from tests.requirements import require
@@ -27,6 +27,16 @@ def test_slices_have_the_names_that_the_cloud_gives_them(
 ) -> None:
     topology = find_topology(name)
     assert (topology.num_chips, topology.accelerator_type) == (chips, accelerator)
+
+
+def test_several_slices_are_written_in_front() -> None:
+    topology = find_topology("4xv6e:4x4")
+    assert (topology.slices, topology.shape, topology.num_chips) == (4, (4, 4), 64)
+    assert (topology.slice_name, topology.accelerator_type) == ("v6e:4x4", "v6e-16")
+    assert topology.larger[0] == "4xv6e:4x8" and find_topology("v6e:8x16").larger == ("v6e:16x16",)
+    for name in ("0xv5e:2x2", "xv5e:2x2", "ax:2x2"):
+        with pytest.raises(MeshError, match="unknown TPU"):
+            find_topology(name)
 
 
 def test_slices_of_a_kind_stand_by_size() -> None:
@@ -57,13 +67,16 @@ def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:1x1", "v5e:16x16", "v5p:2x2x1", "v6e:2x4"])
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x2", "v5e:1x1", "v5e:16x16", "v5p:2x2x1", "v6e:2x4", "2xv5e:4x4"]
+)
 def test_devices_are_those_of_the_slice(name: str) -> None:
     require("libtpu", "tpu")
     topology = find_topology(name)
     devices = compile_only_devices(topology)
     assert len(devices) == topology.num_chips
     assert {device.device_kind for device in devices} == {topology.chip.device_kind}
+    assert num_slices(devices) == topology.slices
 
 
 @pytest.mark.tpu_aot

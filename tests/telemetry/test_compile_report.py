@@ -41,6 +41,22 @@ def test_a_part_takes_as_long_as_its_slowest_resource() -> None:
     assert forward.seconds == pytest.approx(1) and backward.seconds == pytest.approx(2)
 
 
+def test_several_slices_may_wait_for_the_network_between_them() -> None:
+    crossing = Counter({Collective("all-reduce", 2, 25 * 10**8, "DCN"): 5})
+    part = Part("backward", 1, Cost(19.7e12, 8.1e10, crossing))
+    (time,) = part_times([part], V5E.chip)
+    assert (time.bound, time.seconds, time.ici) == ("dcn", pytest.approx(4), 0)
+    compiled = Compiled(memory={"a": 3}, needed=7, limit=10, seconds=2.0, parts=(*PARTS, part))
+    settings = {"images": 64, "steps": 100, "model_flops": None}
+    found = make_report(SUBJECT, find_topology("2xv5e:2x2"), compiled, **settings)
+    assert (found["chips"], found["slices"], found["dcn_bytes"]) == (8, 2, 125e8)
+    text = format_report(found)
+    assert "2xv5e:2x2 (8 chips, 2 slices of v5litepod-4)" in text
+    assert "all-reduce of 2500.00 MB among 2 slices over the DCN, backward" in text
+    assert "12.50 GB over the DCN" in text and "DCN ms" in make_page(found)
+    assert "DCN" not in format_report(report()) and "DCN ms" not in make_page(report())
+
+
 def test_speed_follows_from_the_parts() -> None:
     found = report()
     assert found["fits"] and found["hbm_bytes_per_chip"] == 7

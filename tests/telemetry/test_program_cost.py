@@ -35,6 +35,38 @@ def test_collectives_are_counted_by_kind_group_and_size() -> None:
     assert rest.cost.wire_bytes == 2 * 400 * 3 / 4
 
 
+BETWEEN_SLICES = """
+ENTRY %main (p: f32[4,8]) -> f32[16,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %start = token[] after-all()
+  %send = (f32[4,8]{1,0}, u32[], token[]) send(%p, %start), frontend_attributes={ATTRIBUTES}
+  ROOT %recv = (f32[16,8]{1,0}, u32[], token[]) recv(%start), frontend_attributes={ATTRIBUTES}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "group", "size", "sent"),
+    [
+        ("ALL_REDUCE", ',_xla_megascale_target="{1,2}x{0:7}"', 2, 128, 128),
+        ("ALL_GATHER", ',_xla_megascale_target="{1,2,3,4}x{0:3}"', 4, 512, 384),
+        # Without a target some slices may take part: at most all four.
+        ("ALL_REDUCE", "", 4, 128, 192),
+        ("ALL_TO_ALL", "", 4, 128, 96),
+    ],
+)
+def test_what_hosts_exchange_counts_as_the_slices_network(
+    kind: str, target: str, group: int, size: int, sent: float
+) -> None:
+    attributes = f'_xla_megascale_transfer_type="{kind}"{target}'
+    text = BETWEEN_SLICES.replace("ATTRIBUTES", attributes)
+    (rest,) = split_program(parse(text, slices=4))
+    name = kind.lower().replace("_", "-")
+    assert rest.cost.collectives == {Collective(name, group, size, "DCN"): 1}
+    assert (rest.cost.wire_bytes, rest.cost.dcn_bytes) == (0, sent)
+    assert rest.cost.hbm_bytes == 128 + 512
+
+
 def test_a_fusion_reads_what_it_slices_and_nothing_of_fast_memory() -> None:
     scan, _ = split_program(parse(TEXT))
     # A slice of the weights, the layer's number, the result; counters; the neighbour's block.
