@@ -52,7 +52,7 @@ from dsr_jax.sampling.sampler import (
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, make_spread
-from dsr_jax.training.step import TrainStep, make_train_step
+from dsr_jax.training.step import TrainStep
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -294,7 +294,7 @@ def make_step(
             f"{config.space.name!r} does not have",
             "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
         )
-    return make_train_step(
+    return TrainStep(
         denoiser(model, config.objective.prediction),
         space.encode_with_norms if weights and isinstance(space, RAE) else space.encode,
         make_objective(config),

@@ -77,12 +77,7 @@ def infer_model(
     head_width = state["x_embedder.proj.weight"].shape[0]
     total = parts.count_blocks(state)
     head_depth = decoder_depth or _infer_head_depth(state, total, width, head_width)
-    depth = total - head_depth
-    if depth < 1:
-        raise ConversionError(
-            f"the file's {total} blocks leave none for the encoder before a head of {head_depth}",
-            "give --decoder-depth (the official models: 2)",
-        )
+    depth = _encoder_depth(total, head_depth)
     return DiTDH(
         input_size=_infer_grid(state) * patch,
         in_channels=channels,
@@ -111,6 +106,15 @@ def infer_model(
         use_pos_embed="pos_embed" in state,
         **parts.infer_registers(state, "enc_register_tokens", register_start),
     )
+
+
+def _encoder_depth(total: int, head_depth: int) -> int:
+    if total <= head_depth:
+        raise ConversionError(
+            f"the file's {total} blocks leave none for the encoder before a head of {head_depth}",
+            "give --decoder-depth (the official models: 2)",
+        )
+    return total - head_depth
 
 
 def _infer_head_depth(

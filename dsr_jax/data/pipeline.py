@@ -73,17 +73,7 @@ def make_batches(
         out of range; later, if a record cannot be read.
     """
     local_batch = _local_batch(global_batch, process_index, process_count)
-    if len(source) == 0:
-        raise DataError(f"{source.name} has no records", "check config.data.root and split")
-    if not 0 <= seed < 2**32:
-        raise DataError(f"data seed {seed} is out of range", "choose one in [0, 2**32)")
-    if global_batch > len(source) and process_index == 0:
-        _logger.warning(
-            "a batch of %d holds some of the %d records of %s more than once",
-            global_batch,
-            len(source),
-            source.name,
-        )
+    _check_source(source, seed, global_batch, warn=process_index == 0)
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     records = records.map_with_index(_add_index)
     if crop:
@@ -95,13 +85,7 @@ def make_batches(
     batches = records.batch(local_batch, drop_remainder=True)[first::process_count]
     dataset = batches.to_iter_dataset(_read_options(source, local_batch, workers))
     if workers:
-        # Grain reads its absl flags when it starts workers. Our entry points do not use absl, so
-        # nothing has parsed them; where something has, this changes nothing.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        )
+        dataset = _in_processes(dataset, workers)
     return _closing(dataset)
 
 
@@ -131,6 +115,30 @@ def iterate_once(
     records = grain.MapDataset.range(padded).map(functools.partial(_read_or_pad, source))
     batches = records.batch(local_batch)[process_index::process_count]
     return _closing(batches.to_iter_dataset(_read_options(source, local_batch, workers=0)))
+
+
+def _check_source(source: Source, seed: int, global_batch: int, *, warn: bool) -> None:
+    if len(source) == 0:
+        raise DataError(f"{source.name} has no records", "check config.data.root and split")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"data seed {seed} is out of range", "choose one in [0, 2**32)")
+    if global_batch > len(source) and warn:
+        _logger.warning(
+            "a batch of %d holds some of the %d records of %s more than once",
+            global_batch,
+            len(source),
+            source.name,
+        )
+
+
+def _in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
+    """Reads in processes of their own."""
+    # Grain reads its absl flags when it starts workers. Our entry points do not use absl, so
+    # nothing has parsed them; where something has, this changes nothing.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return dataset.mp_prefetch(options)
 
 
 def _local_batch(batch: int, process_index: int, process_count: int) -> int:

@@ -166,14 +166,8 @@ def sample_sde(
 
     def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         start, end, index = inputs
-        dt = start - end
-        kick = jnp.sqrt(2 * diffusion(x, start) * dt) * step_noise(index)
-        if method == "euler":
-            x = x - drift(x, start) * dt + kick
-        else:
-            x = x + kick
-            first = drift(x, start)
-            x = x - 0.5 * dt * (first + drift(x - dt * first, end))
+        kick = jnp.sqrt(2 * diffusion(x, start) * (start - end)) * step_noise(index)
+        x = (_euler_maruyama if method == "euler" else _heun)(drift, x, start, end, kick)
         return x, x if return_trajectory else None
 
     steps = (grid[:-1], grid[1:], jnp.arange(grid.shape[0] - 1))
@@ -182,6 +176,21 @@ def sample_sde(
     if last_step != "none":
         final = _last_step(predict, objective, x, drift, last_step, last_step_size)
     return jnp.concatenate([states, final[None]]) if return_trajectory else final
+
+
+def _euler_maruyama(
+    drift: Callable[[Array, Array], Array], x: Array, start: Array, end: Array, kick: Array
+) -> Array:
+    return x - drift(x, start) * (start - end) + kick
+
+
+def _heun(
+    drift: Callable[[Array, Array], Array], x: Array, start: Array, end: Array, kick: Array
+) -> Array:
+    dt = start - end
+    x = x + kick
+    first = drift(x, start)
+    return x - 0.5 * dt * (first + drift(x - dt * first, end))
 
 
 def _last_step(

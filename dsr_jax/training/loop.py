@@ -203,20 +203,17 @@ def train_loop(
             stopping = stop.reached(step)
             saving = stopping or step == end or checkpoints.due(step)
             loop.note(step, state, batch, metrics, first=step == start + 1, saving=saving)
-            if stopping:
-                instruments.progress.say(f"{stop.name}: saving step {step} ...")
             if saving:
-                loop.save(step, state)
+                loop.save(step, state, stop.name if stopping else "")
             if not stopping:
                 loop.call_hooks(step, state)
         watch.enter("saving", step)
         checkpoints.wait()
         stopped = "" if step >= total else stop.name if stopping else "stop_after_steps"
-        if stopped:
-            instruments.progress.say(
-                f"stopped by {stopped} after step {step} of {total}; the same command continues"
-            )
         status = stop.exit_status if stopping and stopped else 0
+    if stopped:
+        text = f"stopped by {stopped} after step {step} of {total}; the same command continues"
+        instruments.progress.say(text)
     return Summary(state, step, step - start, stopped, status, loop.seconds)
 
 
@@ -267,8 +264,10 @@ class _Loop:
         self._log.add(_Pending(step, metrics, sums, self._check), wait=first)
         self._checkpoints.raise_errors()
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, why: str) -> None:
         """Saves a state, after its own metrics were seen to be finite and its copies to agree."""
+        if why:
+            self._out.progress.say(f"{why}: saving step {step} ...")
         self._log.drain()
         self._out.watch.enter("saving", step)
         # What follows the last save is not counted: a later start would not know of it.

@@ -5,6 +5,7 @@ Source: DSR train.py; spec denoiser 8.
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -61,9 +62,6 @@ class Draws(NamedTuple):
     token_weights: Array | None = None
 
 
-TrainStep = Callable[[TrainState, Batch, PyTree], tuple[TrainState, Metrics]]
-
-
 def loss_and_grads(
     apply_fn: ApplyFn, objective: Objective, params: Params, x1: Array, draws: Draws
 ) -> tuple[Array, PyTree]:
@@ -113,29 +111,15 @@ def apply_gradients(
     )
 
 
-def make_train_step(
-    apply_fn: ApplyFn,
-    encode: Encode | EncodeWithNorms,
-    objective: Objective,
-    time_sampler: Callable[[Array], Array],
-    optimizer: Optimizer,
-    *,
-    seed: int,
-    null_label: int,
-    label_dropout: float = 0.1,
-    dropout: bool = False,
-    token_weights: TokenWeights | None = None,
-    accumulate: int = 1,
-    num_time_bins: int = 8,
-    spread: Spread | None = None,
-) -> TrainStep:
-    """Builds the step that the caller compiles, with shardings and donation of the state.
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """The step that the caller compiles, with shardings and donation of the state.
 
     Whatever is random is a function of (seed, step, the sample's index in the run), so that mesh,
     hosts and accumulation do not change it. The global batch has one row per sample: "image",
     uint8 or float in [0, 1], "label" and "index".
 
-    Args:
+    Attributes:
       apply_fn: The network.
       encode: Images to latents, not differentiated; within the step so that it, too, works on one
         micro-batch at a time.
@@ -150,78 +134,56 @@ def make_train_step(
         weights' mean is 1 over a micro-batch.
       accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
       num_time_bins: Equal intervals of t for which losses are reported.
-      spread: From `make_spread`.
-
-    Returns:
-      `step(state, batch, variables) -> (state, metrics)`, with the encoder's frozen arrays in
-      `variables` (arguments, since captured arrays become constants of the program). Metrics:
-      "loss", "grad_norm" before clipping, "param_norm" after the update, "learning_rate",
-      "dropped_labels" (share), "bin_loss" and "bin_count" [num_time_bins] (sum and count), and
-      "finite", False where any of these or of the parameters is no number: such a state must not
-      be kept.
+      spread: From `make_spread`; None divides nothing.
 
     Raises:
       ConfigError: For a share outside [0, 1] or counts below 1.
     """
-    if not 0 <= label_dropout <= 1:
-        raise ConfigError(f"config.objective.label_dropout={label_dropout}", "use 0 to 1")
-    if accumulate < 1 or num_time_bins < 1:
-        raise ConfigError(
-            f"config.optim.accumulate={accumulate}, config.objective.time_bins={num_time_bins}",
-            "both must be at least 1",
-        )
 
-    divide = spread or (lambda tree: tree)
+    apply_fn: ApplyFn
+    encode: Encode | EncodeWithNorms
+    objective: Objective
+    time_sampler: Callable[[Array], Array]
+    optimizer: Optimizer
+    _: KW_ONLY
+    seed: int
+    null_label: int
+    label_dropout: float = 0.1
+    dropout: bool = False
+    token_weights: TokenWeights | None = None
+    accumulate: int = 1
+    num_time_bins: int = 8
+    spread: Spread | None = None
 
-    def draw(step: Array, batch: Batch, variables: PyTree) -> tuple[Array, Draws]:
-        """Returns latents and what goes with them."""
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise ConfigError(f"config.objective.label_dropout={self.label_dropout}", "use 0 to 1")
+        if self.accumulate < 1 or self.num_time_bins < 1:
+            raise ConfigError(
+                f"config.optim.accumulate={self.accumulate}, "
+                f"config.objective.time_bins={self.num_time_bins}",
+                "both must be at least 1",
+            )
 
-        def keys(stream: str) -> Array:
-            return sample_keys(stream_key(seed, stream, step), batch["index"])
-
-        encoded: Any = encode(variables, to_unit_range(batch["image"]), keys("encode"))
-        x1, norms = encoded if token_weights else (encoded, jnp.zeros(()))
-        x1 = jax.lax.stop_gradient(x1.astype(jnp.float32))
-        u = uniform_per_sample(keys("label_dropout"))
-        labels = drop_labels(batch["label"], u, label_dropout, null_label)
-        t = time_sampler(uniform_per_sample(keys("time")))
-        noise = normal_per_sample(keys("noise"), x1.shape[1:])
-        weights = token_weights(norms[..., None], t) if token_weights else None
-        return x1, Draws(t, noise, labels, keys("dropout") if dropout else None, weights)
-
-    def micro_step(
-        state: TrainState, batch: Batch, variables: PyTree
-    ) -> tuple[PyTree, dict[str, Array]]:
-        """Returns gradients and sums over one micro-batch."""
-        x1, draws = draw(state.step, batch, variables)
-        trained = lambda p, *args: apply_fn(optimizer.freeze_params(p), *args)  # noqa: E731
-        loss, grads = loss_and_grads(trained, objective, state.params, x1, draws)
-        bin_loss, bin_count = bin_losses(loss, draws.t, num_time_bins)
-        sums = {
-            "loss": jnp.sum(loss),
-            "dropped_labels": jnp.sum(draws.labels != batch["label"], dtype=jnp.float32),
-            "bin_loss": bin_loss,
-            "bin_count": bin_count,
-        }
-        return divide(grads), sums
-
-    def train_step(
-        state: TrainState, batch: Batch, variables: PyTree = None
+    def __call__(
+        self, state: TrainState, batch: Batch, variables: PyTree = None
     ) -> tuple[TrainState, Metrics]:
-        if accumulate == 1:
-            grads, sums = micro_step(state, batch, variables)
-        else:
+        """Does one step.
 
-            def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
-                return jax.tree.map(jnp.add, total, micro_step(state, micro, variables)), None
+        Args:
+          state: The state before.
+          batch: The global batch.
+          variables: The encoder's frozen arrays: arguments, since captured arrays become constants
+            of the program.
 
-            micro_batches = split_batch(batch, accumulate)
-            first = jax.tree.map(lambda rows: rows[0], micro_batches)
-            shapes = jax.eval_shape(micro_step, state, first, variables)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
-            grads = jax.tree.map(lambda g: g / accumulate, grads)
-        new_state = apply_gradients(state, grads, optimizer, divide)
+        Returns:
+          The state after it, and metrics: "loss", "grad_norm" before clipping, "param_norm" after
+          the update, "learning_rate", "dropped_labels" (share), "bin_loss" and "bin_count"
+          [num_time_bins] (sum and count), and "finite", False where any of these or of the
+          parameters is no number: such a state must not be kept.
+        """
+        grads, sums = self._gradients(state, batch, variables)
+        new_state = apply_gradients(state, grads, self.optimizer, self._divide)
         size = batch["label"].shape[0]
         metrics = {
             **sums,
@@ -229,12 +191,65 @@ def make_train_step(
             "dropped_labels": sums["dropped_labels"] / size,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(new_state.params),
-            "learning_rate": optimizer.learning_rate(state.step),
+            "learning_rate": self.optimizer.learning_rate(state.step),
         }
         norms = jnp.stack([metrics["loss"], metrics["grad_norm"], metrics["param_norm"]])
         return new_state, {**metrics, "finite": jnp.all(jnp.isfinite(norms))}
 
-    return train_step
+    def _divide(self, tree: PyTree) -> PyTree:
+        """Lays a tree like the parameters out for the update."""
+        return self.spread(tree) if self.spread else tree
+
+    def _draw(self, step: Array, batch: Batch, variables: PyTree) -> tuple[Array, Draws]:
+        """Returns latents and what goes with them."""
+
+        def keys(stream: str) -> Array:
+            return sample_keys(stream_key(self.seed, stream, step), batch["index"])
+
+        weigh = self.token_weights
+        encoded: Any = self.encode(variables, to_unit_range(batch["image"]), keys("encode"))
+        x1, norms = encoded if weigh else (encoded, jnp.zeros(()))
+        x1 = jax.lax.stop_gradient(x1.astype(jnp.float32))
+        u = uniform_per_sample(keys("label_dropout"))
+        labels = drop_labels(batch["label"], u, self.label_dropout, self.null_label)
+        t = self.time_sampler(uniform_per_sample(keys("time")))
+        noise = normal_per_sample(keys("noise"), x1.shape[1:])
+        weights = weigh(norms[..., None], t) if weigh else None
+        return x1, Draws(t, noise, labels, keys("dropout") if self.dropout else None, weights)
+
+    def _micro_step(
+        self, state: TrainState, batch: Batch, variables: PyTree
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Returns gradients of the mean loss of one micro-batch, and sums over it."""
+        x1, draws = self._draw(state.step, batch, variables)
+        freeze = self.optimizer.freeze_params
+        trained = lambda p, *args: self.apply_fn(freeze(p), *args)  # noqa: E731
+        loss, grads = loss_and_grads(trained, self.objective, state.params, x1, draws)
+        bin_loss, bin_count = bin_losses(loss, draws.t, self.num_time_bins)
+        sums = {
+            "loss": jnp.sum(loss),
+            "dropped_labels": jnp.sum(draws.labels != batch["label"], dtype=jnp.float32),
+            "bin_loss": bin_loss,
+            "bin_count": bin_count,
+        }
+        return self._divide(grads), sums
+
+    def _gradients(
+        self, state: TrainState, batch: Batch, variables: PyTree
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Returns gradients of the mean loss of the whole batch, and sums over it."""
+        if self.accumulate == 1:
+            return self._micro_step(state, batch, variables)
+
+        def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, self._micro_step(state, micro, variables)), None
+
+        micro_batches = split_batch(batch, self.accumulate)
+        first = jax.tree.map(lambda rows: rows[0], micro_batches)
+        shapes = jax.eval_shape(self._micro_step, state, first, variables)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
+        return jax.tree.map(lambda g: g / self.accumulate, grads), sums
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

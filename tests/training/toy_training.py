@@ -55,7 +55,7 @@ from dsr_jax.training.loop import (
 )
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
-from dsr_jax.training.step import make_train_step
+from dsr_jax.training.step import TrainStep
 
 BATCH, SIZE, CLASSES = 16, 4, 3
 # Compiling, not computing, is what these tests wait for.
@@ -107,7 +107,7 @@ def train_step(
     **changes: Any,
 ) -> Any:
     """The uncompiled step."""
-    return make_train_step(
+    return TrainStep(
         lambda p, *args: model.apply({"params": p}, *args),
         encode,
         make_objective("linear", "data"),
