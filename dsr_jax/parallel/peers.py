@@ -30,11 +30,17 @@ _DIGESTS, _DETAILS = "dsr_jax/digests/", "dsr_jax/details/"
 class Store(Protocol):
     """The methods of JAX's `DistributedRuntimeClient` that are used here."""
 
-    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Writes a value; a key that is there already raises a RuntimeError unless allowed."""
+        ...
 
-    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """Returns the keys that begin with `key`, and their values."""
+        ...
 
-    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """Waits for a key; raises a RuntimeError if it does not come in time."""
+        ...
 
 
 @dataclass(frozen=True)
