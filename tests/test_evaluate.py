@@ -87,7 +87,7 @@ def test_scores_against_a_reference_with_their_recipe(pictures, capsys):
     record = read_json(inception / "conversion.json")
     assert written["recipe"]["weights"] == record["params_digest"]
     assert written["recipe"]["reference"] == file_digest(folder / "real.npz")
-    assert written["inception"]["source_digest"] == record["source_digest"]
+    assert written["networks"][0]["source_digest"] == record["source_digest"]
     assert written["samples"]["digest"] == file_digest(folder / "samples.npz")
     assert written["provenance"]["packages"]["jax"]
     printed = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
     folder, inception = pictures
     with pytest.raises(ConversionError, match="pytorch-fid"):
         evaluate.main(arguments(folder, folder / "none"))
-    with pytest.raises(EvaluationError, match="needs --inception"):
+    with pytest.raises(EvaluationError, match="needs --inception or --dinov2"):
         evaluate.main(arguments(folder, inception)[:3])
     with pytest.raises(EvaluationError, match="without --judge"):
         evaluate.main(arguments(folder, inception, "--judge", "digits"))

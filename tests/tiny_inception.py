@@ -30,12 +30,16 @@ def convert_tiny(folder):
 class StandIn:
     """Extracts features as `features.Extractor` does, by random projections: no compilation."""
 
-    widths = {"pool": 12, "spatial": 9, "logits": 5}
-    resize = "adm"
+    widths = {"pool": 12, "spatial": 9, "logits": 5, "class_token": 7}
+    records = ()
 
     def __init__(self, batch=8):
         self.batch = batch
         self.images = 0
+
+    def recipe(self, outputs):
+        found = {"weights": "sha256:w", "resize": "adm"} if outputs - {"class_token"} else {}
+        return found | ({"dinov2": {"weights": "sha256:d"}} if "class_token" in outputs else {})
 
     def __call__(self, images, outputs):
         self.images += len(images)

@@ -15,6 +15,7 @@ from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.frechet import Gaussian, frechet_distance, gaussian_moments
 from dsr_jax.evaluation.neighbours import precision_recall
+from dsr_jax.evaluation.networks import inception_features
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from tools.benchmark_sides import require_close
 
@@ -40,7 +41,8 @@ class InceptionSides:
         network = infer_inception(state)
         params = torch_to_flax(state, inception_rules(network))
         mesh = make_mesh(MeshShape(), jax.devices()[:1])
-        self._extract = Extractor(network, params, mesh, batch, "pytorch_fid")
+        features = inception_features(network, params, resize="pytorch_fid")
+        self._extract = Extractor([features], mesh, batch)
         shape = (batch, size, size, 3)
         self._images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 

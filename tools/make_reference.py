@@ -4,7 +4,8 @@
         --inception converted/inception --keep 10000 --out imagenet256.npz
     python tools/make_reference.py VIRTUAL_imagenet256_labeled.npz --inception DIR --out ready.npz
 
-The file holds moments of all images (`mu`, `sigma`, `mu_s`, `sigma_s`), --keep of the images spread
+The file holds moments of all images (`mu`, `sigma`, `mu_s`, `sigma_s`, with --dinov2 also
+`mu_dinov2`, `sigma_dinov2`), --keep of the images spread
 evenly over the source (`arr_0`) with their features, and the recipe. The ADM evaluator reads it,
 too. A given reference keeps its moments and gains the features of its images, which then need not
 be computed for every score. A stopped command goes on where it was.
@@ -18,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from dsr_jax.convert.inception import load_inception
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.data.sources import make_source
-from dsr_jax.evaluation.features import Extractor, forget, tally_images
+from dsr_jax.evaluation.features import Extractor, forget, outputs_of, tally_images
+from dsr_jax.evaluation.frechet import Gaussian
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
-from dsr_jax.evaluation.reference import open_reference
+from dsr_jax.evaluation.reference import MOMENTS, open_reference
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_primary, say, start_processes
 from dsr_jax.sampling.npz import write_npz
+from dsr_jax.scorers import make_extractor
 
 _COPY = 256
 
@@ -41,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if out.exists():
         raise EvaluationError(f"{out} exists", "name a new file; nothing was written")
     start_processes()
-    network, params, record = load_inception(args.inception)
-    extractor = Extractor(network, params, make_mesh(MeshShape()), args.batch, args.resize)
-    maker = Maker(extractor, record["params_digest"], out, args.allow_constant)
+    extractor = make_extractor(args.inception, args.dinov2, args.batch, args.resize)
+    maker = Maker(extractor, out, args.allow_constant)
     if Path(args.source).exists():
         maker.complete(Path(args.source))
     else:
@@ -54,15 +54,16 @@ class Maker:
     """Extracts features and writes the file.
 
     Args:
-      extractor: The feature network.
-      weights: Digest of its parameters.
+      extractor: The feature networks.
       out: The new file.
       allow_constant: Takes images of a single colour, too.
     """
 
-    def __init__(self, extractor: Extractor, weights: str, out: Path, allow_constant: bool) -> None:
-        self._extractor, self._weights, self._out = extractor, weights, out
+    def __init__(self, extractor: Extractor, out: Path, allow_constant: bool) -> None:
+        self._extractor, self._out = extractor, out
         self._allow_constant = allow_constant
+        self._metrics = [name for name in MOMENTS if outputs_of([name]) <= set(extractor.widths)]
+        self._recipe = extractor.recipe(outputs_of(self._metrics))
         self._folder = out.with_name(f"{out.name}.parts")
 
     def from_source(self, args: argparse.Namespace) -> None:
@@ -80,12 +81,11 @@ class Maker:
             num_classes=args.classes,
         )
         images = SourceImages(source)
-        moments = self._tally(images, ["fid", "sfid"], "moments")
+        tally = self._tally(images, self._metrics, "moments")
         arrays = {}
-        for tail, sums in (("", moments.moments), ("_s", moments.spatial)):
-            if is_primary() and sums is not None:
-                gaussian = sums.gaussian()
-                arrays |= {f"mu{tail}": gaussian.mean, f"sigma{tail}": gaussian.cov}
+        for metric in self._metrics:
+            if is_primary():
+                arrays |= _named(metric, tally.gaussian(metric))
         kept = SourceImages(source, min(args.keep, len(source))) if args.keep else None
         recipe = {
             **images.describe(),
@@ -102,26 +102,27 @@ class Maker:
           EvaluationError: If it has no images, or moments of other weights.
         """
         given = open_reference(path)
-        if (given.recipe or {}).get("weights", self._weights) != self._weights:
-            raise EvaluationError(
-                f"{path} was made with other weights than {self._weights}",
-                "name the Inception folder that it was made with",
-            )
+        for key, ours in self._recipe.items():
+            if (given.recipe or {}).get(key, ours) != ours:
+                raise EvaluationError(
+                    f"{path} was made with other {key} than {ours}",
+                    "name the folders that it was made with",
+                )
         if given.images is None:
             raise EvaluationError(f"{path} has no images", "nothing can be added to it")
         arrays: dict[str, np.ndarray] = {}
         count = given.images.shape[0]
-        for metric, tail in (("fid", ""), ("sfid", "_s")):
+        # Moments that the file has may be of many more images than it holds.
+        missing = [] if given.statistics else self._metrics
+        tally = self._tally(given.images, missing, "moments") if missing else None
+        for metric in MOMENTS:
             gaussian = given.statistics.get(metric)
-            # Moments that the file has may be of many more images than it holds.
-            if gaussian is None and not given.statistics:
-                tally = self._tally(given.images, [metric], f"moments{tail}")
-                sums = tally.moments if metric == "fid" else tally.spatial
-                gaussian = sums.gaussian() if is_primary() and sums is not None else None
-            elif gaussian is not None:
-                count = gaussian.count
             if gaussian is not None:
-                arrays |= {f"mu{tail}": gaussian.mean, f"sigma{tail}": gaussian.cov}
+                count = gaussian.count
+            elif metric in missing and tally is not None and is_primary():
+                gaussian = tally.gaussian(metric)
+            if gaussian is not None:
+                arrays |= _named(metric, gaussian)
         recipe = {
             "source": path.name,
             "digest": given.digest(),
@@ -136,7 +137,7 @@ class Maker:
             self._extractor,
             metrics,
             folder=self._folder / name,
-            identity={"images": images.describe(), "weights": self._weights},
+            identity={"images": images.describe()},
             allow_constant=self._allow_constant,
             report=lambda done, total: say(f"{name}: {done}/{total}") if done == total else None,
         )
@@ -156,16 +157,20 @@ class Maker:
             return
         if count:
             extra["num_images"] = np.asarray(count)
-        settings = {"weights": self._weights, "resize": self._extractor.resize}
         # No time and no machine: the same images and weights give the same file.
         code = {"git_revision": git_revision(), "packages": package_versions()}
-        extra["recipe"] = np.asarray(json.dumps({**recipe, **settings, **code}))
+        extra["recipe"] = np.asarray(json.dumps({**recipe, **self._recipe, **code}))
         if kept is None:
             write_npz(self._out, None, (), extra)
         else:
             write_npz(self._out, kept.shape, kept.batches(_COPY), extra)
         forget(self._folder)
         print(f"{count or 'unknown number of'} images in the moments: {self._out}")
+
+
+def _named(metric: str, gaussian: Gaussian) -> dict[str, np.ndarray]:
+    """A metric's moments under the names that references give them."""
+    return dict(zip(MOMENTS[metric], (gaussian.mean, gaussian.cov), strict=True))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--channels", type=int, default=3)
     add("--classes", type=int, help="number of classes, for sources that do not know it")
     add("--inception", required=True, help="folder of converted weights")
+    add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add("--keep", type=int, default=10_000, help="images to keep for precision, recall and KID")
     add("--batch", type=int, default=64, help="images at a time over all devices")
     add("--resize", default="adm", choices=RESIZES)

@@ -16,14 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsr_jax import evaluate, sample
+from dsr_jax import sample
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.evaluation.comparison import as_csv, as_text, make_table, plot_guidance, read_scores
+from dsr_jax.evaluation.features import outputs_of
 from dsr_jax.evaluation.image_sets import open_images
-from dsr_jax.evaluation.scoring import Scorer
+from dsr_jax.evaluation.scoring import DEFAULT_METRICS, Scorer
 from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.scorers import make_scorer, score_to_file
 from dsr_jax.training.checkpoints import list_steps
 
 
@@ -54,19 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_processes()
     out = Path(args.out)
     points = list(make_points(args, list_steps(Path(args.workdir) / "checkpoints")))
-    scorer, inception = evaluate.make_scorer(args.reference, args.inception, args.batch, "adm")
+    scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch)
     metrics = args.metrics.split(",") if args.metrics else None
     for number, point in enumerate(points):
         path = out / f"{point.name}.scores.json"
         if path.is_file():
-            check_scored(path, scorer, args.num_samples)
+            check_scored(path, scorer, metrics, args.num_samples)
             continue
         say(f"{number + 1}/{len(points)}: {point.name}")
         where = ["--workdir", args.workdir, "--out", str(out), "--name", point.name]
         count = ["--num-samples", str(args.num_samples)]
         sample.main([*where, *count, *point.arguments(), *rest])
         images = open_images(out / f"{point.name}.npz")
-        evaluate.score_to_file(scorer, inception, images, metrics, path)
+        score_to_file(scorer, images, metrics, path)
     if is_primary():
         show(out, points)
 
@@ -89,7 +91,9 @@ def make_points(args: argparse.Namespace, steps: Sequence[int]) -> Iterator[Poin
     )
 
 
-def check_scored(path: Path, scorer: Scorer, num_samples: int) -> None:
+def check_scored(
+    path: Path, scorer: Scorer, metrics: Sequence[str] | None, num_samples: int
+) -> None:
     """Checks that scores which are there already belong to this sweep.
 
     Raises:
@@ -97,7 +101,7 @@ def check_scored(path: Path, scorer: Scorer, num_samples: int) -> None:
     """
     recipe = read_scores(path).recipe
     wanted = {
-        "weights": scorer.weights,
+        **scorer.extractor.recipe(outputs_of(metrics or DEFAULT_METRICS)),
         "reference": scorer.reference.digest(),
         "num_samples": num_samples,
     }
@@ -126,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, help="the run's folder")
     add("--reference", required=True, help="as of python -m dsr_jax.evaluate")
     add("--inception", required=True, help="folder of converted weights")
+    add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add("--steps", nargs="+", type=int, default=[], help="checkpoints; default: the newest")
     add("--ema", nargs="+", default=[""], help="averages, or none; default: the run's own")
     add("--guidance", nargs="+", type=float, default=[1.0])

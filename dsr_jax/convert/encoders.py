@@ -227,10 +227,12 @@ class Table(NamedTuple):
 def encoder_rules(config: ViTConfig) -> RuleSet:
     """The table of an encoder, for names below its prefix."""
     table = _TABLES[config.family](config)
+    unused = _UNUSED[config.family]
+    norm = norm_rules("layernorm", "norm") if config.class_output else []
+    if norm:
+        unused = tuple(name for name in unused if name != "layernorm.*")
     return RuleSet(
-        (*table.top, *stacked_rules(config, table)),
-        shapes_of(_abstract(config)),
-        _UNUSED[config.family],
+        (*table.top, *norm, *stacked_rules(config, table)), shapes_of(_abstract(config)), unused
     )
 
 

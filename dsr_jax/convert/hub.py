@@ -66,7 +66,11 @@ def _fetch_elsewhere(source: str) -> str:
 
 
 def read_encoder(
-    source: str | Path, *, config: str | Path | None = None, entry: str | None = None
+    source: str | Path,
+    *,
+    config: str | Path | None = None,
+    entry: str | None = None,
+    class_output: bool = False,
 ) -> tuple[ViTConfig, Params]:
     """Reads an encoder's sizes and parameters.
 
@@ -75,6 +79,7 @@ def read_encoder(
         encoder is taken out.
       config: Folder or hub id whose config.json describes a bare file of weights.
       entry: State dict inside a torch file; default "ema", else "model".
+      class_output: Keeps what the class token's output needs.
 
     Raises:
       ConversionError: If anything is missing, unknown or does not fit.
@@ -93,13 +98,16 @@ def read_encoder(
     if processor.is_file():
         statistics: dict[str, Any] = pixel_statistics(read_json(processor))
         sizes = dataclasses.replace(sizes, **statistics)
+    sizes = dataclasses.replace(sizes, class_output=class_output)
     state = take_encoder(read_state(path, entry), sizes.family)
     return sizes, torch_to_flax(state, encoder_rules(sizes))
 
 
 def convert_encoder(args: argparse.Namespace) -> None:
     """Reads an encoder into our format."""
-    config, params = read_encoder(args.source, config=args.config, entry=args.entry)
+    config, params = read_encoder(
+        args.source, config=args.config, entry=args.entry, class_output=args.class_output
+    )
     if config.family != FAMILIES[args.family]:
         raise ConversionError(
             f"{args.source} is of the family {config.family}, not {args.family}",
@@ -138,6 +146,21 @@ def load_encoder(folder: str | Path) -> tuple[ViTConfig, Params]:
     return config_of_record(record), params
 
 
+def load_class_encoder(folder: str | Path) -> tuple[ViTConfig, Params, dict[str, Any]]:
+    """Reads DINOv2 for scores: sizes, parameters and record.
+
+    Raises:
+      ConversionError: If there is none, or one that was converted without its class output.
+    """
+    config, params = load_encoder(folder)
+    if not config.class_output:
+        raise ConversionError(
+            f"{folder} holds an encoder without its class output",
+            "convert it again: python -m dsr_jax.convert dinov2 --class-output",
+        )
+    return config, params, load_converted(folder)[1]
+
+
 def config_of_record(record: Mapping[str, Any]) -> ViTConfig:
     """Sizes and flags that a conversion of an encoder wrote down."""
     model: dict[str, Any] = record["model"]
@@ -155,4 +178,10 @@ def add_encoder_commands(families: Any) -> None:
         parser.add_argument("--out", required=True, help="new folder")
         parser.add_argument("--config", help="snapshot or hub id that describes a bare file")
         parser.add_argument("--entry", help="state dict inside a torch file; default ema")
-        parser.set_defaults(run=convert_encoder, family=family)
+        parser.set_defaults(run=convert_encoder, family=family, class_output=False)
+        if family == "dinov2":
+            parser.add_argument(
+                "--class-output",
+                action="store_true",
+                help="keep the class token's output, which Frechet distances are taken of",
+            )

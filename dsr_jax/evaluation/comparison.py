@@ -10,8 +10,8 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import flatten_names
 
-SHOWN = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
-_OF_METRICS = ("inception_score", "precision_recall", "kid")
+SHOWN = ("fid", "sfid", "fd_dinov2", "inception_score", "precision", "recall", "kid")
+_OF_METRICS = ("inception_score", "precision_recall", "kid", "dinov2", "weights", "resize")
 """Sections of a recipe that exist only beside their metric."""
 _SETTINGS = ("step", "ema", "guidance", "interval", "method", "num_points")
 
@@ -68,11 +68,11 @@ def differences(all_scores: Sequence[Scores]) -> dict[str, list[Any]]:
     flat = [_flat(scores.recipe) for scores in all_scores]
     found = {}
     for key in dict.fromkeys(key for recipe in flat for key in recipe):
-        metric = (
-            key.partition("/")[0] if key.startswith(("precision_", "inception_", "kid")) else ""
-        )
+        section = key.partition("/")[0]
         holders = [
-            r for r, s in zip(flat, all_scores, strict=True) if not metric or metric in s.recipe
+            r
+            for r, s in zip(flat, all_scores, strict=True)
+            if section not in _OF_METRICS or section in s.recipe
         ]
         if len({str(recipe.get(key)) for recipe in holders}) > 1:
             found[key] = [recipe.get(key) for recipe in flat]

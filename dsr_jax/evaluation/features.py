@@ -1,4 +1,4 @@
-"""One pass of a feature network over a set of images: what each score needs, and no more.
+"""One pass of feature networks over a set of images: what each score needs, and no more.
 
 Images are split over all devices of all hosts. Moments are summed in float64 by the primary
 process in the images' order, so that neither hosts nor devices change the sums; a pass that was
@@ -8,12 +8,11 @@ stopped goes on from the last saved sums. Source: spec evaluation 9.
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -21,23 +20,35 @@ from jax.sharding import Mesh
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import open_atomic, write_atomic
 from dsr_jax.core.typing import Array, Params
-from dsr_jax.evaluation.frechet import Moments
+from dsr_jax.evaluation.frechet import Gaussian, Moments
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import InceptionScore
-from dsr_jax.models.inception import InceptionV3
-from dsr_jax.models.inception_input import prepare
+from dsr_jax.evaluation.networks import FeatureNetwork
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.processes import is_primary
 from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
 
-METRICS = ("fid", "sfid", "is", "pr", "kid")
-_NEEDS = {"fid": "moments", "sfid": "spatial", "is": "score", "pr": "rows", "kid": "rows"}
-_OUTPUTS = {"moments": "pool", "rows": "pool", "spatial": "spatial", "score": "logits"}
+_NEEDS = {
+    "fid": "moments",
+    "sfid": "spatial",
+    "is": "score",
+    "pr": "rows",
+    "kid": "rows",
+    "fd_dinov2": "dinov2",
+}
+_OUTPUTS = {
+    "moments": "pool",
+    "rows": "pool",
+    "spatial": "spatial",
+    "score": "logits",
+    "dinov2": "class_token",
+}
+METRICS = tuple(_NEEDS)
 _PROGRESS = "progress.npz"
 
 
 def needs_of(metrics: Iterable[str]) -> frozenset[str]:
-    """What has to be kept for these metrics: of "moments", "spatial", "score", "rows".
+    """What has to be kept for these metrics: of "moments", "rows", "spatial", "score", "dinov2".
 
     Raises:
       EvaluationError: For an unknown metric.
@@ -47,42 +58,52 @@ def needs_of(metrics: Iterable[str]) -> frozenset[str]:
     return frozenset(_NEEDS[name] for name in metrics)
 
 
+def outputs_of(metrics: Iterable[str]) -> frozenset[str]:
+    """Names of the features that these metrics are computed from; errors as in `needs_of`."""
+    return frozenset(_OUTPUTS[need] for need in needs_of(metrics))
+
+
 class Extractor:
-    """Inception on all devices.
+    """Frozen networks on all devices.
 
     Args:
-      network: The network.
-      params: Its parameters.
+      networks: The networks; no two have features of the same name.
       mesh: All devices; images are split over every axis.
       batch: Images at a time over all devices; rounded up to a multiple of their number.
-      resize: A name in `models.inception_input.RESIZES`.
+
+    Attributes:
+      batch: Images at a time.
+      widths: Of every feature.
     """
 
-    def __init__(
-        self,
-        network: InceptionV3,
-        params: Params,
-        mesh: Mesh,
-        batch: int = 64,
-        resize: str = "adm",
-    ) -> None:
+    def __init__(self, networks: Sequence[FeatureNetwork], mesh: Mesh, batch: int = 64) -> None:
         self.batch = -(-batch // mesh.size) * mesh.size
-        self.resize = resize
         self._sharding = batch_sharding(mesh, make_rules("replicated"))
-        self._params = jax.device_put(params, replicated(mesh))
-        self._network = network
+        self._networks = networks
+        self._params = [jax.device_put(each.params, replicated(mesh)) for each in networks]
         self._compiled: dict[frozenset[str], Any] = {}
-        shapes = jax.eval_shape(
-            lambda p: network.apply({"params": p}, jnp.zeros((1, 299, 299, 3))), params
-        )
-        self.widths = {name: x.shape[1] for name, x in shapes._asdict().items()}
+        image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+        self.widths: dict[str, int] = {}
+        for each in networks:
+            shapes = jax.eval_shape(each.apply, each.params, image)
+            self.widths |= {name: x.shape[1] for name, x in shapes.items()}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What the networks' conversions wrote down."""
+        return [dict(each.record) for each in self._networks]
+
+    def recipe(self, outputs: frozenset[str]) -> dict[str, Any]:
+        """What decides these features, besides the images."""
+        used = (each.recipe for each in self._networks if each.outputs & outputs)
+        return {key: value for recipe in used for key, value in recipe.items()}
 
     def __call__(self, images: np.ndarray, outputs: frozenset[str]) -> dict[str, Array]:
         """Extracts features of this process's rows of a batch.
 
         Args:
           images: uint8 [batch / processes, H, W, C].
-          outputs: Of "pool", "spatial", "logits".
+          outputs: Names in `widths`.
 
         Returns:
           The global arrays asked for, and "least" and "most", each image's extreme grey levels.
@@ -92,11 +113,15 @@ class Extractor:
         given = host_to_global({"images": images}, self._sharding)["images"]
         return self._compiled[outputs](self._params, given)
 
-    def _extract(self, params: Params, images: Array, outputs: frozenset[str]) -> dict[str, Array]:
-        features: Any = self._network.apply({"params": params}, prepare(images, self.resize))
-        found = {name: getattr(features, name) for name in outputs}
-        axes = (1, 2, 3)
-        return found | {"least": images.min(axis=axes), "most": images.max(axis=axes)}
+    def _extract(
+        self, params: Sequence[Params], images: Array, outputs: frozenset[str]
+    ) -> dict[str, Array]:
+        found = {"least": images.min(axis=(1, 2, 3)), "most": images.max(axis=(1, 2, 3))}
+        for network, given in zip(self._networks, params, strict=True):
+            if wanted := network.outputs & outputs:
+                features = network.apply(given, images)
+                found |= {name: features[name] for name in wanted}
+        return found
 
 
 class Tally:
@@ -104,13 +129,14 @@ class Tally:
 
     Args:
       needs: From `needs_of`.
-      widths: Of "pool", "spatial" and "logits".
+      widths: Of every feature that these need.
 
     Attributes:
       count: Images seen.
       moments: Of pooled features, or None.
       spatial: Of spatial features, or None.
       score: Inception Score, or None.
+      dinov2: Moments of DINOv2's class tokens, or None.
     """
 
     def __init__(self, needs: frozenset[str], widths: Mapping[str, int]) -> None:
@@ -120,8 +146,9 @@ class Tally:
         self.moments = Moments(widths["pool"]) if "moments" in needs else None
         self.spatial = Moments(widths["spatial"]) if "spatial" in needs else None
         self.score = InceptionScore(widths["logits"]) if "score" in needs else None
+        self.dinov2 = Moments(widths["class_token"]) if "dinov2" in needs else None
         self._rows: list[np.ndarray] = []
-        self._width = widths["pool"]
+        self._width = widths.get("pool", 0)
         self._saved = 0
 
     @property
@@ -141,8 +168,20 @@ class Tally:
             self._rows.append(np.asarray(features["pool"], np.float32))
         self.count += len(next(iter(features.values())))
 
+    def gaussian(self, metric: str) -> Gaussian:
+        """Moments of "fid", "sfid" or "fd_dinov2", which must be among the metrics."""
+        by_name = {"fid": self.moments, "sfid": self.spatial, "fd_dinov2": self.dinov2}
+        sums = by_name[metric]
+        assert sums is not None
+        return sums.gaussian()
+
     def _sums(self) -> list[tuple[Moments | InceptionScore, str]]:
-        named = ((self.moments, "moments"), (self.spatial, "spatial"), (self.score, "score"))
+        named = (
+            (self.moments, "moments"),
+            (self.spatial, "spatial"),
+            (self.score, "score"),
+            (self.dinov2, "dinov2"),
+        )
         return [(sums, name) for sums, name in named if sums is not None]
 
     def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -199,15 +238,15 @@ def tally_images(
     allow_constant: bool = False,
     report: Callable[[int, int], None] | None = None,
 ) -> Tally:
-    """Passes all images through the network once.
+    """Passes all images through the networks once.
 
     Args:
       images: What to score.
-      extractor: The network.
+      extractor: The networks.
       metrics: Names in METRICS; only what they need is kept.
       folder: For what a stopped pass goes on from, removed by `forget`; None to keep nothing. All
         hosts must see it.
-      identity: What must be equal for a pass to be continued: digests, settings.
+      identity: What must be equal for a pass to be continued, besides the extractor's recipe.
       save_every: Images between two savings.
       allow_constant: Takes images of a single colour, too.
       report: Takes images done and in all, on the primary process.
@@ -221,7 +260,8 @@ def tally_images(
     """
     tally = Tally(needs_of(metrics), extractor.widths)
     total, batch = images.shape[0], extractor.batch
-    settings = {**(identity or {}), "needs": sorted(tally.needs), "resize": extractor.resize}
+    recipe = extractor.recipe(tally.outputs)
+    settings = {**recipe, **(identity or {}), "needs": sorted(tally.needs)}
     if folder is not None and is_primary():
         tally.restore(folder, settings)
     start = _agree(tally.count)

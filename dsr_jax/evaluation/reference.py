@@ -1,14 +1,16 @@
 """Reference files: statistics, images or both, as the ADM evaluator has them.
 
 Keys are `mu`, `sigma` (pooled features), `mu_s`, `sigma_s` (spatial ones), `arr_0` (images). Files
-of tools/make_reference.py add `features` (pooled features of the images), `num_images` and
-`recipe`. Source: spec evaluation 2.
+of tools/make_reference.py add `features` (pooled features of the images), `num_images`, `recipe`
+and, where asked for, `mu_dinov2`, `sigma_dinov2`. Source: spec evaluation 2.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,16 @@ from dsr_jax.evaluation.frechet import Gaussian
 from dsr_jax.evaluation.image_sets import ImageFiles, ImageSet
 from dsr_jax.evaluation.samples import open_samples, read_member, read_names
 
-_STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
-_OF_IMAGES = {"fid", "sfid", "pr", "kid"}
+MOMENTS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "fid": ("mu", "sigma"),
+        "sfid": ("mu_s", "sigma_s"),
+        "fd_dinov2": ("mu_dinov2", "sigma_dinov2"),
+    }
+)
+"""Keys of mean and covariance by metric."""
+
+_OF_IMAGES = {*MOMENTS, "pr", "kid"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Reference:
 
     Attributes:
       path: File or folder.
-      statistics: Moments by "fid" and "sfid", where the file has them.
+      statistics: Moments by "fid", "sfid" and "fd_dinov2", where the file has them.
       images: Its images, or None.
       features: Pooled features of images [M, D], float32, or None.
       recipe: What tools/make_reference.py wrote down, or None.
@@ -51,8 +61,8 @@ class Reference:
         """Why a metric cannot be computed against this reference; "" where it can."""
         if metric == "is" or metric in self.statistics or self.images is not None:
             return ""
-        if metric in _STATISTICS:
-            return f"{self.path} has neither {' and '.join(_STATISTICS[metric])} nor images"
+        if metric in MOMENTS:
+            return f"{self.path} has neither {' and '.join(MOMENTS[metric])} nor images"
         return "" if self.features is not None else f"{self.path} has no images"
 
     def passes(self, metrics: list[str]) -> list[str]:
@@ -87,7 +97,7 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     names = read_names(path, "reference")
     images = open_samples(path) if "arr_0" in names else None
     statistics = {}
-    for metric, (mean, cov) in _STATISTICS.items():
+    for metric, (mean, cov) in MOMENTS.items():
         if mean in names or cov in names:
             statistics[metric] = _read_gaussian(path, names, mean, cov)
     if not statistics and images is None:

@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation.features import METRICS, Extractor, Tally, forget, needs_of, tally_images
-from dsr_jax.evaluation.frechet import Gaussian, frechet_distance
+from dsr_jax.evaluation.features import (
+    METRICS,
+    Extractor,
+    Tally,
+    forget,
+    outputs_of,
+    tally_images,
+)
+from dsr_jax.evaluation.frechet import frechet_distance
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import SPLIT_SIZE
 from dsr_jax.evaluation.kernel_distance import SEED, SUBSET_SIZE, SUBSETS, kernel_distance
@@ -48,14 +55,12 @@ class Scorer:
     """Scores sets of images against one reference.
 
     Args:
-      extractor: The feature network.
-      weights: Digest of its parameters.
+      extractor: The feature networks.
       reference: What to compare with.
       report: Takes what is passed through the network, images done and in all.
     """
 
     extractor: Extractor
-    weights: str
     reference: Reference
     report: Callable[[str, int, int], None] | None = None
 
@@ -80,8 +85,8 @@ class Scorer:
           EvaluationError: If images, reference and metrics do not fit.
         """
         result = Result()
-        chosen = self._choose(metrics, result)
-        _check_sizes(images, self.reference, self.weights, self.extractor.resize)
+        chosen = self.check(images.shape[1:], metrics, result)
+        networks = self.extractor.recipe(outputs_of(chosen))
         # Digests are compared before a pass is continued, and written beside the scores.
         about = result.samples = images.describe()
         reference_digest = self.reference.digest()
@@ -97,8 +102,7 @@ class Scorer:
             return result
         self._compute(chosen, ours, theirs, result)
         result.recipe |= {
-            "weights": self.weights,
-            "resize": self.extractor.resize,
+            **networks,
             "arithmetic": "float32",
             "reference": reference_digest,
             "reference_preprocessing": preprocessing_of(self.reference),
@@ -111,9 +115,32 @@ class Scorer:
         forget(folder)
         return result
 
+    def check(
+        self, shape: tuple[int, int, int], metrics: list[str] | None, result: Result
+    ) -> list[str]:
+        """Checks that images of a shape can be scored; returns the metrics to compute, in order.
+
+        Args:
+          shape: Height, width and channels.
+          metrics: See `score`.
+          result: Is told which are left out.
+
+        Raises:
+          EvaluationError: If images, reference and metrics do not fit.
+        """
+        chosen = self._choose(metrics, result)
+        recipe = self.extractor.recipe(outputs_of(chosen))
+        _check_sizes(shape, self.reference, recipe)
+        return chosen
+
     def _choose(self, metrics: list[str] | None, result: Result) -> list[str]:
         """The metrics to compute, in the order of METRICS."""
-        needs_of(metrics or ())
+        if absent := outputs_of(metrics or DEFAULT_METRICS) - set(self.extractor.widths):
+            folder = "--dinov2" if "class_token" in absent else "--inception"
+            raise EvaluationError(
+                f"no network for {', '.join(metrics or DEFAULT_METRICS)}",
+                f"name the folder of its weights with {folder}",
+            )
         chosen = []
         for name in METRICS:
             if name not in (DEFAULT_METRICS if metrics is None else metrics):
@@ -141,7 +168,7 @@ class Scorer:
             self.extractor,
             metrics,
             folder=folder,
-            identity={"images": dict(about), "weights": self.weights},
+            identity={"images": dict(about)},
             allow_constant=allow_constant,
             report=None if report is None else lambda done, total: report(name, done, total),
         )
@@ -150,7 +177,7 @@ class Scorer:
         self, chosen: list[str], ours: Tally, theirs: Tally | None, result: Result
     ) -> None:
         scores, recipe = result.scores, result.recipe
-        for name in ("fid", "sfid"):
+        for name in ("fid", "sfid", "fd_dinov2"):
             if name in chosen:
                 scores[name] = self._frechet(name, ours, theirs)
         if ours.score is not None:
@@ -176,38 +203,35 @@ class Scorer:
             recipe["kid"] = {"subsets": SUBSETS, "subset_size": size, "seed": SEED}
 
     def _frechet(self, name: str, ours: Tally, theirs: Tally | None) -> float:
-        def moments(tally: Tally) -> Gaussian:
-            sums = tally.moments if name == "fid" else tally.spatial
-            assert sums is not None
-            return sums.gaussian()
-
-        x, y = moments(ours), self.reference.statistics.get(name)
+        x, y = ours.gaussian(name), self.reference.statistics.get(name)
         if y is None:
             assert theirs is not None
-            y = moments(theirs)
+            y = theirs.gaussian(name)
         return frechet_distance(x.mean, x.cov, y.mean, y.cov)
 
 
-def _check_sizes(images: ImageSet, reference: Reference, weights: str, resize: str) -> None:
-    """Checks that a reference is of images like these, and of this network.
+def _check_sizes(
+    wanted: tuple[int, int, int], reference: Reference, networks: Mapping[str, Any]
+) -> None:
+    """Checks that a reference is of images of this shape, and of these networks.
 
     Raises:
       EvaluationError: If they are of another size, weights or resize.
     """
     recipe = reference.recipe or {}
     shape = reference.images.shape[1:3] if reference.images is not None else recipe.get("size")
-    if shape is not None and tuple(shape) != tuple(images.shape[1:3]):
+    if shape is not None and tuple(shape) != tuple(wanted[:2]):
         raise EvaluationError(
-            f"samples have {tuple(images.shape[1:3])} pixels, images of reference "
+            f"samples have {tuple(wanted[:2])} pixels, images of reference "
             f"{reference.path} {tuple(shape)}",
-            "compare with a reference of the samples' size: both are resized to 299 pixels, and "
+            "compare with a reference of the samples' size: both are resized, and "
             "what that does to sharpness would be scored",
         )
-    for key, ours in (("weights", weights), ("resize", resize)):
+    for key, ours in networks.items():
         if reference.statistics and recipe.get(key, ours) != ours:
             raise EvaluationError(
                 f"reference {reference.path} was made with {key} {recipe[key]}, not {ours}",
-                "make it again with tools/make_reference.py, or use the same Inception folder",
+                "make it again with tools/make_reference.py, or use the same weights",
             )
 
 
@@ -233,15 +257,15 @@ def rounding_of(record: Mapping[str, Any] | None) -> str:
 def warnings_of(images: ImageSet, metrics: list[str], widths: Mapping[str, int]) -> list[str]:
     """What makes scores of these images hard to compare."""
     count, found = images.shape[0], []
-    features = {"fid": widths["pool"], "sfid": widths["spatial"]}
-    dim = max((features[name] for name in metrics if name in features), default=0)
+    features = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "class_token"}
+    dim = max((widths[features[name]] for name in metrics if name in features), default=0)
     # As many points as dimensions span a hyperplane.
     if count <= dim:
         found.append(
             f"{count} samples for {dim} features: covariances lack rank, and "
             "Frechet distances are far too large; compare them only with those of as many samples"
         )
-    elif count < 50_000 and {"fid", "sfid"} & set(metrics):
+    elif count < 50_000 and features.keys() & set(metrics):
         found.append(
             f"{count} samples: papers use 50,000, and FID grows as samples get fewer (by 2 to 3 at "
             "10,000)"

@@ -14,7 +14,8 @@ import numpy as np
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 
-METHODS = ("bicubic", "bicubic-antialias", "bilinear")
+METHODS = ("bicubic", "bicubic-offset", "bicubic-antialias", "bilinear")
+_OFFSET = 0.1
 
 
 def resample(x: Array, height: int, width: int, method: str) -> Array:
@@ -25,8 +26,9 @@ def resample(x: Array, height: int, width: int, method: str) -> Array:
       height: Rows wanted.
       width: Columns wanted.
       method: "bicubic" (a = -0.75, no antialiasing: RAE's input, position tables of SigLIP, MAE and
-        DINOv2 without registers), "bicubic-antialias" (a = -0.5: DINOv2 with registers) or
-        "bilinear" (no antialiasing).
+        transformers' DINOv2 without registers), "bicubic-offset" (the same as if a tenth of a pixel
+        more were wanted: torch.hub's DINOv2), "bicubic-antialias" (a = -0.5: DINOv2 with
+        registers) or "bilinear" (no antialiasing).
 
     Raises:
       ConfigError: If the method is unknown.
@@ -64,13 +66,15 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 def _pointwise(size: int, wanted: int, method: str) -> np.ndarray:
     """Weights of the taps around each output's centre; taps beyond an edge count for the edge."""
-    centres = (np.arange(wanted) + 0.5) * size / wanted - 0.5
-    if method == "bilinear":
+    cubic = method != "bilinear"
+    span = wanted + _OFFSET if method == "bicubic-offset" else wanted
+    centres = (np.arange(wanted) + 0.5) * size / span - 0.5
+    if not cubic:
         centres = np.maximum(centres, 0.0)
-    offsets = np.arange(-1, 3) if method == "bicubic" else np.arange(2)
+    offsets = np.arange(-1, 3) if cubic else np.arange(2)
     first = np.floor(centres)
     distances = centres[:, None] - (first[:, None] + offsets)
-    if method == "bicubic":
+    if cubic:
         weights = _cubic(distances, -0.75)
     else:
         weights = 1 - np.abs(distances)

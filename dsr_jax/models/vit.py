@@ -58,6 +58,7 @@ class ViTConfig:
       gated_mlp: `fc2(act(gate(x)) * fc1(x))`.
       position_resampling: Method of `resample` for the position table; "" for no table.
       rope_theta: Base of the rotary position of patches; 0 for none.
+      class_output: The class token behind the final norm, with the norm's affine, is an output.
       torch_init: Projections start as PyTorch's do, which matters where blocks are trained.
       pixel_mean: Mean of each channel that images are normalised by, for values in [0, 1].
       pixel_std: Standard deviation likewise.
@@ -79,6 +80,7 @@ class ViTConfig:
     gated_mlp: bool = False
     position_resampling: str = "bicubic"
     rope_theta: float = 0.0
+    class_output: bool = False
     torch_init: bool = False
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -124,15 +126,18 @@ def resample_positions(config: ViTConfig, table: Array, rows: int, columns: int)
 
 
 class EncoderOutput(NamedTuple):
-    """Patch tokens alone, row-major, in float32.
+    """Patch tokens, row-major, in float32, and the class token where it is an output.
 
     Attributes:
       tokens: After the final norm, which has no scale or bias [B, T, D]; each has norm sqrt(D).
       pre_norm: Before it [B, T, D].
+      class_token: The class token behind the final norm with its affine [B, D]; None unless the
+        config asks for it.
     """
 
     tokens: Array
     pre_norm: Array
+    class_token: Array | None = None
 
 
 class ViTBlock(nn.Module):
@@ -308,7 +313,11 @@ class ViT(nn.Module):
         blocks = make_vit_stack(config, self.attention, self.precision, self.constrain)
         tokens, _ = blocks(tokens, intervention, self._rope(rows, columns, tokens.shape[1]))
         patches = tokens[:, config.num_prefix : config.num_prefix + rows * columns]
-        return EncoderOutput(LayerNorm(config.layer_norm_eps)(patches), patches)
+        class_token = None
+        if config.class_output:
+            norm = LayerNorm(config.layer_norm_eps, affine=True, name="norm")
+            class_token = norm(tokens[:, 0])
+        return EncoderOutput(LayerNorm(config.layer_norm_eps)(patches), patches, class_token)
 
     def _check(self, pixels: Array, intervention: Intervention | None) -> None:
         config = self.config

@@ -25,7 +25,7 @@ def moments_of(images, tail=""):
 def score(tmp_path, metrics=None, samples=IMAGES, **arrays):
     np.savez(tmp_path / "samples.npz", samples, labels=np.arange(len(samples)) % 4)
     np.savez(tmp_path / "ref.npz", **arrays)
-    scorer = Scorer(StandIn(), "sha256:w", open_reference(tmp_path / "ref.npz"))
+    scorer = Scorer(StandIn(), open_reference(tmp_path / "ref.npz"))
     images = open_images(tmp_path / "samples.npz")
     return scorer.score(images, metrics, folder=tmp_path / "parts")
 
@@ -126,3 +126,28 @@ def test_pickles_are_never_loaded(tmp_path):
         open_reference(tmp_path / "ref.pkl")
     with pytest.raises(EvaluationError, match="not found"):
         open_reference(tmp_path / "none.npz")
+
+
+def test_dinov2_beside_inception(tmp_path):
+    found = score(tmp_path, ["fid", "fd_dinov2"], arr_0=REAL)
+    x, y = (
+        gaussian_moments(np.asarray(StandIn()(i, frozenset(["class_token"]))["class_token"]))
+        for i in (IMAGES, REAL)
+    )
+    want = frechet_distance(x.mean, x.cov, y.mean, y.cov)
+    assert found.scores["fd_dinov2"] == pytest.approx(want, rel=1e-6)
+    assert found.recipe["dinov2"] == {"weights": "sha256:d"} and "weights" in found.recipe
+    alone = score(tmp_path, ["fd_dinov2"], arr_0=REAL)
+    assert alone.scores == {"fd_dinov2": found.scores["fd_dinov2"]}
+    assert "weights" not in alone.recipe
+    given = score(tmp_path, ["fd_dinov2"], mu_dinov2=y.mean, sigma_dinov2=y.cov)
+    assert given.scores["fd_dinov2"] == pytest.approx(want, rel=1e-6)
+
+
+def test_networks_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(StandIn, "widths", {"class_token": 7})
+    with pytest.raises(EvaluationError, match="(?s)no network for fid.*--inception"):
+        score(tmp_path, ["fid", "fd_dinov2"], arr_0=REAL)
+    monkeypatch.setattr(StandIn, "widths", {"pool": 12, "spatial": 9, "logits": 5})
+    with pytest.raises(EvaluationError, match="(?s)no network for fid, fd_dinov2.*--dinov2"):
+        score(tmp_path, ["fid", "fd_dinov2"], arr_0=REAL)

@@ -31,6 +31,19 @@ def test_equals_torch(size: int, wanted: int, method: str, options: dict[str, ob
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
+def test_an_offset_equals_torch_with_a_factor() -> None:
+    torch = require("torch", "torch")
+    x = np.random.default_rng(0).standard_normal((1, 37, 37, 3), np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float64)),
+        scale_factor=(16.1 / 37, 16.1 / 37),
+        mode="bicubic",
+    )
+    ours = resample(x, 16, 16, "bicubic-offset")
+    np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+    assert np.abs(ours - resample(x, 16, 16, "bicubic")).max() > 1e-3
+
+
 def test_antialiased_equals_jax() -> None:
     x = np.random.default_rng(0).standard_normal((37, 37, 4), np.float32)
     want = jax.image.resize(x, (16, 16, 4), "cubic", antialias=True)

@@ -16,10 +16,7 @@ IMAGES = np.random.RandomState(0).randint(0, 256, (40, 6, 6, 3)).astype(np.uint8
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """Runs the tool with a stand-in for the network."""
-    monkeypatch.setattr(
-        make_reference, "load_inception", lambda folder: (None, None, {"params_digest": "sha256:w"})
-    )
-    monkeypatch.setattr(make_reference, "Extractor", lambda *_: StandIn())
+    monkeypatch.setattr(make_reference, "make_extractor", lambda *_: StandIn())
 
     def run(source, name, *more):
         out = tmp_path / name
@@ -36,7 +33,7 @@ def test_a_data_source_becomes_a_reference(command):
     assert found.statistics["fid"].count == found.recipe["images"] > 1000
     assert found.images.shape == (20, 8, 8, 1) and found.features.shape == (20, 12)
     assert found.recipe["weights"] == "sha256:w" and "8" in found.recipe["preprocessing"]
-    assert set(found.statistics) == {"fid", "sfid"} and found.recipe["size"] == [8, 8]
+    assert set(found.statistics) == {"fid", "sfid", "fd_dinov2"} and found.recipe["size"] == [8, 8]
     again = command("digits", "again.npz", *size, "--keep", "20")
     assert file_digest(again) == file_digest(out)
     bare = open_reference(command("digits", "bare.npz", *size, "--keep", "0"))
@@ -60,7 +57,7 @@ def test_images_alone_gain_moments(command, tmp_path):
     found = open_reference(command(tmp_path / "images.npz", "ready.npz"))
     want = gaussian_moments(found.features)
     np.testing.assert_array_equal(found.statistics["fid"].cov, want.cov)
-    assert set(found.statistics) == {"fid", "sfid"}
+    assert set(found.statistics) == {"fid", "sfid", "fd_dinov2"}
 
 
 def test_what_cannot_be_made(command, tmp_path):

@@ -52,11 +52,11 @@ def command(tmp_path, monkeypatch):
         write_json(out.parent / f"{args['--name']}.json", record)
         drawn.append(scale)
 
-    def make_scorer(reference, inception, batch, resize):
-        return Scorer(StandIn(), "sha256:w", open_reference(reference)), {}
+    def make_scorer(reference, inception, dinov2, batch):
+        return Scorer(StandIn(), open_reference(reference))
 
     monkeypatch.setattr(sweep.sample, "main", draw)
-    monkeypatch.setattr(sweep.evaluate, "make_scorer", make_scorer)
+    monkeypatch.setattr(sweep, "make_scorer", make_scorer)
     monkeypatch.setattr(sweep, "list_steps", lambda folder: [20])
 
     def run(*guidance, count=20):
