@@ -188,7 +188,7 @@ def describe_hang(seen: Sequence[Seen], silent_seconds: float) -> str:
       seen: All processes.
       silent_seconds: Silence that is longer than between two signs.
     """
-    running = [s for s in seen if s.sign.ended is None]
+    running = [s for s in seen if s.sign.ended is None or s.sign.hung]
     silent = [s for s in running if s.silent > silent_seconds]
     least = min((s.sign.place for s in running), default=(0, 0))
     behind = [s for s in running if s.sign.place == least]

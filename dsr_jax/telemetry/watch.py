@@ -155,7 +155,7 @@ class Watch:
         if not isinstance(error, DsrError) and _SYMPTOM.match(str(error)):
             # Whose end it is, the watching thread will find, and end this process.
             self._troubled = True
-            self._closing.wait(self._patience(peers) + 3 * peers.interval)
+            self._closing.wait(self._patience(peers) + 8 * peers.interval + 2)
         with self._ending:
             self._ended = _first_line(error)
             self._farewell(peers)
@@ -206,17 +206,18 @@ class Watch:
             self._report_hang()
 
     def _report_hang(self) -> None:
-        """Says where everybody stands, here and in this process's file, and ends if it is to."""
+        """Writes down where this process stands, says where all do, and ends if it is to."""
         self._hung = True
-        seen = [Seen(self.sign(), 0.0)]
-        patience = 0.0
+        # At once: when the first process ends, the collectives of the others fail and they move.
+        where = self._write_stacks()
+        seen, patience = [Seen(self.sign(), 0.0)], 0.0
         if self._peers is not None:
             # Time for the others to see the sign and to report too.
             patience = 3 * self._peers.interval
             self._closing.wait(patience)
             seen = self._peers.seen()
-        text = describe_hang(seen, patience)
-        where = self._write_stacks(text)
+        # Who ended before has said it for all.
+        text = self._verdict or describe_hang(seen, patience)
         error = ProcessError(text, f"{where}; {AGAIN}")
         if self._end_hung:
             self._stop(error, verdict=text)
@@ -247,13 +248,14 @@ class Watch:
             time.sleep(peers.interval / 4)
             self._tell(peers)
 
-    def _write_stacks(self, text: str) -> str:
+    def _write_stacks(self) -> str:
         """Writes where all threads stand; returns what to tell the user of it."""
         if self._workdir is None:
             return "look at the processes with py-spy"
-        path = self._workdir / FOLDER / f"process_{self.sign().process}.txt"
+        sign = self.sign()
+        path = self._workdir / FOLDER / f"process_{sign.process}.txt"
         # The storage may be what hangs.
-        if _briefly(lambda: _write_report(path, self.sign(), text)):
+        if _briefly(lambda: _write_report(path, sign)):
             return f"where the threads of each process stand is in {path.parent}"
         return f"{path} could not be written: look at the storage first"
 
@@ -275,13 +277,13 @@ def join_watch(workdir: Path | None, limits: Limits, end_hung: bool, lost_second
     return Watch(workdir, limits, end_hung=end_hung, peers=peers, service_gone=coordinator_refuses)
 
 
-def _write_report(path: Path, sign: Sign, text: str) -> None:
+def _write_report(path: Path, sign: Sign) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         print(f"{now} {sign.name}, pid {os.getpid()}", file=file)
         print(f"step {sign.step}, {sign.phase} for {sign.seconds:.0f} s", file=file)
-        print(f"\n{text}\n\nThe main thread is the last one below.\n", file=file, flush=True)
+        print("\nThe main thread is the last one below.\n", file=file, flush=True)
         faulthandler.dump_traceback(file, all_threads=True)
 
 

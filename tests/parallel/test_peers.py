@@ -92,6 +92,11 @@ def test_a_silent_process_is_named_before_one_behind() -> None:
     assert "no sign of life from process 1 (host1)" in describe_hang(states, 5.0)
 
 
+def test_a_process_that_ended_by_the_same_hang_is_still_named() -> None:
+    states = seen({"step": 5}, {"step": 4, "hung": True, "ended": ""})
+    assert "process 1 (host1) behind" in describe_hang(states, 5.0)
+
+
 def test_a_large_run_is_a_screen() -> None:
     text = describe_hang(seen(*({"step": int(i != 77)} for i in range(256))), 5.0)
     assert "process 77 (host77) behind" in text and len(text.splitlines()) == 2
