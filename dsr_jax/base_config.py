@@ -159,7 +159,19 @@ def base_config() -> ConfigDict:
                 "last_step": "mean",
                 "last_step_size": 0.04,
             },
-            "eval": {"judge": "", "num_samples": 0, "split": "heldout"},
+            # What scores num_samples samples at the end, and every so many steps where asked: the
+            # judge, or metrics of python -m dsr_jax.evaluate, whose arguments the others are.
+            "eval": {
+                "judge": "",
+                "num_samples": 0,
+                "split": "heldout",
+                "every_steps": 0,
+                "metrics": ("fid",),
+                "reference": "",
+                "inception": "",
+                "dinov2": "",
+                "batch": 64,
+            },
             # What python -m dsr_jax.train_decoder trains in place of a denoiser; width 0 for none.
             "decoder": {
                 "hidden_size": 0,

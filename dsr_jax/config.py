@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,8 @@ def check(config: ConfigDict) -> None:
         "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
         "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
         "decoder.depth decoder.num_heads decoder.mlp_dim decoder.patch_size gan.kernel_size "
-        "objective.time_bins log.every_steps checkpoint.every_steps checkpoint.keep_latest "
-        "checkpoint.save_seconds failures.lost_seconds"
+        "objective.time_bins eval.batch log.every_steps checkpoint.every_steps "
+        "checkpoint.keep_latest checkpoint.save_seconds failures.lost_seconds"
     )
     leaves = dict(_leaves(config))
     for key in positive.split():
@@ -191,7 +191,7 @@ def check(config: ConfigDict) -> None:
         f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
         f"choose from none, {', '.join(known)}",
     )
-    none = "decoder.hidden_size lpips.weight gan.weight data.crop_from "
+    none = "decoder.hidden_size lpips.weight gan.weight data.crop_from eval.every_steps "
     for key in (none + "failures.step_seconds failures.pause_seconds").split():
         require(leaves[key] >= 0, f"config.{key}={leaves[key]}", "use 0 for none")
     dropout = config.objective.label_dropout
@@ -215,6 +215,34 @@ def check(config: ConfigDict) -> None:
         config.eval.judge in ("", "digits"),
         f"config.eval.judge={config.eval.judge!r}",
         "choose from digits, or leave it empty for no judge",
+    )
+    _check_scores(config, require)
+
+
+def _check_scores(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    """Checks that what config.eval asks for can be scored."""
+    section = config.eval
+    networks = section.inception or section.dinov2
+    require(
+        bool(section.reference) == bool(networks),
+        f"config.eval.reference={section.reference!r} with inception={section.inception!r} and "
+        f"dinov2={section.dinov2!r}",
+        "name both the reference and the folder of a feature network, or none of them",
+    )
+    require(
+        not section.reference or section.num_samples > 0,
+        f"config.eval.reference={section.reference!r} with num_samples={section.num_samples}",
+        "set config.eval.num_samples, for example to 10000",
+    )
+    require(
+        not section.every_steps or (section.num_samples > 0 and bool(section.judge or networks)),
+        f"config.eval.every_steps={section.every_steps}, but there is nothing to score",
+        "set config.eval.num_samples, and reference and inception, or judge",
+    )
+    require(
+        not section.reference or not trains_decoder(config),
+        f"config.eval.reference={section.reference!r}, but a decoder is trained",
+        "leave it empty: python -m dsr_jax.evaluate_reconstruction scores decoders",
     )
 
 

@@ -1,23 +1,28 @@
-"""What a training run shows of itself: pictures on the way, scores and summary.json at the end."""
+"""What a training run shows of itself: pictures and scores, and summary.json at the end."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.files import write_json
 from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.data.sources import read_all
+from dsr_jax.evaluation.comparison import SHOWN
 from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.processes import is_primary, say
+from dsr_jax.evaluation.scoring import Result, Scorer
+from dsr_jax.parallel.processes import is_primary, say, wait_for_all
 from dsr_jax.parallel.shardings import fetch
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
 from dsr_jax.sampling.labels import balanced_labels, cycled_labels
 from dsr_jax.sampling.sampler import SampleFn
+from dsr_jax.scorers import make_scorer, score_to_file
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.loop import Summary
 from dsr_jax.training.state import TrainState
@@ -34,6 +39,7 @@ class Results:
       draw: From `build.make_sampler`.
       variables: Frozen arrays of the input space.
       num_devices: Batches are multiples of this.
+      scorer: From `open_scorer`.
     """
 
     def __init__(
@@ -43,9 +49,12 @@ class Results:
         draw: SampleFn,
         variables: PyTree,
         num_devices: int,
+        scorer: Scorer | None = None,
     ) -> None:
         self.config, self.workdir = config, workdir
         self._draw, self._variables, self._num_devices = draw, variables, num_devices
+        self._scorer = scorer
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
 
     def draw_grid(self, step: int, state: TrainState) -> None:
         """Writes a picture of samples, a class per column."""
@@ -59,23 +68,55 @@ class Results:
             path = self.workdir / "samples" / f"step_{step:08d}.png"
             save_png_grid(path, images, columns=classes)
 
+    def score(self, step: int, state: TrainState) -> dict[str, float]:
+        """Draws and scores samples as config.eval says; returns the numbers for the log.
+
+        The samples of the last step stay, those on the way are removed. The scores with their
+        recipe go to `scores/`, where tools/compare_scores.py finds them.
+        """
+        scores: dict[str, Any] = {}
+        section, last = self.config.eval, step == self.config.train.steps
+        if section.num_samples and (section.judge or self._scorer is not None):
+            name = f"{'final' if last else 'scored'}_{step:08d}"
+            if not last:
+                # What a stop has left may be of weights that no checkpoint kept.
+                self._remove(name)
+            path = self._draw_samples(step, state, name)
+            if self._scorer is not None:
+                out = self.workdir / "scores" / f"step_{step:08d}.scores.json"
+                metrics = list(section.metrics)
+                scores |= score_to_file(self._scorer, open_samples(path), metrics, out).scores
+            if section.judge and is_primary():
+                scores |= self._judge(path)
+            if not last:
+                self._remove(name)
+        self._last = (step, scores)
+        return {key: float(x) for key, x in scores.items() if isinstance(x, (int, float))}
+
     def finish(self, summary: Summary) -> None:
-        """Draws and judges samples where the config asks for it; writes summary.json."""
-        section, path = self.config.eval, self.workdir / "summary.json"
-        scores = self._judge(summary) if section.num_samples and section.judge else {}
+        """Draws and scores samples where the config asks for it; writes summary.json."""
+        if self._last[0] != summary.step:
+            self.score(summary.step, summary.state)
+        scores, path = self._last[1], self.workdir / "summary.json"
         if not is_primary():
             return
         # From the file, since a start that finds the run complete writes no record of its own.
-        log = read_metrics(self.workdir)
-        loss = log[-1]["loss"] if log else None
-        record = {"steps": summary.step, "train_seconds": round(summary.seconds, 1), "loss": loss}
+        losses = [record["loss"] for record in read_metrics(self.workdir) if "loss" in record]
+        record = {
+            "steps": summary.step,
+            "train_seconds": round(summary.seconds, 1),
+            "loss": losses[-1] if losses else None,
+        }
         write_json(path, {**scores, **record})
-        if scores:
+        if "judge_accuracy" in scores:
             say(
                 f"judge accuracy {scores['judge_accuracy']:.1%} on {scores['num_samples']} samples "
                 f"(real held-out images {scores['judge_accuracy_real']:.1%}); Frechet distance "
                 f"{scores['frechet_distance']:.3g} (real {scores['frechet_distance_real']:.3g})"
             )
+        if self._scorer is not None:
+            found = (f"{key} {scores[key]:.5g}" for key in SHOWN if key in scores)
+            say(f"{self.config.eval.num_samples} samples: {', '.join(found)}")
         say(
             f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
             "next, draw your own: python -m dsr_jax.sample "
@@ -91,21 +132,53 @@ class Results:
         """The smallest batch of at least `count` that divides over the devices."""
         return -(-count // self._num_devices) * self._num_devices
 
-    def _judge(self, summary: Summary) -> dict[str, Any]:
-        config, weights = self.config, self._weights(summary.state)
+    def _draw_samples(self, step: int, state: TrainState, name: str) -> Path:
+        config, weights = self.config, self._weights(state)
         job = SampleJob(
             self.workdir / "samples",
-            f"final_{summary.step:08d}",
+            name,
             balanced_labels(config.eval.num_samples, config.data.num_classes, config.sample.seed),
             (config.data.image_size, config.data.image_size, config.data.channels),
-            build.sampling_recipe(config, summary.step, config.sample.ema),
+            build.sampling_recipe(config, step, config.sample.ema),
         )
-        path = job.run(
+        return job.run(
             lambda indices, labels: self._draw(weights, self._variables, indices, labels),
             self._batch_for(config.sample.batch),
+            report=say,
         )
-        if not is_primary():
-            return {}
+
+    def _remove(self, name: str) -> None:
+        """Removes a job of samples and their scores' unfinished pass, if they are there."""
+        wait_for_all(f"{name} can go")
+        if is_primary():
+            samples, step = self.workdir / "samples", name.rpartition("_")[2]
+            for ending in ("npz", "json"):
+                (samples / f"{name}.{ending}").unlink(missing_ok=True)
+            shutil.rmtree(samples / f"{name}.parts", ignore_errors=True)
+            parts = self.workdir / "scores" / f"step_{step}.scores.json.parts"
+            shutil.rmtree(parts, ignore_errors=True)
+        wait_for_all(f"{name} is gone")
+
+    def _judge(self, path: Path) -> dict[str, Any]:
         samples = open_samples(path)
-        train, heldout = (read_all(build.make_source(config, name)) for name in JUDGE_SPLITS)
+        splits = (read_all(build.make_source(self.config, name)) for name in JUDGE_SPLITS)
+        train, heldout = splits
         return judge_samples(samples.images(), samples.require_labels("judge"), train, heldout)
+
+
+def open_scorer(config: ConfigDict, mesh: Mesh) -> Scorer | None:
+    """Opens reference and networks of config.eval; None where it names no reference.
+
+    Raises:
+      EvaluationError: If the reference cannot be read, or is not of images like the config's.
+      ConversionError: If weights are not there.
+    """
+    section, data = config.eval, config.data
+    if not section.reference:
+        return None
+    scorer = make_scorer(
+        section.reference, section.inception, section.dinov2, section.batch, mesh=mesh
+    )
+    shape = (data.image_size, data.image_size, data.channels)
+    scorer.check(shape, list(section.metrics), Result())
+    return scorer

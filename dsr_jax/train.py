@@ -21,7 +21,7 @@ from dsr_jax.data.sources import Source
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
-from dsr_jax.results import Results
+from dsr_jax.results import Results, open_scorer
 from dsr_jax.run import Job, run_command
 from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
@@ -54,12 +54,13 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
         mesh,
         build.xla_options(config),
     )
-    if config.sample.every_steps:
+    if config.sample.every_steps or config.eval.reference:
         # A space that gives no images says so now, not at the first picture.
         latents = jax.ShapeDtypeStruct((1, *space.latent_shape), jnp.float32)
         jax.eval_shape(space.decode, variables, latents)
     draw = build.make_sampler(config, model, space, mesh, rules)
-    results = Results(config, workdir, draw, variables, mesh.size)
+    scorer = open_scorer(config, mesh)
+    results = Results(config, workdir, draw, variables, mesh.size, scorer)
     return Job(
         card=_card(config, model, abstract.params, source, mesh),
         mesh=mesh,
@@ -67,7 +68,10 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
         init=init,
         step=lambda state, batch: step(state, batch, variables),
         batches=build.global_batches(config, source, sharding),
-        hooks=[Hook(config.sample.every_steps, results.draw_grid)],
+        hooks=[
+            Hook(config.sample.every_steps, results.draw_grid),
+            Hook(config.eval.every_steps, results.score),
+        ],
         finish=results.finish,
         forward_flops=build.forward_flops(model),
     )
