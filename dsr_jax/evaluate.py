@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args = _parser().parse_args(argv)
     if args.reference is None:
+        start_processes()
         judge(args)
         return
     if args.judge or not (args.inception or args.dinov2):
@@ -70,11 +71,13 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def judge(args: argparse.Namespace) -> None:
-    """Scores samples with a classifier and writes the result.
+    """Scores samples with a classifier and writes the result, on the primary process alone.
 
     Raises:
       EvaluationError: If the samples do not fit.
     """
+    if not is_primary():
+        return
     source = args.judge or "digits"
     samples = open_samples(args.samples)
     scores = score_with_judge(samples, source)
