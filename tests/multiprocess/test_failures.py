@@ -38,7 +38,8 @@ def screen(errors: str) -> str:
 def test_a_killed_process_is_named_by_the_other(tmp_path: Path, victim: int) -> None:
     """Also the one that holds the coordination service."""
     processes = start(tmp_path, 2000, 2, *OPTIONS)
-    wait_for_step(processes[1 - victim], 15)
+    # The save of step 20 waits for that of step 10.
+    wait_for_step(processes[1 - victim], 21)
     processes[victim].send_signal(signal.SIGKILL)
     wanted = [75, 75]
     wanted[victim] = -9

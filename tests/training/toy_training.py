@@ -249,7 +249,7 @@ def main() -> int:
     parser.add_argument("--data-parallel", action="store_true")
     args = parser.parse_args()
     start_processes()
-    with join_watch(args.workdir, Limits(args.step_seconds), True, lost_seconds=4.0) as watch:
+    with join_watch(args.workdir, Limits(args.step_seconds), True, lost_seconds=8.0) as watch:
         return run_script(args, watch)
 
 
