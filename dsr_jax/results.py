@@ -39,6 +39,7 @@ class Results:
       draw: From `build.make_sampler`.
       variables: Frozen arrays of the input space.
       num_devices: Batches are multiples of this.
+      image_shape: Height, width and channels of what it draws; () if that is never asked for.
       scorer: From `open_scorer`.
     """
 
@@ -49,11 +50,12 @@ class Results:
         draw: SampleFn,
         variables: PyTree,
         num_devices: int,
+        image_shape: tuple[int, ...],
         scorer: Scorer | None = None,
     ) -> None:
         self.config, self.workdir = config, workdir
         self._draw, self._variables, self._num_devices = draw, variables, num_devices
-        self._scorer = scorer
+        self._image_shape, self._scorer = image_shape, scorer
         self._last: tuple[int, dict[str, Any]] = (-1, {})
 
     def draw_grid(self, step: int, state: TrainState) -> None:
@@ -138,7 +140,7 @@ class Results:
             self.workdir / "samples",
             name,
             balanced_labels(config.eval.num_samples, config.data.num_classes, config.sample.seed),
-            (config.data.image_size, config.data.image_size, config.data.channels),
+            self._image_shape,
             build.sampling_recipe(config, step, config.sample.ema),
         )
         return job.run(
@@ -166,19 +168,18 @@ class Results:
         return judge_samples(samples.images(), samples.require_labels("judge"), train, heldout)
 
 
-def open_scorer(config: ConfigDict, mesh: Mesh) -> Scorer | None:
+def open_scorer(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, ...]) -> Scorer | None:
     """Opens reference and networks of config.eval; None where it names no reference.
 
     Raises:
-      EvaluationError: If the reference cannot be read, or is not of images like the config's.
+      EvaluationError: If the reference cannot be read, or is not of images of this shape.
       ConversionError: If weights are not there.
     """
-    section, data = config.eval, config.data
+    section = config.eval
     if not section.reference:
         return None
     scorer = make_scorer(
         section.reference, section.inception, section.dinov2, section.batch, mesh=mesh
     )
-    shape = (data.image_size, data.image_size, data.channels)
-    scorer.check(shape, list(section.metrics), Result())
+    scorer.check(image_shape, list(section.metrics), Result())
     return scorer

@@ -54,13 +54,14 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
         mesh,
         build.xla_options(config),
     )
-    if config.sample.every_steps or config.eval.reference:
+    image_shape: tuple[int, ...] = ()
+    if config.sample.every_steps or config.eval.judge or config.eval.reference:
         # A space that gives no images says so now, not at the first picture.
         latents = jax.ShapeDtypeStruct((1, *space.latent_shape), jnp.float32)
-        jax.eval_shape(space.decode, variables, latents)
+        image_shape = jax.eval_shape(space.decode, variables, latents).shape[1:]
     draw = build.make_sampler(config, model, space, mesh, rules)
-    scorer = open_scorer(config, mesh)
-    results = Results(config, workdir, draw, variables, mesh.size, scorer)
+    scorer = open_scorer(config, mesh, image_shape)
+    results = Results(config, workdir, draw, variables, mesh.size, image_shape, scorer)
     return Job(
         card=_card(config, model, abstract.params, source, mesh),
         mesh=mesh,

@@ -24,7 +24,10 @@ ALLOWED = {
     "evaluation": {"core", "parallel", "models"},
     "convert": {"core", "models"},
 }
-ENTRY_POINTS = {"train", "train_decoder", "sample", "evaluate", "encode", "compile", "export"}
+ENTRY_POINTS = {
+    *("train", "train_decoder", "sample", "evaluate", "evaluate_reconstruction"),
+    *("encode", "compile", "export"),
+}
 ONLY_IN = {"orbax": "training/checkpoints.py", "grain": "data/", "torch": "convert/"}
 LAZY = {
     "torch",

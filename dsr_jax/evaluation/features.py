@@ -264,7 +264,7 @@ def tally_images(
     settings = {**recipe, **(identity or {}), "needs": sorted(tally.needs)}
     if folder is not None and is_primary():
         tally.restore(folder, settings)
-    start = _agree(tally.count)
+    start = agree(tally.count)
     part = (jax.process_index(), jax.process_count())
     saved = start
     pending: tuple[int, dict[str, Array]] | None = None
@@ -300,7 +300,7 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _agree(count: int) -> int:
+def agree(count: int) -> int:
     """The primary process's count, on every process."""
     if jax.process_count() == 1:
         return count

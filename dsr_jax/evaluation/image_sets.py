@@ -5,7 +5,7 @@ Each gives its images in one order, in batches, and this process's share of ever
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,8 +72,15 @@ class _ByIndex:
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(start, self.shape[0], size):
                 rows = range(first, min(first + size, self.shape[0]))[range_of_part(size, part)]
-                images = list(pool.map(self._read, rows))
-                yield np.stack(images) if images else np.zeros((0, *self.shape[1:]), np.uint8)
+                yield self._stack(list(pool.map(self._read, rows)))
+
+    def take(self, rows: Iterable[int]) -> np.ndarray:
+        """Reads images by number, uint8 [n, H, W, C]."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return self._stack(list(pool.map(self._read, rows)))
+
+    def _stack(self, images: list[np.ndarray]) -> np.ndarray:
+        return np.stack(images) if images else np.zeros((0, *self.shape[1:]), np.uint8)
 
 
 class ImageFiles(_ByIndex):

@@ -115,9 +115,7 @@ class Scorer:
         forget(folder)
         return result
 
-    def check(
-        self, shape: tuple[int, int, int], metrics: list[str] | None, result: Result
-    ) -> list[str]:
+    def check(self, shape: tuple[int, ...], metrics: list[str] | None, result: Result) -> list[str]:
         """Checks that images of a shape can be scored; returns the metrics to compute, in order.
 
         Args:
@@ -211,7 +209,7 @@ class Scorer:
 
 
 def _check_sizes(
-    wanted: tuple[int, int, int], reference: Reference, networks: Mapping[str, Any]
+    wanted: tuple[int, ...], reference: Reference, networks: Mapping[str, Any]
 ) -> None:
     """Checks that a reference is of images of this shape, and of these networks.
 

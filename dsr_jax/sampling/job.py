@@ -60,7 +60,7 @@ class SampleJob:
     folder: Path
     name: str
     labels: np.ndarray
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     recipe: Mapping[str, Any]
 
     @property

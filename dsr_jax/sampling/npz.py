@@ -11,7 +11,7 @@ from dsr_jax.core.files import open_atomic
 
 def write_npz(
     path: Path,
-    shape: tuple[int, int, int, int] | None,
+    shape: tuple[int, ...] | None,
     pieces: Iterable[np.ndarray],
     extra: Mapping[str, np.ndarray],
 ) -> None:
@@ -38,7 +38,7 @@ def write_npz(
 
 
 def _write_images(
-    archive: zipfile.ZipFile, shape: tuple[int, int, int, int], pieces: Iterable[np.ndarray]
+    archive: zipfile.ZipFile, shape: tuple[int, ...], pieces: Iterable[np.ndarray]
 ) -> None:
     written = 0
     with archive.open("arr_0.npy", "w", force_zip64=True) as member:

@@ -1,0 +1,134 @@
+"""PSNR, SSIM and LPIPS of many pairs of images, over all hosts and devices."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.files import open_atomic
+from dsr_jax.core.typing import Array, Params
+from dsr_jax.evaluation.features import agree
+from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.reconstruction import psnr, ssim
+from dsr_jax.models.lpips import LPIPS
+from dsr_jax.parallel.axes import make_rules
+from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
+
+_SAVE_EVERY = 5000
+
+
+class PairScorer:
+    """Compares images one by one with their reconstructions.
+
+    Args:
+      mesh: All devices; pairs are split over every axis.
+      batch: Pairs at a time, a multiple of the number of devices.
+      lpips: Perceptual distance, or None to do without.
+      params: Its parameters.
+    """
+
+    def __init__(
+        self, mesh: Mesh, batch: int, lpips: LPIPS | None = None, params: Params | None = None
+    ) -> None:
+        self._batch = -(-batch // mesh.size) * mesh.size
+        self._sharding = batch_sharding(mesh, make_rules("replicated"))
+        self._names = ["psnr", "ssim"] + ["lpips"] * (lpips is not None)
+        self._lpips = lpips
+        self._params = jax.device_put(params, replicated(mesh))
+        self._distance = jax.jit(self._compare)
+
+    def score(
+        self,
+        images: ImageSet,
+        outputs: ImageSet,
+        folder: Path,
+        identity: Mapping[str, Any],
+    ) -> dict[str, float]:
+        """Means over all pairs: "psnr" in dB, "ssim", and "lpips" where there is a network.
+
+        On processes other than the primary the result is empty.
+
+        Args:
+          images: The images.
+          outputs: Their reconstructions, in the same order.
+          folder: For what a stopped pass goes on from; all hosts must see it.
+          identity: What must be equal for a pass to be continued.
+
+        Raises:
+          EvaluationError: If shapes differ, or the folder is of something else.
+        """
+        if images.shape != outputs.shape:
+            raise EvaluationError(
+                f"images are {images.shape}, reconstructions {outputs.shape}",
+                "reconstruct the very images, in their order and size",
+            )
+        path, marks = folder / "pairs.npz", json.dumps({**identity, "scores": self._names})
+        values = _restore(path, marks) if is_primary() else []
+        saved = done = agree(sum(map(len, values)))
+        part = (jax.process_index(), jax.process_count())
+        both = (each.batches(self._batch, done, part) for each in (images, outputs))
+        for ours, theirs in zip(*both, strict=True):
+            rows = self._rows(ours, theirs)[: images.shape[0] - done]
+            values.append(rows)
+            done += len(rows)
+            if is_primary() and done - saved >= _SAVE_EVERY:
+                saved = done
+                with open_atomic(path) as file:
+                    np.savez(file, values=np.concatenate(values), identity=marks)
+        if not is_primary():
+            return {}
+        means = np.concatenate(values).mean(axis=0)
+        return {name: float(mean) for name, mean in zip(self._names, means, strict=True)}
+
+    def _rows(self, images: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """Scores [B, 2 or 3] of a batch of all hosts, from this process's share, on every host."""
+        size = self._batch // jax.process_count()
+        scores = np.zeros((size, 2))
+        if count := len(images):
+            scores[:count] = np.stack([psnr(images, outputs), ssim(images, outputs)], axis=1)
+        shown = (_filled(x, size) for x in (images, outputs))
+        given: dict[str, Any] = dict(zip(("images", "outputs"), shown, strict=True))
+        # Devices have no 64-bit floats; two of 32 bits hold a score well enough.
+        high = scores.astype(np.float32)
+        given |= {"high": high, "low": (scores - high).astype(np.float32)}
+        arrays = host_to_global(given, self._sharding)
+        rows: np.ndarray = fetch(arrays["high"]).astype(np.float64) + fetch(arrays["low"])
+        if self._lpips is None:
+            return rows
+        distances = fetch(self._distance(self._params, arrays["images"], arrays["outputs"]))
+        return np.concatenate([rows, distances[:, None].astype(np.float64)], axis=1)
+
+    def _compare(self, params: Params, images: Array, outputs: Array) -> Array:
+        assert self._lpips is not None
+        a, b = (x.astype(jnp.float32) / 127.5 - 1 for x in (images, outputs))
+        with jax.default_matmul_precision("highest"):
+            distances: Any = self._lpips.apply({"params": params}, a, b)
+        return distances
+
+
+def _filled(images: np.ndarray, size: int) -> np.ndarray:
+    padding = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
+    return np.concatenate([images, padding]) if len(padding) else images
+
+
+def _restore(path: Path, marks: str) -> list[np.ndarray]:
+    """The scores of a stopped pass.
+
+    Raises:
+      EvaluationError: If they are of something else.
+    """
+    if not path.is_file():
+        return []
+    with np.load(path, allow_pickle=False) as arrays:
+        if str(arrays["identity"]) != marks:
+            raise EvaluationError(
+                f"{path} is of other images or networks", "delete it, or name another --out"
+            )
+        return [arrays["values"]]
