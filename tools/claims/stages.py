@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
     masked_steps: int = 2_000
     decoder_steps: int = 500
-    steps: int = 600
+    steps: int = 1_000
     samples: int = 500
 
 
