@@ -104,12 +104,14 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     devices = list(jax.devices() if devices is None else devices)
     sizes, types = shape.resolve(len(devices)), (AxisType.Auto,) * len(MESH_AXES)
     across = shape.resolve_slices(len(devices), num_slices(devices))
+    # Splitting comes last: 4 x 16 on a torus of 8 x 8 has no other way.
     if math.prod(across) == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
-    within = [size // factor for size, factor in zip(sizes, across, strict=True)]
-    array = mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, allow_split_physical_axes=True
-    )
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within = [size // factor for size, factor in zip(sizes, across, strict=True)]
+        array = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
     return Mesh(array, MESH_AXES, axis_types=types)
 
 

@@ -80,6 +80,15 @@ def test_devices_are_those_of_the_slice(name: str) -> None:
 
 
 @pytest.mark.tpu_aot
+def test_meshes_of_other_factors_than_the_torus_are_laid_out() -> None:
+    require("libtpu", "tpu")
+    devices = compile_only_devices(find_topology("v6e:8x8"))
+    mesh = make_mesh(MeshShape(data=4, fsdp=16), devices)
+    assert mesh.devices.shape == (4, 16, 1)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+
+
+@pytest.mark.tpu_aot
 def test_what_is_traced_for_tpus_attends_as_tpus_do() -> None:
     """Not as the machine that compiles."""
     import jax
