@@ -21,7 +21,7 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
-from dsr_jax.evaluation.features import METRICS
+from dsr_jax.evaluation.features import METRICS, SAVE_EVERY
 from dsr_jax.evaluation.image_sets import open_images
 from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.samples import SampleFile, check_levels, open_samples
@@ -58,7 +58,14 @@ def compare(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else path.with_name(f"{path.stem}.scores.json")
     scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
     metrics = args.metrics.split(",") if args.metrics else None
-    result = score_to_file(scorer, images, metrics, out, allow_constant=args.allow_constant)
+    result = score_to_file(
+        scorer,
+        images,
+        metrics,
+        out,
+        allow_constant=args.allow_constant,
+        save_every=args.save_every,
+    )
     if not is_primary():
         return
     print(f"{path}: {images.shape[0]} images against {args.reference}")
@@ -129,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics", help=f"of {','.join(METRICS)}; default: fid,sfid,is,pr as far as possible")
     add("--batch", type=int, default=64, help="images at a time over all devices")
     add("--resize", default="adm", choices=RESIZES, help="how images become 299 pixels wide")
+    add("--save-every", type=int, default=SAVE_EVERY, help="images between savings")
     add("--allow-constant", action="store_true", help="score images of a single colour, too")
     add(
         "--judge",

@@ -10,7 +10,7 @@ from dsr_jax.convert.hub import load_class_encoder
 from dsr_jax.convert.inception import load_inception
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
-from dsr_jax.evaluation.features import Extractor
+from dsr_jax.evaluation.features import SAVE_EVERY, Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.networks import dinov2_features, inception_features
 from dsr_jax.evaluation.reference import open_reference
@@ -75,6 +75,7 @@ def score_to_file(
     out: Path,
     *,
     allow_constant: bool = False,
+    save_every: int = SAVE_EVERY,
 ) -> Result:
     """Scores images and writes numbers, recipe and provenance to a JSON file.
 
@@ -84,13 +85,16 @@ def score_to_file(
       metrics: Names, or None for those that the reference allows.
       out: The file; what a stopped pass goes on from lies beside it meanwhile.
       allow_constant: Takes images of a single colour, too.
+      save_every: Images between two savings.
 
     Raises:
       EvaluationError: If samples, reference and metrics do not fit.
     """
     folder = out.with_name(f"{out.name}.parts")
     chosen = None if metrics is None else list(metrics)
-    result = scorer.score(images, chosen, folder=folder, allow_constant=allow_constant)
+    result = scorer.score(
+        images, chosen, folder=folder, allow_constant=allow_constant, save_every=save_every
+    )
     if is_primary():
         reference = scorer.reference
         about = {

@@ -25,7 +25,7 @@ from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import InceptionScore
 from dsr_jax.evaluation.networks import FeatureNetwork
 from dsr_jax.parallel.axes import make_rules
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_primary, say
 from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
 
 _NEEDS = {
@@ -45,6 +45,9 @@ _OUTPUTS = {
 }
 METRICS = tuple(_NEEDS)
 _PROGRESS = "progress.npz"
+
+SAVE_EVERY = 5000
+"""Images between two savings of an unfinished pass."""
 
 
 def needs_of(metrics: Iterable[str]) -> frozenset[str]:
@@ -234,7 +237,7 @@ def tally_images(
     *,
     folder: Path | None = None,
     identity: Mapping[str, Any] | None = None,
-    save_every: int = 5000,
+    save_every: int = SAVE_EVERY,
     allow_constant: bool = False,
     report: Callable[[int, int], None] | None = None,
 ) -> Tally:
@@ -265,6 +268,8 @@ def tally_images(
     if folder is not None and is_primary():
         tally.restore(folder, settings)
     start = agree(tally.count)
+    if 0 < start < total:
+        say(f"continuing after {start} of {total} images")
     part = (jax.process_index(), jax.process_count())
     saved = start
     pending: tuple[int, dict[str, Array]] | None = None

@@ -14,6 +14,7 @@ import numpy as np
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.evaluation.features import (
     METRICS,
+    SAVE_EVERY,
     Extractor,
     Tally,
     forget,
@@ -71,6 +72,7 @@ class Scorer:
         *,
         folder: Path,
         allow_constant: bool = False,
+        save_every: int = SAVE_EVERY,
     ) -> Result:
         """Scores images; on hosts other than the primary the result is empty.
 
@@ -80,6 +82,7 @@ class Scorer:
             allows, and says which it does not.
           folder: For what a stopped pass goes on from; removed at the end.
           allow_constant: Takes images of a single colour, too.
+          save_every: Images between two savings.
 
         Raises:
           EvaluationError: If images, reference and metrics do not fit.
@@ -90,13 +93,14 @@ class Scorer:
         # Digests are compared before a pass is continued, and written beside the scores.
         about = result.samples = images.describe()
         reference_digest = self.reference.digest()
-        ours = self._pass(images, chosen, folder / "samples", about, allow_constant)
+        settings = {"allow_constant": allow_constant, "save_every": save_every}
+        ours = self._pass(images, chosen, folder / "samples", about, **settings)
         theirs = None
         if needed := self.reference.passes(chosen):
             assert self.reference.images is not None
             identity = {"digest": reference_digest}
             theirs = self._pass(
-                self.reference.images, needed, folder / "reference", identity, allow_constant
+                self.reference.images, needed, folder / "reference", identity, **settings
             )
         if not is_primary():
             return result
@@ -158,7 +162,7 @@ class Scorer:
         metrics: list[str],
         folder: Path,
         about: Mapping[str, Any],
-        allow_constant: bool,
+        **settings: Any,
     ) -> Tally:
         report, name = self.report, folder.name
         return tally_images(
@@ -167,8 +171,8 @@ class Scorer:
             metrics,
             folder=folder,
             identity={"images": dict(about)},
-            allow_constant=allow_constant,
             report=None if report is None else lambda done, total: report(name, done, total),
+            **settings,
         )
 
     def _compute(
