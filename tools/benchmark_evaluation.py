@@ -2,7 +2,6 @@
 
 import copy
 import multiprocessing
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,16 @@ def peak_of_neighbours(count: int, width: int = WIDTH) -> int:
 def _peak(result: Any, count: int, width: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     score = make_neighbours(count, width)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize()
+    before = _memory("VmRSS")
     score()
-    result.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    # Not getrusage's, which begins with what the parent process had.
+    result.send(_memory("VmHWM") - before)
+
+
+def _memory(key: str) -> int:
+    """A line of /proc/self/status in bytes: memory now, or at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _features(count: int, width: int, seed: int) -> np.ndarray:

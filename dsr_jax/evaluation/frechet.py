@@ -90,9 +90,9 @@ class Moments:
         total = self._count + count
         step = mean - self._mean
         self._mean = self._mean + step * (count / total)
-        self._scatter = (
-            self._scatter + scatter + np.outer(step, step) * (self._count * count / total)
-        )
+        # In place: of 2048 features each copy of the matrix is 32 MiB.
+        self._scatter += scatter
+        self._scatter += np.outer(step * (self._count * count / total), step)
         self._count = total
 
     def state(self) -> dict[str, np.ndarray]:
