@@ -197,16 +197,6 @@ def test_zero1_divides_averages_and_moments_alone() -> None:
             assert 1 / 8 <= held[0] / tree_bytes(part) < 0.155
 
 
-def test_zero1_refuses_a_width_that_fsdp_does_not_divide() -> None:
-    config = tiny_config(((1, 8, 1), "zero1"))
-    config.model.update(hidden_size=36, num_heads=3)
-    mesh, rules = build.make_mesh(config), build.make_rules(config)
-    space, _ = build.make_space(config)
-    model = build.make_model(config, space, Constrain(rules, mesh))
-    with pytest.raises(MeshError, match="of the optimizer and EMA bytes are split over fsdp"):
-        build.make_state(config, model, space, build.make_optimizer(config), mesh, rules)
-
-
 @pytest.mark.parametrize(("saved", "opened"), [("fsdp", "zero1"), ("zero1", "replicated")])
 def test_a_checkpoint_of_one_preset_opens_under_another(
     tmp_path: Path, saved: str, opened: str
@@ -238,11 +228,18 @@ def test_tensor_parallelism_divides_heads_and_hidden_units() -> None:
             assert tuple(np.floor_divide(leaf.shape, shard)) == parts, (name, leaf.shape)
 
 
-def test_a_width_that_fsdp_does_not_divide_is_refused() -> None:
-    config = tiny_config(((1, 8, 1), "fsdp"))
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("fsdp", "parameter bytes are split over fsdp; whole: t_embedder"),
+        ("zero1", "of the optimizer and EMA bytes are split over fsdp"),
+    ],
+)
+def test_a_width_that_fsdp_does_not_divide_is_refused(preset: str, message: str) -> None:
+    config = tiny_config(((1, 8, 1), preset))
     config.model.update(hidden_size=36, num_heads=3)
     mesh, rules = build.make_mesh(config), build.make_rules(config)
     space, _ = build.make_space(config)
     model = build.make_model(config, space, Constrain(rules, mesh))
-    with pytest.raises(MeshError, match="parameter bytes are split over fsdp; whole: t_embedder"):
+    with pytest.raises(MeshError, match=message):
         build.make_state(config, model, space, build.make_optimizer(config), mesh, rules)

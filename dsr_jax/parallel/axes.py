@@ -43,26 +43,20 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 _REPLICATED: dict[str, tuple[str, ...]] = dict.fromkeys(LOGICAL_AXES, ())
 
+_TENSOR: Mapping[str, tuple[str, ...]] = {
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "modulation": ("tensor",),
+    "act_batch": ("data", "fsdp"),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+}
+
 _PRESETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     # Parameters split over `fsdp` along the width and over `tensor` along heads and hidden units.
-    "fsdp": {
-        "embed": ("fsdp",),
-        "mlp": ("tensor",),
-        "heads": ("tensor",),
-        "modulation": ("tensor",),
-        "act_batch": ("data", "fsdp"),
-        "act_heads": ("tensor",),
-        "act_mlp": ("tensor",),
-    },
+    "fsdp": {"embed": ("fsdp",), **_TENSOR},
     # As "fsdp", but parameters are whole along the width: what splits is in _UPDATE_PRESETS.
-    "zero1": {
-        "mlp": ("tensor",),
-        "heads": ("tensor",),
-        "modulation": ("tensor",),
-        "act_batch": ("data", "fsdp"),
-        "act_heads": ("tensor",),
-        "act_mlp": ("tensor",),
-    },
+    "zero1": _TENSOR,
     # Every device holds all parameters; only the batch is split.
     "replicated": {"act_batch": ("data", "fsdp", "tensor")},
 }
