@@ -10,8 +10,9 @@ import jax
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.attention import ATTENTION_RESIDUALS, Attention, Rope
+from dsr_jax.models.attention import Attention, Rope
 from dsr_jax.models.dropout import ATTENTION_OUTPUT, MLP_HIDDEN, Dropout
+from dsr_jax.models.kernels import ATTENTION_RESIDUALS
 from dsr_jax.models.layers import (
     XAVIER,
     Dense,

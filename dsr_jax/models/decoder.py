@@ -91,7 +91,7 @@ class ViTDecoder(nn.Module):
 
     Attributes:
       config: Sizes.
-      attention: Attention kernel, see `models.attention.attend`.
+      attention: Attention kernel, see `models.kernels.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
       remat: What the backward pass recomputes: "none", "full" or "dots".

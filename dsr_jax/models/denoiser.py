@@ -126,7 +126,7 @@ class DiffusionTransformer(nn.Module):
         and head, which starts at 0. The paper has none: it is for registers that join a trained
         network, which thereby starts as it was (`convert.retrofit`).
       remat: What the backward pass recomputes: "none", "full" or "dots".
-      attention: Attention kernel, see `models.attention.attend`.
+      attention: Attention kernel, see `models.kernels.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
       reversed_time: Time runs from t = 0, noise, to t = 1, data, as in the network's own source;

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.attention import attend
+from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import TORCH_DEFAULT, Dense, add_param, flattened, ones, zeros
 from dsr_jax.models.precision import Precision
 
@@ -314,7 +314,7 @@ class AutoencoderKL(nn.Module):
 
     Attributes:
       config: Sizes.
-      attention: Attention kernel, see `models.attention.attend`.
+      attention: Attention kernel, see `models.kernels.attend`.
       precision: Dtype policy.
     """
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.attention import Rope, attend
+from dsr_jax.models.attention import Rope
 from dsr_jax.models.blocks import make_stack
 from dsr_jax.models.embeddings import patchify
 from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import (
     TORCH_DEFAULT,
     XAVIER,
@@ -211,7 +212,7 @@ class ViTAttention(nn.Module):
             linear_init=config.linear_init,
             precision=self.precision,
             name="out",
-        )(attend(q, k, v, self.attention))
+        )(attend(q, k, v, self.attention, constrain=self.constrain))
 
 
 class ViTMlp(nn.Module):
@@ -281,7 +282,7 @@ class ViT(nn.Module):
 
     Attributes:
       config: Sizes and flags.
-      attention: Attention kernel, see `models.attention.attend`.
+      attention: Attention kernel, see `models.kernels.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
     """

@@ -5,6 +5,7 @@ A rule set says which mesh axes a meaning is split over. Flax treats a name with
 replicated, silently; here an unknown, colliding or missing name raises.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -151,6 +152,16 @@ def partition_spec(names: Sequence[str | None], rules: Rules) -> PartitionSpec:
                 )
             taken[axis] = str(name)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def fit_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Drops the mesh axes that do not divide their dimension: XLA shards evenly or not at all."""
+    entries: list[tuple[str, ...] | str | None] = []
+    for size, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        entries.append(entry if axes and size % shards == 0 else None)
     return PartitionSpec(*entries)
 
 

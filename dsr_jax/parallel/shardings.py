@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsr_jax.core.errors import MeshError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Array, PyTree
-from dsr_jax.parallel.axes import Rules, partition_spec
+from dsr_jax.parallel.axes import Rules, fit_spec, partition_spec
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,16 +23,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     """The leading dimension is split as the rules split samples."""
     return NamedSharding(mesh, partition_spec(("act_batch",), rules))
-
-
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Drops the mesh axes that do not divide their dimension: XLA shards evenly or not at all."""
-    entries: list[Any] = []
-    for size, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
-        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        shards = int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
-        entries.append(entry if axes and size % shards == 0 else None)
-    return PartitionSpec(*entries)
 
 
 def make_shardings(boxed: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
@@ -52,7 +42,7 @@ def make_shardings(boxed: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     def leaf_sharding(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.LogicallyPartitioned):
             spec = partition_spec(leaf.names, rules)
-            return NamedSharding(mesh, _fit(spec, leaf.value.shape, mesh))
+            return NamedSharding(mesh, fit_spec(spec, leaf.value.shape, mesh))
         return replicated(mesh)
 
     return jax.tree.map(

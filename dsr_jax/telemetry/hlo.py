@@ -19,6 +19,7 @@ _DTYPE_BITS: Mapping[str, int] = {
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_TILE = re.compile(r"([\d,]+):T\(([\d,]+)\)")
 _OTHER_MEMORY = re.compile(r"S\(\d+\)")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 
@@ -31,16 +32,24 @@ class Array:
       dtype: XLA's name.
       shape: Sizes.
       in_hbm: False where the compiler keeps it in a chip's fast memory.
+      padded: Sizes up to the edges of the tiles in which a TPU stores it; None where it has none.
     """
 
     dtype: str
     shape: tuple[int, ...]
     in_hbm: bool = True
+    padded: tuple[int, ...] | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes without the padding of tiles; 0 for what is no array of numbers."""
         return math.prod(self.shape) * _DTYPE_BITS.get(self.dtype, 0) // 8
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes with the padding of tiles, which a chip reads and writes, too."""
+        sizes = self.shape if self.padded is None else self.padded
+        return math.prod(sizes) * _DTYPE_BITS.get(self.dtype, 0) // 8
 
 
 @dataclass(frozen=True)
@@ -208,4 +217,15 @@ def _closing(text: str, start: int) -> int:
 def _arrays(text: str) -> Iterator[Array]:
     for dtype, sizes, layout in _ARRAY.findall(text):
         shape = tuple(int(size) for size in sizes.split(",") if size)
-        yield Array(dtype, shape, not _OTHER_MEMORY.search(layout))
+        yield Array(dtype, shape, not _OTHER_MEMORY.search(layout), _padded(shape, layout))
+
+
+def _padded(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
+    """Rounds the dimensions that a layout's tile covers, as in "2,0,1:T(8,128)(2,1)S(1)"."""
+    if not (tile := _TILE.match(layout)):
+        return None
+    minor_first, edges = (tuple(map(int, found.split(","))) for found in tile.groups())
+    sizes = list(shape)
+    for dimension, edge in zip(minor_first, reversed(edges), strict=False):
+        sizes[dimension] += -sizes[dimension] % edge
+    return tuple(sizes)

@@ -248,7 +248,23 @@ def _flops(computation: Computation, instruction: Instruction) -> float:
         return 2 * depth * math.prod(instruction.arrays[0].shape)
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
+    if instruction.opcode == "custom-call":
+        return _attention_flops(computation, instruction)
     return 0
+
+
+_SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
+"""Products of queries x keys x channels in splash's two kernels; dkv makes all gradients."""
+
+
+def _attention_flops(computation: Computation, instruction: Instruction) -> float:
+    """Operations of a splash kernel, which the compiler cannot see into, padding included."""
+    kernel = re.match(r"splash_mha_(fwd|dkv)", instruction.name)
+    if kernel is None:
+        return 0
+    # Queries [B, H, L, K] come before keys [B, H, M, K]; tables and numbers have fewer axes.
+    q, k = [a for a in _operands(computation, instruction) if len(a.shape) == 4][:2]
+    return 2 * _SPLASH_PRODUCTS[kernel.group(1)] * math.prod(q.shape) * k.shape[2]
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
@@ -298,16 +314,16 @@ def _hbm_bytes(program: Program, computation: Computation, instruction: Instruct
     if code == "fusion":
         return _fusion_bytes(program, computation, instruction)
     if code in ("send", "recv"):
-        return results[0].bytes * results[0].in_hbm
+        return results[0].stored_bytes * results[0].in_hbm
     operands = _operands(computation, instruction)
     if code.startswith(("slice", "dynamic-slice", "gather")):
-        moved = min((a.bytes for a in results if a.shape), default=0)
+        moved = min((a.stored_bytes for a in results if a.shape), default=0)
         return moved * (operands[0].in_hbm + any(a.in_hbm for a in results[:2]))
     if code == "dynamic-update-slice":
-        return operands[1].bytes * (operands[0].in_hbm + operands[1].in_hbm)
+        return operands[1].stored_bytes * (operands[0].in_hbm + operands[1].in_hbm)
     if code.endswith("-start"):
         results = results[:1] if code == "copy-start" else results[len(operands) :] or results
-    return sum(array.bytes for array in (*operands, *results) if array.in_hbm)
+    return sum(array.stored_bytes for array in (*operands, *results) if array.in_hbm)
 
 
 def _fusion_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
@@ -324,19 +340,19 @@ def _fusion_bytes(program: Program, computation: Computation, instruction: Instr
     )
     for element, array in zip(elements, instruction.arrays, strict=False):
         if array.in_hbm:
-            moved += min(array.bytes, _bytes_written(program, fused, element))
+            moved += min(array.stored_bytes, _bytes_written(program, fused, element))
     return moved
 
 
 def _bytes_read(program: Program, fused: Computation, source: Instruction) -> float:
-    whole = float(sum(array.bytes for array in source.arrays))
+    whole = float(sum(array.stored_bytes for array in source.arrays))
     read = 0.0
     for user in fused.users(source.name):
         place = user.operands.index(source.name)
         if user.opcode in ("bitcast", "reshape", "get-tuple-element"):
             read += _bytes_read(program, fused, user)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-            read += user.arrays[0].bytes
+            read += user.arrays[0].stored_bytes
         elif user.opcode == "fusion":
             inner = program.computations[user.called("calls")[0]]
             read += _bytes_read(program, inner, inner.parameters()[place])
@@ -352,5 +368,5 @@ def _bytes_written(program: Program, fused: Computation, result: Instruction) ->
         inner = program.computations[result.called("calls")[0]]
         return _bytes_written(program, inner, inner.root)
     if result.opcode == "dynamic-update-slice":
-        return sum(array.bytes for array in fused.instructions[result.operands[1]].arrays)
-    return float(sum(array.bytes for array in result.arrays))
+        return sum(array.stored_bytes for array in fused.instructions[result.operands[1]].arrays)
+    return float(sum(array.stored_bytes for array in result.arrays))

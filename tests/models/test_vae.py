@@ -12,7 +12,7 @@ import pytest
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params
-from dsr_jax.models.attention import attend
+from dsr_jax.models.kernels import attend
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vae import AutoencoderKL, Conv, GroupNorm, Posterior, VAEConfig
 from tests.programs import quick_programs

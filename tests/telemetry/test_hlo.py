@@ -20,7 +20,9 @@ def test_instructions_have_shapes_operands_and_attributes() -> None:
     layer = program.computations["fused_layer"]
     assert [i.name for i in layer.parameters()] == ["param_0", "param_1", "param_2"]
     gather = layer.instructions["all-gather.1"]
-    assert gather.arrays == (Array("f32", (8, 4)),) and gather.operands == ("shard",)
+    assert gather.arrays == (Array("f32", (8, 4), padded=(8, 128)),) and gather.operands == (
+        "shard",
+    )
     assert gather.attribute(r"channel_id=(\d+)") == "5"
     assert layer.root.opcode == "convolution"
     assert [user.name for user in layer.users("shard")] == ["all-gather.1"]
@@ -31,6 +33,23 @@ def test_memory_spaces_other_than_hbm_are_told() -> None:
     x, weights = layer.instructions["param_2"].arrays[0], layer.instructions["param_0"].arrays[0]
     assert (x.in_hbm, x.bytes) == (False, 16 * 8 * 4)
     assert (weights.in_hbm, weights.bytes) == (True, 3 * 2 * 4 * 4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "stored"),
+    [
+        ("", 3 * 20 * 72),
+        ("{2,1,0}", 3 * 20 * 72),
+        ("{2,1,0:T(8,128)(2,1)}", 3 * 24 * 128),
+        # Tiles lie on the two dimensions that vary fastest, in whatever order.
+        ("{1,0,2:T(8,128)(2,1)S(1)}", 8 * 128 * 72),
+        ("{0,2,1:T(1024)}", 1024 * 20 * 72),
+    ],
+)
+def test_tiles_are_stored_whole(layout: str, stored: int) -> None:
+    text = f"ENTRY %main (x: bf16[3,20,72]) -> bf16[3,20,72] {{\n  ROOT %x = bf16[3,20,72]{layout}"
+    (array,) = parse(f"{text} parameter(0)\n}}\n").entry.root.arrays
+    assert (array.bytes, array.stored_bytes) == (2 * 3 * 20 * 72, 2 * stored)
 
 
 def test_trips_are_the_limit_over_the_step() -> None:

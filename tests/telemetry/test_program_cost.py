@@ -69,10 +69,11 @@ def test_what_hosts_exchange_counts_as_the_slices_network(
 
 def test_a_fusion_reads_what_it_slices_and_nothing_of_fast_memory() -> None:
     scan, _ = split_program(parse(TEXT))
-    # A slice of the weights, the layer's number, the result; counters; the neighbour's block.
-    layer = 2 * 4 * 4 + 4 + 16 * 4 * 4
-    counters = 3 * 4
-    inner = 4 * (64 + counters)
+    # Slices of the weights, the layer's number, the result; counters; the neighbour's block.
+    tile, number = 8 * 128 * 4, 4
+    layer = tile + number + 2 * tile
+    counters = 3 * number
+    inner = 4 * (tile + counters)
     assert scan.cost.hbm_bytes == 3 * (layer + counters + inner)
 
 
@@ -120,6 +121,21 @@ def test_padding_and_holes_cost_nothing(convolution: str, products: int) -> None
         "}\n"
     )
     assert total(split_program(parse(text))).flops == 2 * 2 * 4 * products
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("fwd_no_residuals", 2), ("dkv_segmented", 5)])
+def test_splash_kernels_count_their_products(kernel: str, products: int) -> None:
+    text = (
+        "ENTRY %main (q: bf16[2,4,384,72], k: bf16[2,4,256,72]) -> bf16[2,4,384,72] {\n"
+        "  %table = s8[1,1,1]{2,1,0} constant({...})\n"
+        "  %q = bf16[2,4,384,72]{3,2,1,0} parameter(0)\n"
+        "  %k = bf16[2,4,256,72]{3,2,1,0} parameter(1)\n"
+        f"  ROOT %splash_mha_{kernel}.1 = bf16[2,4,384,72]{{3,2,1,0}} "
+        'custom-call(%table, %q, %k, %k), custom_call_target="tpu_custom_call"\n'
+        "}\n"
+    )
+    cost = total(split_program(parse(text)))
+    assert cost.flops == products * 2 * (2 * 4) * 384 * 256 * 72
 
 
 def test_products_agree_with_xla_where_nothing_is_scanned() -> None:

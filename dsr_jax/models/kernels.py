@@ -1,0 +1,168 @@
+"""Softmax attention by XLA, cuDNN or splash, behind the one function that every network calls."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array
+from dsr_jax.models.segments import Segments, pad_lengths
+from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
+
+ATTENTION_RESIDUALS = "attention_residuals"
+"""Name under which rematerialisation may keep what attention's backward pass needs."""
+
+
+_FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Score of a key that a query must not see: finite, so that no row of scores divides 0 by 0."""
+
+
+def _scores(q: Array, k: Array, segments: Segments | None = None) -> Array:
+    scores = jnp.einsum("bhlk,bhmk->bhlm", q, k, preferred_element_type=jnp.float32)
+    return scores if segments is None else jnp.where(segments.mask, scores, _FORBIDDEN)
+
+
+@jax.custom_vjp
+def _attend_einsum(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    """Attention whose backward pass recomputes the weights, for platforms without a kernel.
+
+    Differentiating plain softmax attention keeps several [B, H, L, M] arrays; in a scan over
+    depth they are written to stacked buffers, which took a sixth of a training step on a CPU.
+    Kept here are the output and one log-sum per query, as in flash attention.
+    """
+    return _einsum_forward(q, k, v, segments)[0]
+
+
+_Kept = tuple[Array, Array, Array, Segments | None, Array, Array]
+
+
+def _einsum_forward(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, _Kept]:
+    dtype = q.dtype
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
+    scores = _scores(q, k, segments)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Dividing the [B, H, L, K] result instead of the weights saves a pass over the larger array.
+    out = jnp.einsum("bhlm,bhmk->bhlk", weights.astype(dtype), v).astype(jnp.float32) / total
+    out = checkpoint_name(out.astype(dtype), ATTENTION_RESIDUALS)
+    log_sum = checkpoint_name(peak + jnp.log(total), ATTENTION_RESIDUALS)
+    return out.transpose(0, 2, 1, 3), (q, k, v, segments, out, log_sum)
+
+
+def _einsum_backward(kept: _Kept, grad: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, out, log_sum = kept
+    grad = grad.transpose(0, 2, 1, 3)
+    weights = jnp.exp(_scores(q, k, segments) - log_sum)
+    grad_v = jnp.einsum("bhlm,bhlk->bhmk", weights.astype(grad.dtype), grad)
+    along = jnp.sum((grad * out).astype(jnp.float32), axis=-1, keepdims=True)
+    grad_scores = (weights * (_scores(grad, v) - along)).astype(q.dtype)
+    grad_q = jnp.einsum("bhlm,bhmk->bhlk", grad_scores, k) * q.shape[-1] ** -0.5
+    grad_k = jnp.einsum("bhlm,bhlk->bhmk", grad_scores, q)
+    grad_q, grad_k, grad_v = (x.transpose(0, 2, 1, 3) for x in (grad_q, grad_k, grad_v))
+    return grad_q, grad_k, grad_v, None
+
+
+_attend_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def _attend_xla(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    mask = None if segments is None else segments.mask
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def _attend_cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    if segments is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    length = q.shape[1]
+    # With a mask, its backward pass takes even lengths alone.
+    q, k, v, segments = pad_lengths(q, k, v, segments, 2)
+    mask = None if segments is None else segments.mask
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return out[:, :length]
+
+
+_CUDNN_CHANNELS = 128
+"""Channels of a head that cudnn takes on all GPUs; the VAE's one head has 512."""
+
+_KERNELS: dict[str, Callable[[Array, Array, Array, Segments | None], Array]] = {
+    "einsum": _attend_einsum,
+    "xla": _attend_xla,
+    "cudnn": _attend_cudnn,
+}
+
+
+def _attend_splash(
+    q: Array, k: Array, v: Array, segments: Segments | None, constrain: Constrain | None
+) -> Array:
+    """Under `shard_map`, since the compiler cannot split a kernel that it does not know."""
+    from dsr_jax.models.splash import attend_splash  # Pallas is for those who use it.
+
+    interpret = target_platform() != "tpu"
+    attend_here = partial(attend_splash, residuals=ATTENTION_RESIDUALS, interpret=interpret)
+    if constrain is None or constrain.mesh is None:
+        return attend_here(q, k, v, segments)
+    names = ("act_batch", None, "act_heads", None)
+    spec = fit_spec(partition_spec(names, constrain.rules), q.shape, constrain.mesh)
+    return jax.shard_map(
+        attend_here,
+        mesh=constrain.mesh,
+        in_specs=(spec, spec, spec, PartitionSpec(spec[0])),
+        out_specs=spec,
+        check_vma=False,
+    )(q, k, v, segments)
+
+
+def target_platform() -> str:
+    """The platform that the traced program is for: that of `jax.set_mesh`, else of this process.
+
+    The two differ where a CPU compiles ahead of time for devices that it does not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    kernel: str = "auto",
+    *,
+    segments: Segments | None = None,
+    constrain: Constrain | None = None,
+) -> Array:
+    """Softmax attention, scores and softmax in float32.
+
+    Args:
+      q: Queries [B, L, H, K], scaled by 1/sqrt(K) inside.
+      k: Keys [B, M, H, K].
+      v: Values [B, M, H, K].
+      kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), "splash" (for TPUs; interpreted, and
+        slow, elsewhere), or "auto": by `target_platform`, einsum on a CPU, cudnn for bfloat16 on
+        a GPU where heads have no more channels than it takes, xla elsewhere.
+      segments: Who attends to whom; None for everyone to everyone.
+      constrain: Layout of activations, by which splash runs on each device's own samples and
+        heads; None where there is one device.
+
+    Returns:
+      [B, L, H, K] in the dtype of `q`.
+
+    Raises:
+      ConfigError: If the kernel's name is unknown.
+    """
+    if kernel == "auto":
+        platform = target_platform()
+        cudnn = platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= _CUDNN_CHANNELS
+        kernel = "einsum" if platform == "cpu" else "cudnn" if cudnn else "xla"
+    if kernel == "splash":
+        return _attend_splash(q, k, v, segments, constrain)
+    if kernel not in _KERNELS:
+        raise ConfigError(
+            f"config.model.attention={kernel!r}",
+            f"choose from auto, {', '.join(_KERNELS)}, splash",
+        )
+    return _KERNELS[kernel](q, k, v, segments)
