@@ -162,6 +162,7 @@ def test_training_sees_the_latents_that_the_encoder_would_give(cached, overrides
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_on_cached_latents_trains_and_draws(cached, overrides, tmp_path) -> None:
     shrink = ["--config.train.steps=2", "--config.sample.every_steps=2", "--config.model.depth=2"]
     arguments = [DIGITS + ":runlocal", f"--workdir={tmp_path / 'run'}", *overrides, *shrink]

@@ -14,9 +14,12 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL = "denoiser_loss_weighting"
 SLOW = (
     "denoiser_ddt_reg",
+    "denoiser_init_stats",
+    "denoiser_jit",
     "denoiser_sampler_ode",
     "denoiser_sit_tiny",
     "denoiser_train_dit",
+    "encoder_discriminator",
     "eval_inception_tiny",
     "encoder_stage1_step",
 )

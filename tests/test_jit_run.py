@@ -51,6 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_but_the_position_tables(whole: Path) -> None:
     config = configs.load_run(whole)
     assert config.model.name == "jit" and config.model.dropout == 0.2
@@ -102,6 +103,7 @@ def losses(steps: int, *overrides: str) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_step_drops_out_if_the_config_says_so() -> None:
     kept, dropped = losses(2, "--config.model.dropout=0"), losses(2)
     assert all(abs(one - other) > 1e-3 for one, other in zip(kept, dropped, strict=True))

@@ -167,6 +167,7 @@ def test_a_complete_run_is_left_as_it_is(whole: Path, overrides: tuple[str, ...]
     assert (whole / before[1]["decoder"] / "params.safetensors").stat().st_mtime_ns == exported
 
 
+@pytest.mark.slow
 def test_losses_that_are_switched_off_are_not_computed_nor_stored(
     overrides: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

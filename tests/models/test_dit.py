@@ -61,8 +61,8 @@ def test_parameter_counts_are_the_official_ones(variant: str, channels: int) -> 
 
 def test_output_is_zero_at_the_official_start() -> None:
     model = LightningDiT(**TINY, num_registers=4, register_start=1)
-    params = nn.unbox(model.init(jax.random.key(0), *inputs()))
-    np.testing.assert_array_equal(model.apply(params, *inputs()), 0.0)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *inputs()))
+    np.testing.assert_array_equal(jax.jit(model.apply)(params, *inputs()), 0.0)
 
 
 def test_registers_change_the_function_from_their_block_on() -> None:
@@ -103,14 +103,14 @@ def test_stacks_are_cut_at_the_start_block(start: int) -> None:
     assert depths == ({"blocks_pre": start} if start else {}) | {"blocks_reg": 3 - start}
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(remat: str) -> None:
     def gradients(policy: str) -> dict:
         model = LightningDiT(**TINY, num_registers=4, register_start=1, remat=policy)
         params = random_params(model)
-        return jax.grad(lambda p: jnp.sum(jnp.square(model.apply({"params": p}, *inputs()))))(
-            params
-        )
+        return jax.jit(
+            jax.grad(lambda p: jnp.sum(jnp.square(model.apply({"params": p}, *inputs()))))
+        )(params)
 
     kept, recomputed = flatten_names(gradients("none")), flatten_names(gradients(remat))
     for name, value in kept.items():

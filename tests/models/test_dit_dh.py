@@ -86,7 +86,7 @@ def test_parameter_counts_are_the_official_ones(variant: str, channels: int) -> 
 def test_output_is_zero_at_the_official_start_but_biases_are_not() -> None:
     model = DiTDH(**TINY, **REGISTERS)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *inputs()))["params"]
-    np.testing.assert_array_equal(model.apply({"params": params}, *inputs()), 0.0)
+    np.testing.assert_array_equal(jax.jit(model.apply)({"params": params}, *inputs()), 0.0)
     biases = {name: x for name, x in flatten_names(params).items() if name.endswith("bias")}
     zero = {name for name, x in biases.items() if not x.any()}
     assert {name.rsplit("/", 2)[-2] for name in zero} == {"adaLN", "linear", "proj"}
@@ -173,6 +173,7 @@ def test_optional_parts_leave_no_parameters() -> None:
     assert names - set(shapes_of(DiTDH(**same_width))) == {"pos_embed", "s_projector"}
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient() -> None:
     def gradients(policy: str) -> dict:
         model = DiTDH(**TINY, **REGISTERS, remat=policy)

@@ -187,6 +187,7 @@ def test_dropout_belongs_to_samples() -> None:
     assert np.abs(whole - apply(x, t, y, keys(2, 4))).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_draws_the_same() -> None:
     def gradients(policy: str) -> dict:
         model = JiT(**TINY, dropout=0.5, remat=policy)

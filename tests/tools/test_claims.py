@@ -71,7 +71,7 @@ def test_patches_are_put_back() -> None:
     np.testing.assert_array_equal(_unpatch(patches), images)
 
 
-@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("registers", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_norms_are_those_of_the_patches_of_every_block(registers: int) -> None:
     model = LightningDiT(
         input_size=4,
