@@ -14,7 +14,7 @@ from dsr_jax.core.files import read_json
 from dsr_jax.telemetry.memory import TEMPORARIES
 from tests.requirements import require
 
-pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
+pytestmark = [pytest.mark.tpu, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[1]
 FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=8")

@@ -66,7 +66,7 @@ def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         compile_only_devices(find_topology("v5e:2x2"))
 
 
-@pytest.mark.tpu_aot
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     "name", ["v4:2x2x2", "v5e:1x1", "v5e:16x16", "v5p:2x2x1", "v6e:2x4", "2xv5e:4x4"]
 )
@@ -79,7 +79,7 @@ def test_devices_are_those_of_the_slice(name: str) -> None:
     assert num_slices(devices) == topology.slices
 
 
-@pytest.mark.tpu_aot
+@pytest.mark.tpu
 def test_meshes_of_other_factors_than_the_torus_are_laid_out() -> None:
     require("libtpu", "tpu")
     devices = compile_only_devices(find_topology("v6e:8x8"))
@@ -88,7 +88,7 @@ def test_meshes_of_other_factors_than_the_torus_are_laid_out() -> None:
     assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
-@pytest.mark.tpu_aot
+@pytest.mark.tpu
 def test_what_is_traced_for_tpus_attends_as_tpus_do() -> None:
     """Not as the machine that compiles."""
     import jax
