@@ -188,6 +188,9 @@ def _collective(
     results = sum(array.bytes for array in instruction.arrays)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         results -= operands  # It returns its operands, too.
+    # TPUs have no other word for it: a sum of which each device takes its slice.
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
     size = results if kind == "all-gather" else operands
     return Collective(kind, _group_size(instruction), size)
 
