@@ -35,6 +35,28 @@ def test_collectives_are_counted_by_kind_group_and_size() -> None:
     assert rest.cost.wire_bytes == 2 * 400 * 3 / 4
 
 
+REDUCE_SCATTER = """
+%all-reduce-scatter.4 (input.4: f32[16,8]) -> f32[4,8] {
+  %input.4 = f32[16,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[16,8]{1,0} all-reduce(%input.4), replica_groups=[2,4]<=[8], to_apply=%add
+  %begin = u32[] constant(0)
+  ROOT %slice = f32[4,8]{1,0} dynamic-slice(%all-reduce.1, %begin, %begin)
+}
+
+ENTRY %main (p: f32[16,8]) -> f32[4,8] {
+  %p = f32[16,8]{1,0} parameter(0)
+  ROOT %fusion = f32[4,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.4
+}
+"""
+
+
+def test_a_sum_that_is_sliced_at_once_is_a_reduce_scatter() -> None:
+    """As TPUs write it: the whole sum never arrives anywhere."""
+    (rest,) = split_program(parse(REDUCE_SCATTER))
+    assert rest.cost.collectives == {Collective("reduce-scatter", 4, 16 * 8 * 4): 1}
+    assert rest.cost.wire_bytes == 16 * 8 * 4 * 3 / 4
+
+
 BETWEEN_SLICES = """
 ENTRY %main (p: f32[4,8]) -> f32[16,8] {
   %p = f32[4,8]{1,0} parameter(0)
