@@ -105,8 +105,8 @@ def _attend_cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Ar
     return out[:, :length]
 
 
-_CUDNN_CHANNELS = 128
-"""Channels of a head that cudnn takes on all GPUs; the VAE's one head has 512."""
+_FUSED_CHANNELS = 128
+"""Channels of a head that cudnn takes on all GPUs, and a TPU's lanes; the VAE's head has 512."""
 
 _KERNELS: dict[str, Callable[[Array, Array, Array, Segments | None], Array]] = {
     "einsum": _attend_einsum,
@@ -145,6 +145,19 @@ def target_platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def _choose(q: Array, constrain: Constrain | None) -> str:
+    platform = target_platform()
+    if platform == "cpu":
+        return "einsum"
+    if q.dtype != jnp.bfloat16 or q.shape[-1] > _FUSED_CHANNELS:
+        return "xla"
+    if platform == "gpu":
+        return "cudnn"
+    # Without a mesh it cannot be told whether samples lie on several devices.
+    placed = constrain is not None and constrain.mesh is not None
+    return "splash" if platform == "tpu" and placed else "xla"
+
+
 def attend(
     q: Array,
     k: Array,
@@ -161,8 +174,9 @@ def attend(
       k: Keys [B, M, H, K].
       v: Values [B, M, H, K].
       kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), "splash" (for TPUs; interpreted, and
-        slow, elsewhere), or "auto": by `target_platform`, einsum on a CPU, cudnn for bfloat16 on
-        a GPU where heads have no more channels than it takes, xla elsewhere.
+        slow, elsewhere), or "auto": by `target_platform`, einsum on a CPU and, for bfloat16 and
+        heads of at most 128 channels, cudnn on a GPU and splash on a TPU, where `constrain` has a
+        mesh; xla elsewhere. docs/performance.md has the comparison.
       segments: Who attends to whom; None for everyone to everyone.
       constrain: Layout of activations, by which splash runs on each device's own samples and
         heads; None where there is one device.
@@ -174,9 +188,7 @@ def attend(
       ConfigError: If the kernel's name is unknown.
     """
     if kernel == "auto":
-        platform = target_platform()
-        cudnn = platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= _CUDNN_CHANNELS
-        kernel = "einsum" if platform == "cpu" else "cudnn" if cudnn else "xla"
+        kernel = _choose(q, constrain)
     if kernel == "splash":
         return _attend_splash(q, k, v, segments, constrain)
     if kernel not in _KERNELS:

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
+from dsr_jax.models import kernels
 from dsr_jax.models.kernels import attend
 from dsr_jax.models.segments import Segments, pad_lengths
 from dsr_jax.parallel.axes import Constrain, make_rules
@@ -103,6 +104,23 @@ def test_padding_hides_itself_only_where_keys_have_some() -> None:
     assert [x.shape[1] for x in lengths] == [8, 8, 8] and segments is None
     *_, segments = pad_lengths(q, k, v, None, 16)
     assert segments is not None and segments.mask.sum() == 2 * (5 * 8 + 11 * 8)
+
+
+def test_the_kernel_suits_platform_dtype_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = Constrain(make_rules("fsdp"), make_mesh(MeshShape()))
+    bf16, wide = jnp.zeros((8, 4, 2, 72), jnp.bfloat16), jnp.zeros((8, 4, 1, 512), jnp.bfloat16)
+    found = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(kernels, "target_platform", lambda platform=platform: platform)
+        found[platform] = [
+            kernels._choose(*case)
+            for case in ((bf16, mesh), (bf16, None), (wide, mesh), (bf16.astype("float32"), mesh))
+        ]
+    assert found == {
+        "cpu": ["einsum"] * 4,
+        "gpu": ["cudnn", "cudnn", "xla", "xla"],
+        "tpu": ["splash", "xla", "xla", "xla"],
+    }
 
 
 def test_an_unknown_kernel_is_named() -> None:
