@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "dsr_jax.compile", *words]),
     }
     if args.sweep:
-        chosen = trials(config, topology, args.try_fsdp, args.try_remat, args.try_accumulate)
+        chosen = trials(
+            config, topology, args.try_fsdp, args.try_remat, args.try_accumulate, args.try_tensor
+        )
         reports = sweep(
             config, topology, subject, chosen, note=lambda text: print(text, flush=True)
         )
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hlo", help="file for the text of the compiled program")
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     parser.add_argument("--sweep", action="store_true", help="try layouts of the training step")
-    for name, kind in (("fsdp", int), ("remat", str), ("accumulate", int)):
+    for name, kind in (("fsdp", int), ("tensor", int), ("remat", str), ("accumulate", int)):
         parser.add_argument(
             f"--try-{name}",
             type=functools.partial(_words, kind),

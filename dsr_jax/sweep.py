@@ -1,8 +1,9 @@
 """Tries layouts of a config on a TPU slice, without the slice, and ranks them."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsr_jax.ahead import compile_report
@@ -19,6 +20,9 @@ _REMAT = ("none", "dots", "full")
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 
+_FEW_IMAGES = 8
+"""Images of a chip below which it is worth a try to let two chips share them, and the weights."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -26,6 +30,7 @@ class Trial:
 
     Attributes:
       fsdp: Chips that share a state; the rest of the slice are copies.
+      tensor: Chips that share the heads and hidden units of the same images.
       remat: What the backward pass recomputes.
       accumulate: Micro-batches of a step, which make the batch that a chip works on smaller.
     """
@@ -33,17 +38,23 @@ class Trial:
     fsdp: int
     remat: str
     accumulate: int
+    tensor: int = 1
 
     def dominates(self, other: "Trial") -> bool:
-        """Whether it saves no more memory than the other, and so is as fast or faster."""
-        weaker = _REMAT.index(self.remat) <= _REMAT.index(other.remat)
-        return self.fsdp == other.fsdp and weaker and self.accumulate <= other.accumulate
+        """Whether it is the other with fewer micro-batches, and so as fast or faster.
+
+        Of rematerialisation this cannot be said: reading what was kept takes time, too.
+        """
+        return replace(other, accumulate=self.accumulate) == self and (
+            self.accumulate <= other.accumulate
+        )
 
     def overrides(self) -> list[str]:
         """The layout as arguments of a command."""
         return [
             "--config.mesh.data=-1",
             f"--config.mesh.fsdp={self.fsdp}",
+            f"--config.mesh.tensor={self.tensor}",
             f"--config.model.remat={self.remat}",
             f"--config.optim.accumulate={self.accumulate}",
         ]
@@ -51,7 +62,7 @@ class Trial:
     def apply(self, config: ConfigDict) -> ConfigDict:
         """A copy of the config in this layout."""
         changed = config.copy_and_resolve_references()
-        changed.mesh.update(data=-1, fsdp=self.fsdp, tensor=1)
+        changed.mesh.update(data=-1, fsdp=self.fsdp, tensor=self.tensor)
         changed.model.remat = self.remat
         changed.optim.accumulate = self.accumulate
         return changed
@@ -63,6 +74,7 @@ def trials(
     fsdp: Sequence[int] = (),
     remat: Sequence[str] = (),
     accumulate: Sequence[int] = (),
+    tensor: Sequence[int] = (),
 ) -> Iterator[Trial]:
     """Layouts in the order in which to try them: what costs least time first.
 
@@ -72,6 +84,7 @@ def trials(
       fsdp: Sizes to try; () for all that divide the chips and the width.
       remat: Policies to try; () for all.
       accumulate: Numbers of micro-batches to try; () for 1, 2, 4 and 8 as far as the batch goes.
+      tensor: Sizes to try; () for 1 and, where a chip has few images and the heads are even, 2.
 
     Raises:
       MeshError: If the batch does not divide over the chips.
@@ -88,10 +101,11 @@ def trials(
     sizes = [n for n in range(1, own + 1) if own % n == config.model.hidden_size % n == 0]
     worthwhile = [n for n in sizes if n == 1 or n >= _LEAST_FSDP]
     counts = [n for n in _MICRO_BATCHES if batch // chips % n == 0]
-    for shards in fsdp or worthwhile:
-        for policy in remat or _REMAT:
-            for count in accumulate or counts:
-                yield Trial(shards, policy, count)
+    shared = (1, 2) if batch // chips < _FEW_IMAGES and config.model.num_heads % 2 == 0 else (1,)
+    choices = (fsdp or worthwhile, tensor or shared, remat or _REMAT, accumulate or counts)
+    for shards, parts, policy, count in itertools.product(*choices):
+        if own % (shards * parts) == 0:
+            yield Trial(shards, policy, count, parts)
 
 
 def sweep(
@@ -103,8 +117,7 @@ def sweep(
 ) -> list[Report]:
     """Compiles each layout, and returns their reports, the fastest that fits first.
 
-    What cannot be better is not compiled: where a layout fits, more micro-batches and more
-    rematerialisation only cost time.
+    What cannot be better is not compiled: where a layout fits, more micro-batches only cost time.
 
     Args:
       config: The config.
