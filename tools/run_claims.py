@@ -7,7 +7,8 @@ tokens appear and the other patches keep their content; finds those neurons by t
 decoder for each encoder; and trains the same small denoiser on the latents of (a) the clean
 encoder, (b) the one with outliers, (c) as b with the outliers' loss masked, (d) as b with test-time
 registers, (e) as d with diffusion registers. Prints a table, and which claims hold at this scale;
-OUT/claims.md and claims.json keep them. The same command continues what was stopped.
+OUT/claims.md and claims.json keep them, OUT/claims.png shows samples of each kind from the same
+noise. The same command continues what was stopped.
 
 This is an experiment, not a test: it reports what comes out.
 """
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dsr_jax.core.cli import run_main
 from dsr_jax.parallel.processes import start_processes
 from tools.claims.arms import ARMS, run_arm
-from tools.claims.report import write_claims
+from tools.claims.report import draw_claims, write_claims
 from tools.claims.stages import QUICK, Sizes, make_stages
 
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = args.out / f"{arm}_{seed}"
             scores[arm].append(run_arm(run, folder, arm, seed, sizes, stages["limit"]["norm"]))
         print(write_claims(args.out, stages, scores))
+        draw_claims(args.out)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from dsr_jax.telemetry.program_cost import Part
 
 METHOD = (
     "Operations, bytes and collectives are counted in the compiled program, the body of each loop "
-    "as often as the loop runs, arrays in HBM with the padding of their tiles, and splash's kernels "
-    "by the shapes that go in. The time of a part is the longest of these: its matrix products at "
+    "as often as the loop runs, arrays in HBM with the padding of their tiles, splash's kernels by "
+    "the shapes that go in. The time of a part is the longest of these: its matrix products at "
     "the chip's bfloat16 peak, its traffic with HBM at full bandwidth, its collectives one after "
     "the other around rings of the torus, and between slices, if there are several, around a ring "
     "of slices at the chip's share of its host's network; the parts follow each other. "

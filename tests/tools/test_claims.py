@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.models.dit import LightningDiT
 from tools.claims.arms import ARMS, block_norms, to_digits
 from tools.claims.encoders import ENCODER, _patches, _unpatch
-from tools.claims.report import judge_claims, verdict, write_claims
+from tools.claims.report import draw_claims, judge_claims, verdict, write_claims
 
 
 def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
@@ -53,6 +54,22 @@ def test_the_table_has_a_row_for_every_run(tmp_path: Path) -> None:
     text = write_claims(tmp_path, {"encoders": shares}, runs())
     assert all(f"| {title} | 90 +-" in text for title in ARMS.values())
     assert (tmp_path / "claims.md").read_text() == text and (tmp_path / "claims.json").exists()
+
+
+def test_the_picture_has_a_row_for_every_run(tmp_path: Path) -> None:
+    for number, arm in enumerate(ARMS):
+        (tmp_path / f"{arm}_0" / "scored").mkdir(parents=True)
+        np.savez(
+            tmp_path / f"{arm}_0" / "scored" / "samples.npz",
+            arr_0=np.full((6, 32, 32, 3), 40 * (number + 1), np.uint8),
+            labels=np.arange(6, dtype=np.int32),
+        )
+    draw_claims(tmp_path, columns=4)
+    with Image.open(tmp_path / "claims.png") as picture:
+        pixels = np.asarray(picture)
+    rows = np.array_split(pixels, len(ARMS))
+    assert [int(np.median(row[-20:, :32])) for row in rows] == [40, 80, 120, 160, 200]
+    assert pixels.shape[1] == 4 * 34 - 2
 
 
 def test_enlarged_digits_come_back_as_they_were() -> None:

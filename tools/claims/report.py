@@ -8,6 +8,8 @@ import numpy as np
 
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.core.provenance import provenance
+from dsr_jax.evaluation.samples import open_samples
+from dsr_jax.sampling.images import save_png_grid
 from tools.claims.arms import ARMS, VARIANT_OF
 
 Scores = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -55,6 +57,18 @@ def judge_claims(scores: Scores) -> list[tuple[str, str]]:
             said = verdict(distances(better), distances(worse))
         results.append((claim, said))
     return results
+
+
+def draw_claims(out: Path, columns: int = 20) -> None:
+    """Writes OUT/claims.png: a row for each of ARMS, a column for one noise and label."""
+    rows, labels = [], []
+    for arm in ARMS:
+        samples = open_samples(out / f"{arm}_0" / "scored" / "samples.npz")
+        rows.append(np.asarray(samples.images())[:columns])
+        labels.append(samples.require_labels("claims.png")[:columns])
+    save_png_grid(
+        out / "claims.png", np.concatenate(rows), np.concatenate(labels), columns=len(rows[0])
+    )
 
 
 def write_claims(out: Path, stages: Mapping[str, Any], scores: Scores) -> str:
