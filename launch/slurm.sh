@@ -2,11 +2,12 @@
 # Trains on GPU nodes under SLURM, one process per GPU.
 #
 #   launch/slurm.sh --name=dsr --nodes=2 --gpus=8 [--time=24:00:00] [--partition=P] [--cpus=12] \
-#       -- python -m dsr_jax.train --config=... --workdir=/shared/runs/x
+#       [--failures=3] -- python -m dsr_jax.train --config=... --workdir=/shared/runs/x
 #
 # Submits a job that runs the command with this checkout's .venv, if it has one, from a folder that
 # all nodes see. Two minutes before its time is over the run saves a checkpoint, and the job goes back
-# into the queue, as it does when a node fails or its place is taken. Output: slurm-NAME-JOB.log.
+# into the queue, as it does when a node fails or its place is taken, or when a process is lost or hangs
+# (--failures times in a row at most, listed in slurm-NAME-JOB.failures). Output: slurm-NAME-JOB.log.
 # --dry-run prints the command and the job's script instead of submitting it.
 
 set -euo pipefail
@@ -14,7 +15,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} == --help ]] && { usage "$0"; exit 0; }
-parse_options 'name dsr' nodes gpus 'time 24:00:00' partition 'cpus 8' account -- "$@"
+parse_options 'name dsr' nodes gpus 'time 24:00:00' partition 'cpus 8' account 'failures 3' -- "$@"
 need nodes gpus
 [ ${#job[@]} -gt 0 ] || die "no command behind --"
 
@@ -38,8 +39,19 @@ cd $(printf '%q' "$repository")
 [ ! -d .venv ] || export PATH=\$PWD/.venv/bin:\$PATH
 srun --kill-on-bad-exit=1 $(printf '%q ' "${job[@]}")
 status=\$?
-# 128 + SIGTERM: the run has saved and wants to continue. 75: a process was lost or hung.
-[ \$status -ne 143 ] && [ \$status -ne 75 ] || scontrol requeue "\$SLURM_JOB_ID"
+record=slurm-$name-\$SLURM_JOB_ID.failures
+case \$status in
+    143) # 128 + SIGTERM: the run has saved and wants to continue.
+        rm -f "\$record"
+        scontrol requeue "\$SLURM_JOB_ID" ;;
+    75) # A process was lost or hung.
+        echo "\$(date): status 75 on \$SLURM_JOB_NODELIST" >> "\$record"
+        if [ "\$(wc -l < "\$record")" -lt $failures ]; then
+            scontrol requeue "\$SLURM_JOB_ID"
+        else
+            echo "$failures failures in a row, see \$record: not queued again" >&2
+        fi ;;
+esac
 exit \$status
 EOF
 }

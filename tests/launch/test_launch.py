@@ -111,6 +111,35 @@ def test_slurm_gets_one_task_per_gpu_and_a_signal_in_time() -> None:
     assert r"srun --kill-on-bad-exit=1 python -m x\ y" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("statuses", "requeued"),
+    [([75] * 6, 4), ([75, 75, 143, 75, 75, 75, 75], 7), ([0], 0), ([1], 0)],
+)
+def test_slurm_queues_a_job_again_until_it_fails_without_end(
+    tmp_path: Path, statuses: list[int], requeued: int
+) -> None:
+    done = launch("slurm.sh", "--nodes=1", "--gpus=1", "--failures=5", "--dry-run", "--", "true")
+    script = done.stdout.split("<<'END'\n")[1].rsplit("END\n")[0]
+    # The job changes to this checkout; here it must stay in its own folder.
+    script = "\n".join(line for line in script.splitlines() if not line.startswith("cd "))
+    for name, does in {"srun": "exit $(cat status)", "scontrol": "echo $@ >> calls"}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": path}
+    for status in statuses:
+        (tmp_path / "status").write_text(str(status))
+        run = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=slurm, capture_output=True, text=True
+        )
+        assert run.returncode == status
+    calls = tmp_path / "calls"
+    assert (calls.read_text().splitlines() if calls.exists() else []) == ["requeue 7"] * requeued
+    if statuses == [75] * 6:
+        assert "5 failures in a row" in run.stderr
+        assert (tmp_path / "slurm-dsr-7.failures").read_text().count("n[1-2]") == 6
+
+
 FAKE = """#!/usr/bin/env bash
 # Stands in for gcloud: notes calls, tells scripted states, runs workers' commands in a folder.
 echo "$@" | head -n 1 | tr -d '\\n' | cut -c -70 >> {folder}/calls
