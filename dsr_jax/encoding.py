@@ -84,9 +84,7 @@ class EncoderPass:
                 keep(step, shardings.fetch(latents), batch)
                 progress.update(step + 1, timing=clock.lap(step + 1))
         share = (batches.seconds - started) / max(time.monotonic() - begin, 1e-9)
-        say(
-            f"first batch after {started:.1f} s; then {share:.1%} of the time went by waiting for data"
-        )
+        say(f"first batch after {started:.1f} s; then {share:.1%} of the time was waiting for data")
         return share
 
     def _start(self, batches: Iterator[Batch]) -> tuple[Any, Batch]:
