@@ -69,7 +69,7 @@ def test_a_pass_in_pieces_has_the_same_bits(whole, overrides, tmp_path, capsys) 
     assert not (out / "statistics.safetensors").exists()
     run(out, overrides, "--no-flip", "--stop-after=1")
     run(out, overrides, "--no-flip")
-    assert "of the time was spent waiting for data" in capsys.readouterr().err
+    assert "of the time was waiting for data" in capsys.readouterr().err
     results = [(folder / "statistics.safetensors").read_bytes() for folder in (out, whole)]
     assert results[0] == results[1]
     before = (out / "progress.npz").stat().st_mtime_ns
