@@ -97,6 +97,7 @@ def records(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in timings} for r in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_losses_scores_and_pictures(whole: Path) -> None:
     losses = [r for r in records(whole) if "loss" in r]
     assert [r["step"] for r in losses] == [2, 4, 6]
@@ -114,6 +115,7 @@ def test_a_run_leaves_its_losses_scores_and_pictures(whole: Path) -> None:
     assert (digits[..., 0] == digits[..., 1]).all() and (decoded[..., 0] != decoded[..., 1]).any()
 
 
+@pytest.mark.slow
 def test_the_summary_names_a_decoder_that_a_space_reads(
     whole: Path, overrides: tuple[str, ...]
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_run_in_pieces_equals_the_whole_bit_for_bit(
     assert parameters[0].read_bytes() == parameters[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_left_as_it_is(whole: Path, overrides: tuple[str, ...]) -> None:
     before = records(whole), read_json(whole / "summary.json")
     exported = (whole / before[1]["decoder"] / "params.safetensors").stat().st_mtime_ns
@@ -239,6 +242,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_denoiser_commands_say_what_is_trained_here(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no denoiser is trained.*\n.*train_decoder"):
         train.main([CONFIG, f"--workdir={tmp_path / 'new'}"])

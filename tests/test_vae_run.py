@@ -68,6 +68,7 @@ def whole(overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_numbers_and_decoded_pictures(whole: Path) -> None:
     metrics = read_metrics(whole)
     assert len(metrics) == STEPS and all(np.isfinite(record["loss"]) for record in metrics)
@@ -84,6 +85,7 @@ def test_a_run_leaves_numbers_and_decoded_pictures(whole: Path) -> None:
     assert recipe["sampler"]["time_range"] == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_tables_stay_as_they_start_and_the_rest_is_trained(whole: Path) -> None:
     config = configs.load_run(whole)
     space, _ = build.make_space(config)
@@ -97,6 +99,7 @@ def test_tables_stay_as_they_start_and_the_rest_is_trained(whole: Path) -> None:
     assert {"final_layer/linear/kernel", "final_layer/linear/bias"} <= moved
 
 
+@pytest.mark.slow
 def test_the_way_of_sit_starts_at_noise_and_ends_at_data(whole: Path) -> None:
     """Velocities stop short of either end in the registers' paper, SiT's do not."""
     config = configs.load_run(whole)
