@@ -104,7 +104,8 @@ def trials(
     shared = (1, 2) if batch // chips < _FEW_IMAGES and config.model.num_heads % 2 == 0 else (1,)
     choices = (fsdp or worthwhile, tensor or shared, remat or _REMAT, accumulate or counts)
     for shards, parts, policy, count in itertools.product(*choices):
-        if own % (shards * parts) == 0:
+        # What the user asks for is not left out in silence: the mesh says why it is impossible.
+        if tensor or parts == 1 or own % (shards * parts) == 0:
             yield Trial(shards, policy, count, parts)
 
 

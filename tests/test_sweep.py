@@ -46,6 +46,11 @@ def test_a_sweep_can_be_kept_short() -> None:
     assert found == [Trial(16, "full", 2)]
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": (7,)}, {"fsdp": (16,), "tensor": (3,)}])
+def test_sizes_that_were_asked_for_are_not_left_out(sizes: dict[str, tuple[int, ...]]) -> None:
+    assert list(trials(load(), V5E, remat=("full",), accumulate=(1,), **sizes))
+
+
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(MeshError, match="global_batch=256"):
         list(trials(load(batch=200), V5E))
