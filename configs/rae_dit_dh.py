@@ -23,8 +23,7 @@ of random weights).
 
 from ml_collections import ConfigDict
 
-from dsr_jax import recipes
-from dsr_jax.config import base_config, choose, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg, recipes
 from dsr_jax.models.variants import DIT_DH, REGISTER_START
 
 

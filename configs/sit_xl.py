@@ -18,8 +18,7 @@ XL), `runlocal` (a smoke run of a few steps on drawn shapes, in pixels, for want
 
 from ml_collections import ConfigDict
 
-from dsr_jax import recipes
-from dsr_jax.config import base_config, choose, parse_arg
+from dsr_jax.config import base_config, choose, parse_arg, recipes
 from dsr_jax.models.variants import REGISTER_START, SIT
 
 

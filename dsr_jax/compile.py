@@ -27,13 +27,13 @@ import jax
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.ahead import compile_report
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.parallel.topologies import find_topology
-from dsr_jax.sweep import line, sweep, trials
-from dsr_jax.telemetry.compile_page import make_page
-from dsr_jax.telemetry.compile_report import Report, format_report
+from dsr_jax.planning.page import make_page
+from dsr_jax.planning.programs import compile_report
+from dsr_jax.planning.report import Report, format_report
+from dsr_jax.planning.sweep import line, sweep, trials
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,8 +23,8 @@ from dsr_jax import config as configs
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.latents import DTYPES
-from dsr_jax.encoding import EncoderPass, cache_latents, take_statistics
 from dsr_jax.parallel.processes import start_processes
+from dsr_jax.runs.encoder_pass import EncoderPass, cache_latents, take_statistics
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,14 +20,12 @@ from dsr_jax.core import cli
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
-from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.features import METRICS, SAVE_EVERY
 from dsr_jax.evaluation.image_sets import open_images
-from dsr_jax.evaluation.judge import judge_samples
-from dsr_jax.evaluation.samples import SampleFile, check_levels, open_samples
+from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.processes import is_primary, start_processes
-from dsr_jax.scorers import make_scorer, score_to_file
+from dsr_jax.runs.scoring import make_scorer, score_to_file, score_with_judge
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,28 +96,6 @@ def judge(args: argparse.Namespace) -> None:
 def _print_scores(scores: dict[str, Any]) -> None:
     for name, value in scores.items():
         print(f"  {name:24} {value:.5g}" if isinstance(value, float) else f"  {name:24} {value}")
-
-
-def score_with_judge(samples: SampleFile, source: str) -> dict[str, Any]:
-    """Scores samples with a classifier trained on the training split of a data source.
-
-    Args:
-      samples: The samples, with labels.
-      source: Name of a bundled data source, read at the samples' size.
-
-    Raises:
-      EvaluationError: If the samples do not fit.
-      DataError: If the source cannot be read at the samples' size.
-    """
-    labels = samples.require_labels(f"the judge {source!r}")
-    images = samples.images()
-    check_levels(images, samples.path)
-    _, height, _, channels = samples.shape
-    train, heldout = (
-        read_all(make_source(source, split=split, image_size=height, channels=channels))
-        for split in ("train", "heldout")
-    )
-    return judge_samples(images, labels, train, heldout)
 
 
 def _parser() -> argparse.ArgumentParser:

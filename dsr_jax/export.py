@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsr_jax.build_run import load_denoiser
+from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.convert.families import DENOISERS, export_denoiser
 from dsr_jax.convert.files import save_converted, save_state
 from dsr_jax.core.cli import run_main

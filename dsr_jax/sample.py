@@ -7,27 +7,20 @@ is an .npz (arr_0: uint8 images, labels) with a .json beside it that holds all t
 """
 
 import argparse
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.typing import Params
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.axes import Constrain
-from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.runs.sampling import draw_samples
 from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
-from dsr_jax.sampling.job import SampleJob
-from dsr_jax.training.checkpoints import checksums, restore_params
 
 GRID_IMAGES = 100
 
@@ -39,7 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = make_labels(args, config)
     start_processes()
     build.set_precision(config)
-    path = draw(args, config, labels)
+    path = draw_samples(
+        config,
+        labels,
+        Path(args.workdir or args.converted),
+        converted=bool(args.converted),
+        checkpoint_step=args.checkpoint_step,
+        out=args.out,
+        name=args.name,
+    )
     if args.grid and is_primary():
         images = next(open_samples(path).batches(GRID_IMAGES))
         save_png_grid(path.with_suffix(".png"), images, labels[:GRID_IMAGES])
@@ -96,48 +97,6 @@ def make_labels(args: argparse.Namespace, config: configs.ConfigDict) -> np.ndar
         labels = tables.balanced_labels(num, classes, seed)
     tables.check_labels(labels, classes)
     return labels
-
-
-def draw(args: argparse.Namespace, config: configs.ConfigDict, labels: np.ndarray) -> Path:
-    """Restores the weights and runs the job; returns the path of the `.npz`."""
-    section = config.sample
-    mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
-    space, variables = build.make_space(config, mesh)
-    model = build.make_model(config, space, Constrain(rules, mesh))
-    sample = build.make_sampler(config, model, space, mesh, rules)
-    abstract = build.abstract_params(model, space, mesh, rules)
-    if args.converted:
-        params, record = build.restore_converted(args.converted, model, abstract)
-        recipe, name = build.sampling_recipe(config, None, None), "converted"
-        recipe["converted"] = {key: record[key] for key in ("source", "source_digest", "entry")}
-    else:
-        ema = None if section.ema == "none" else section.ema
-        params, meta = restore_params(
-            Path(args.workdir) / "checkpoints", abstract, args.checkpoint_step, ema
-        )
-        recipe = build.sampling_recipe(config, meta["step"], section.ema)
-        name = f"step{meta['step']:08d}-ema{section.ema}"
-    name += f"-{section.method}{section.num_points}-cfg{section.guidance:g}"
-    latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
-    job = SampleJob(
-        Path(args.out or Path(args.workdir or args.converted) / "samples"),
-        args.name or f"{name}-seed{section.seed}-n{section.num}",
-        labels,
-        jax.eval_shape(space.decode, variables, latents).shape[1:],
-        {"weights": weights_digest(params), **recipe},
-    )
-    # The batch does not decide the images, so it may grow to divide over the devices.
-    batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size
-    say(f"drawing {section.num} images: {job.name}")
-    return job.run(
-        lambda indices, labels: sample(params, variables, indices, labels), batch, report=say
-    )
-
-
-def weights_digest(params: Params) -> str:
-    """Names the weights themselves, whichever checkpoint or file they came from."""
-    sums = json.dumps(checksums(params), sort_keys=True)
-    return "sha256:" + hashlib.sha256(sums.encode()).hexdigest()
 
 
 def _class_list(text: str) -> list[int]:

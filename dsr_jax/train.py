@@ -17,12 +17,12 @@ from dsr_jax.config import ConfigDict
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
-from dsr_jax.data.sources import Source
+from dsr_jax.data.base import Source
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
-from dsr_jax.results import Results, open_scorer
-from dsr_jax.run import Job, run_command
+from dsr_jax.runs.runner import Job, run_command
+from dsr_jax.runs.training_evaluation import Results, open_scorer
 from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
 

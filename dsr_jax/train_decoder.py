@@ -12,15 +12,15 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from dsr_jax import build, build_decoder
-from dsr_jax.build_decoder import DecoderParts
+from dsr_jax import build
+from dsr_jax.build.decoder import DecoderParts
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
-from dsr_jax.data.sources import Source
+from dsr_jax.data.base import Source
 from dsr_jax.parallel import shardings
-from dsr_jax.reconstructions import Reconstructions
-from dsr_jax.run import Job, run_command
+from dsr_jax.runs.decoder_evaluation import Reconstructions
+from dsr_jax.runs.runner import Job, run_command
 from dsr_jax.training.decoder_state import DecoderState
 from dsr_jax.training.decoder_step import make_decoder_step
 from dsr_jax.training.loop import Hook
@@ -39,12 +39,12 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
       DsrError: If what the config names does not exist or does not fit.
     """
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    parts = build_decoder.make_parts(config, mesh, rules)
+    parts = build.make_decoder_parts(config, mesh, rules)
     optimizer = build.make_optimizer(config)
     source = build.make_source(config, random_crops=True)
     sharding = shardings.batch_sharding(mesh, rules)
-    abstract, init = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
-    settings = build_decoder.make_settings(config)
+    abstract, init = build.make_decoder_state(config, parts, optimizer, mesh, rules)
+    settings = build.make_loss_settings(config)
     step = build.jit_step(
         make_decoder_step(
             parts.networks,
@@ -60,7 +60,7 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     reconstructions = Reconstructions(
         config,
         workdir,
-        build_decoder.make_reconstruct(config, parts),
+        build.make_reconstruct(config, parts),
         parts.variables,
         parts.decoder.config,
         sharding,

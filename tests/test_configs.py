@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from dsr_jax import build, build_decoder
+from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.build_abstract import abstract_batch, abstract_decoder_parts, abstract_space
+from dsr_jax.build.abstract import abstract_batch, abstract_decoder_parts, abstract_space
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params, flatten_names
 from dsr_jax.parallel.axes import Constrain
@@ -103,15 +103,15 @@ def check_decoder(config: configs.ConfigDict) -> None:
     mesh, rules = build.make_mesh(config), build.make_rules(config)
     optimizer, parts = build.make_optimizer(config), abstract_decoder_parts(config, rules)
     frozen = parts.variables
-    abstract, _ = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
-    settings = build_decoder.make_settings(config)
+    abstract, _ = build.make_decoder_state(config, parts, optimizer, mesh, rules)
+    settings = build.make_loss_settings(config)
     step = make_decoder_step(parts.networks, settings, optimizer, seed=config.seed)
     rows = abstract_batch(config, parts.space)
     after, metrics = jax.eval_shape(step, abstract, rows, frozen)
     assert shapes(after) == shapes(abstract)
     assert metrics["loss"].shape == () and metrics["finite"].dtype == bool
     batch = rows["image"]
-    reconstruct = build_decoder.make_reconstruct(config, parts)
+    reconstruct = build.make_reconstruct(config, parts)
     decoded = jax.eval_shape(reconstruct, abstract.ema[config.sample.ema], frozen, batch)
     assert (decoded.shape, decoded.dtype) == (batch.shape, np.uint8)
 

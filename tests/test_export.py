@@ -12,14 +12,15 @@ from safetensors.numpy import load_file
 from dsr_jax import config as configs
 from dsr_jax import export
 from dsr_jax.build import make_optimizer
-from dsr_jax.build_run import load_denoiser
-from dsr_jax.config import base_config, write_run_files
+from dsr_jax.build.from_run import load_denoiser
+from dsr_jax.config import base_config
 from dsr_jax.convert.families import DENOISERS, family_of, model_sizes
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.runs.folder import write_run_files
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.state import create_state
 from tests.requirements import require

@@ -16,8 +16,8 @@ from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.state import create_state
+from tests.finished_run import final_state
 from tests.programs import quick_programs
-from tests.runs import final_state
 
 CONFIG = Path(__file__).parents[1] / "configs" / "jit_h.py"
 TINY = (

@@ -13,8 +13,8 @@ from dsr_jax.core.errors import ConfigError, ConversionError, DataError
 from dsr_jax.core.files import read_json
 from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.telemetry.writers import read_metrics
+from tests.finished_run import final_state
 from tests.programs import quick_programs
-from tests.runs import final_state
 from tests.test_train import DIGITS, TINY
 from tests.tiny_rae import DECODER, GRID, save_rae
 

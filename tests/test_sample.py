@@ -11,6 +11,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
 from dsr_jax.core.files import file_digest, read_json
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.runs.folder import write_run_files
 from dsr_jax.training.checkpoints import Checkpoints
 
 
@@ -27,7 +28,7 @@ def tiny_config():
 def workdir(tmp_path_factory):
     """A run's folder with checkpoints 1 and 2, whose weights are noise."""
     config, folder = tiny_config(), tmp_path_factory.mktemp("run")
-    configs.write_run_files(config, folder)
+    write_run_files(config, folder)
     mesh, rules = build.make_mesh(config), build.make_rules(config)
     space, _ = build.make_space(config)
     model = build.make_model(config, space, Constrain(rules, mesh))

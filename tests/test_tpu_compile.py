@@ -11,7 +11,7 @@ import pytest
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.core.files import read_json
-from dsr_jax.telemetry.memory import TEMPORARIES
+from dsr_jax.planning.memory import TEMPORARIES
 from tests.requirements import require
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow]

@@ -18,8 +18,8 @@ from dsr_jax.core.errors import CheckpointError, ConfigError, DsrError, MeshErro
 from dsr_jax.core.files import read_json
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
+from tests.finished_run import final_state
 from tests.programs import quick_programs
-from tests.runs import final_state
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = f"--config={REPOSITORY / 'configs' / 'digits.py'}:runlocal"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax import build, build_decoder, sample, train, train_decoder
+from dsr_jax import build, sample, train, train_decoder
 from dsr_jax import config as configs
 from dsr_jax.convert.decoder import load_decoder
 from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError, DataError, DsrError
@@ -17,8 +17,8 @@ from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.evaluation.reconstruction import psnr
 from dsr_jax.parallel.shardings import fetch
-from dsr_jax.reconstructions import save_pairs
 from dsr_jax.registers.neurons import save_neurons
+from dsr_jax.runs.decoder_evaluation import save_pairs
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import Checkpoints, list_steps
@@ -83,10 +83,8 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """All arrays of the newest checkpoint."""
     config = configs.load_run(workdir)
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    parts = build_decoder.make_parts(config, None, rules)
-    abstract, _ = build_decoder.make_decoder_state(
-        config, parts, build.make_optimizer(config), mesh, rules
-    )
+    parts = build.make_decoder_parts(config, None, rules)
+    abstract, _ = build.make_decoder_state(config, parts, build.make_optimizer(config), mesh, rules)
     with Checkpoints(workdir / "checkpoints", every_steps=1) as checkpoints:
         return flatten_names(fetch(checkpoints.restore(abstract)[0]))
 

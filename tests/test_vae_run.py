@@ -16,8 +16,8 @@ from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.sit import SiT
 from dsr_jax.spaces import VAE
 from dsr_jax.telemetry.writers import read_metrics
+from tests.finished_run import final_state
 from tests.programs import quick_programs
-from tests.runs import final_state
 from tests.test_train import DIGITS, TINY
 from tests.tiny_rae import save_rae
 from tests.tiny_vae import save_tiny_vae

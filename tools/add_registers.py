@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dsr_jax import build
-from dsr_jax.build_run import load_denoiser
+from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.families import DENOISERS, model_sizes
 from dsr_jax.convert.files import load_converted, save_converted
@@ -118,7 +118,7 @@ def compare_losses(
     batches = build.global_batches(config, build.make_source(config, random_crops=True), sharding)
 
     def make_loss(model: DiffusionTransformer) -> Any:
-        apply = build.denoiser(model, config.objective.prediction)
+        apply = build.make_denoise_fn(model, config.objective.prediction)
 
         @jax.jit
         def loss(params: Params, batch: Any, variables: Any) -> jax.Array:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsr_jax.core.errors import NumericsError
+from dsr_jax.data.base import Source
 from dsr_jax.data.pipeline import make_batches
-from dsr_jax.data.sources import Source, make_source
+from dsr_jax.data.sources import make_source
 from tools import prepare_imagenet
 from tools.benchmark_sides import DIFFERENCE_REMEDY
 

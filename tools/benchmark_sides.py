@@ -210,7 +210,7 @@ def check_training(ours: Ours, trainer: "Trainer") -> None:
 
     t, x0, labels = (np.array(x) for x in ours.draws())
     draws = Draws(torch.from_numpy(t), channels_first(x0), torch.from_numpy(labels).long())
-    forward = jax.jit(build.denoiser(ours.model))
+    forward = jax.jit(build.make_denoise_fn(ours.model))
     with torch.no_grad():
         out = trainer.model(draws.x0, draws.t, draws.labels)
     got = channels_first(forward(ours.state.params, x0, t, labels))

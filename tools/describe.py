@@ -14,16 +14,16 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from dsr_jax import build, build_decoder
+from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.build_abstract import abstract_batch, abstract_decoder_parts, abstract_space
+from dsr_jax.build.abstract import abstract_batch, abstract_decoder_parts, abstract_space
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params, tree_bytes
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel.axes import MESH_AXES, Constrain
 from dsr_jax.parallel.mesh import MeshShape, check_batch
+from dsr_jax.planning.memory import GIB, bytes_per_chip
 from dsr_jax.telemetry import flops
-from dsr_jax.telemetry.memory import GIB, bytes_per_chip
 
 IMAGENET = 1_281_167
 """Training images of ImageNet, which count where a config has its classes but not its files."""
@@ -59,7 +59,7 @@ def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
     if configs.trains_decoder(config):
         parts = abstract_decoder_parts(config, rules)
         space, frozen = parts.space, parts.variables
-        state, _ = build_decoder.make_decoder_state(config, parts, optimizer, mesh, rules)
+        state, _ = build.make_decoder_state(config, parts, optimizer, mesh, rules)
         network: Card = {"name": "decoder"}
     else:
         space, frozen = abstract_space(config)

@@ -19,8 +19,9 @@ import numpy as np
 from dsr_jax.convert.hub import load_encoder
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.provenance import provenance
+from dsr_jax.data.base import Record, Source
 from dsr_jax.data.photos import Photos
-from dsr_jax.data.sources import Record, Source, make_source
+from dsr_jax.data.sources import make_source
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vit import ViT
 from dsr_jax.parallel.mesh import MeshShape, make_mesh

@@ -29,8 +29,8 @@ from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
 from dsr_jax.evaluation.reference import MOMENTS, open_reference
 from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.runs.scoring import make_extractor
 from dsr_jax.sampling.npz import write_npz
-from dsr_jax.scorers import make_extractor
 
 _COPY = 256
 

@@ -29,8 +29,9 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import DataError
 from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.data.archives import ImageTar, read_classes
+from dsr_jax.data.base import UnreadableRecord
 from dsr_jax.data.folder import ImageFolder
-from dsr_jax.data.images import UnreadableRecord, decode_image
+from dsr_jax.data.images import decode_image
 from dsr_jax.data.records import count_records, write_array_records
 
 FORMATS = ("png", "jpeg", "keep")

@@ -25,7 +25,7 @@ from dsr_jax.evaluation.features import outputs_of
 from dsr_jax.evaluation.image_sets import open_images
 from dsr_jax.evaluation.scoring import DEFAULT_METRICS, Scorer
 from dsr_jax.parallel.processes import is_primary, say, start_processes
-from dsr_jax.scorers import make_scorer, score_to_file
+from dsr_jax.runs.scoring import make_scorer, score_to_file
 from dsr_jax.training.checkpoints import list_steps
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.sources import Record, split_indices
+from dsr_jax.data.base import Record, split_indices
 
 DIGITS_SIZE = 8
 NUM_SHAPES = 50_000

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.data.base import Record
 from dsr_jax.data.images import decode_image
-from dsr_jax.data.sources import Record
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "heldout"}

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsr_jax.core.errors import DataError
+from dsr_jax.data.base import UnreadableRecord
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-class UnreadableRecord(DataError):
-    """A record whose content cannot be decoded, however often it is read."""
 
 
 def decode_image(

@@ -12,8 +12,8 @@ import numpy as np
 
 from dsr_jax.core.errors import DataError
 from dsr_jax.core.files import read_json, write_json
+from dsr_jax.data.base import Record
 from dsr_jax.data.records import write_records
-from dsr_jax.data.sources import Record
 
 MANIFEST = "latents.json"
 DTYPES = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.data.base import Record, UnreadableRecord
 from dsr_jax.data.folder import EXTENSIONS, read_file
-from dsr_jax.data.images import UnreadableRecord, decode_image
-from dsr_jax.data.sources import Record
+from dsr_jax.data.images import decode_image
 
 
 class Photos:

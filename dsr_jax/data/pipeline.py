@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.sources import Record, Source
+from dsr_jax.data.base import Record, Source
 
 HostBatch = dict[str, np.ndarray]
 

@@ -10,8 +10,8 @@ import grain
 import numpy as np
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.data.base import Record
 from dsr_jax.data.images import FITS, decode_image
-from dsr_jax.data.sources import Record
 
 
 class ArrayRecords:

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol, TypedDict
 
 import numpy as np
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.images import UnreadableRecord
+from dsr_jax.data import bundled, folder, records
+from dsr_jax.data.base import Record, Source, UnreadableRecord
 
-HELDOUT_EVERY = 5
 MAX_SUBSTITUTIONS = 100
 
 _logger = logging.getLogger(__name__)
-
-
-class Record(TypedDict):
-    """One labelled image: uint8 [H, W, C] (of `CachedLatents` floats) and a scalar."""
-
-    image: np.ndarray
-    label: np.int32
-
-
-class Source(Protocol):
-    """Labelled images by index; the same index gives the same record in every process.
-
-    Attributes:
-      name: What to call it in logs and provenance.
-      num_classes: Labels lie in [0, num_classes).
-      image_shape: Height, width and channels of every image.
-    """
-
-    name: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
 
 
 def make_source(
@@ -93,9 +67,6 @@ def _make(
     num_classes: int | None,
     fit: str,
 ) -> Source:
-    # Imported here, because these modules need the names above.
-    from dsr_jax.data import bundled, folder, records
-
     kind, _, dataset = name.partition(":")
     if kind in ("folder", "arrayrecord") and not root:
         raise DataError(f"data source {name!r} needs a folder", "set config.data.root")
@@ -115,20 +86,6 @@ def _make(
         f"no data source is called {name!r}",
         "choose from digits, synthetic, folder, arrayrecord, tfds:NAME",
     )
-
-
-def split_indices(num_records: int, split: str, name: str) -> np.ndarray:
-    """Indices of a split of a data set that has none of its own: every fifth record is held out.
-
-    Raises:
-      DataError: If there is no such split.
-    """
-    indices = np.arange(num_records)
-    heldout = indices % HELDOUT_EVERY == 0
-    splits = {"train": indices[~heldout], "heldout": indices[heldout], "all": indices}
-    if split not in splits:
-        raise DataError(f"{name} has no split {split!r}", f"choose from {', '.join(splits)}")
-    return splits[split]
 
 
 def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:

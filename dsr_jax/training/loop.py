@@ -16,10 +16,10 @@ import numpy as np
 
 from dsr_jax.core.errors import NumericsError
 from dsr_jax.core.typing import Array, Batch, Metrics
+from dsr_jax.parallel.watch import Watch
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
-from dsr_jax.telemetry.watch import Watch
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.metrics import MetricWindow

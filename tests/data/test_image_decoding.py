@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.data.images import UnreadableRecord, center_crop, decode_image
+from dsr_jax.data.base import UnreadableRecord
+from dsr_jax.data.images import center_crop, decode_image
 
 
 def encode(image: Image.Image, format_name: str = "PNG", **options: object) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.images import UnreadableRecord
+from dsr_jax.data.base import UnreadableRecord
 from dsr_jax.data.photos import Photos
 
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.images import UnreadableRecord
+from dsr_jax.data.base import Record, UnreadableRecord
 from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches
-from dsr_jax.data.sources import Record, make_source
+from dsr_jax.data.sources import make_source
 
 
 class Numbers:

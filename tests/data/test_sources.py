@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.data.base import UnreadableRecord
 from dsr_jax.data.folder import ImageFolder
-from dsr_jax.data.images import UnreadableRecord
 from dsr_jax.data.sources import SkipUnreadable, make_source
 
 

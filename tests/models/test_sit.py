@@ -102,7 +102,7 @@ def test_who_uses_the_network_sees_time_from_data_to_noise() -> None:
     params, (x, t, y) = random_params(model), inputs()
     own = jax.jit(model.apply)({"params": params}, x, 1 - t, y)
     for prediction, sign in (("velocity", -1), ("data", 1)):
-        translated = jax.jit(build.denoiser(model, prediction))(params, x, t, y)
+        translated = jax.jit(build.make_denoise_fn(model, prediction))(params, x, t, y)
         np.testing.assert_allclose(translated, sign * own, atol=1e-5)
 
 

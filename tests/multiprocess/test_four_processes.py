@@ -11,8 +11,8 @@ import pytest
 from dsr_jax.core.files import read_json
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
+from tests.finished_run import final_state
 from tests.processes import REPOSITORY, end, finish, start
-from tests.runs import final_state
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsr_jax import train
-from dsr_jax.build_run import load_denoiser
+from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names

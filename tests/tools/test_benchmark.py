@@ -46,7 +46,7 @@ def test_twin_gives_the_same_output(registers: bool) -> None:
     ours.start()
     twin = benchmark_sides.make_twin(ours)
     x, t, labels = ours.batch["image"], np.array([0.2, 0.9], np.float32), np.array([3, 10])
-    got = jax.jit(build.denoiser(ours.model))(ours.state.params, x, t, labels)
+    got = jax.jit(build.make_denoise_fn(ours.model))(ours.state.params, x, t, labels)
     with torch.no_grad():
         want = twin(
             benchmark_sides.channels_first(x), torch.from_numpy(t), torch.from_numpy(labels)

@@ -40,10 +40,10 @@ from dsr_jax.parallel.shardings import (
     make_shardings,
     replicated,
 )
+from dsr_jax.parallel.watch import Limits, Watch, join_watch
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
-from dsr_jax.telemetry.watch import Limits, Watch, join_watch
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.loop import (

@@ -1,0 +1,346 @@
+"""From a config to the objects it names: mesh, space, data, objective, optimizer, step, sampler."""
+
+import ast
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsr_jax.build.rae import file_digests, make_rae
+from dsr_jax.build.vae import make_vae
+from dsr_jax.config import ConfigDict, architecture
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import Array, Batch, Params, PyTree
+from dsr_jax.data.latents import CachedLatents
+from dsr_jax.data.pipeline import make_batches
+from dsr_jax.data.base import Source
+from dsr_jax.data.sources import make_source as open_source
+from dsr_jax.diffusion.objectives import Objective
+from dsr_jax.diffusion.objectives import make_objective as objective_by_name
+from dsr_jax.diffusion.paths import flip_time
+from dsr_jax.diffusion.time_sampling import TimeSampler
+from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
+from dsr_jax.diffusion.token_weights import TokenWeights
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.parallel import mesh as meshes
+from dsr_jax.parallel import shardings
+from dsr_jax.parallel.axes import Rules
+from dsr_jax.parallel.axes import make_rules as rules_by_name
+from dsr_jax.sampling.sampler import (
+    DrawFn,
+    SampleFn,
+    SamplerSettings,
+    make_draw_fn,
+    make_sample_fn,
+)
+from dsr_jax.spaces import RAE, InputSpace, PixelSpace
+from dsr_jax.training.optimizers import LearningRate, Optimizer
+from dsr_jax.training.state import TrainState, make_spread
+from dsr_jax.training.step import TrainStep
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def set_precision(config: ConfigDict) -> None:
+    """Sets the arithmetic of float32 products for the whole process."""
+    name = config.precision.matmul
+    jax.config.update("jax_default_matmul_precision", None if name == "default" else name)
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices` (default: all there are); checks that the batch divides over it."""
+    mesh = meshes.make_mesh(meshes.MeshShape(**config.mesh.to_dict()), devices)
+    meshes.check_batch(config.data.global_batch, mesh, accumulate=config.optim.accumulate)
+    return mesh
+
+
+def make_rules(config: ConfigDict) -> Rules:
+    """Where logical axes lie on the mesh."""
+    return rules_by_name(config.sharding.rules, config.sharding.overrides)
+
+
+def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace, PyTree]:
+    """The input space and its frozen variables.
+
+    Args:
+      config: The config.
+      mesh: Its devices get a copy of the variables each; None leaves them in host memory.
+
+    Raises:
+      ConfigError: If the space's name is unknown.
+    """
+    if config.space.name == "pixels":
+        return PixelSpace(config.data.image_size, config.data.channels), {}
+    if config.space.name == "rae":
+        return make_rae(config, mesh)
+    if config.space.name == "vae":
+        return make_vae(config, mesh)
+    raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels, rae, vae")
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """What the denoiser predicts, and its loss."""
+    section = config.objective
+    return objective_by_name(
+        section.path,
+        section.prediction,
+        section.loss_weight,
+        noise_scale=section.noise_scale,
+        clip_target=section.clip_target,
+    )
+
+
+def make_token_weights(config: ConfigDict) -> TokenWeights | None:
+    """Weights of the tokens' losses; None where all are equal."""
+    section = config.objective
+    weights = TokenWeights(
+        section.outlier_norm,
+        section.norm_shift,
+        section.norm_shift_logit_normal,
+        section.time_shift,
+    )
+    return weights if weights.outlier_norm or weights.norm_shift else None
+
+
+def make_time_sampler(config: ConfigDict) -> TimeSampler:
+    """The distribution of training times."""
+    section = config.objective
+    return time_sampler_by_name(
+        section.time_distribution,
+        section.path,
+        section.prediction,
+        section.time_shift,
+        section.time_range,
+    )
+
+
+def make_optimizer(config: ConfigDict) -> Optimizer:
+    """AdamW with its schedule."""
+    section = config.optim
+    rate = LearningRate(
+        base=section.lr,
+        schedule=section.schedule,
+        final=section.final_lr,
+        warmup_steps=section.warmup_steps,
+        decay_end_steps=section.decay_end_steps,
+        warmup_from_zero=section.warmup_from_zero,
+        warmup_offset=section.warmup_offset,
+    )
+    return Optimizer(
+        rate,
+        b1=section.b1,
+        b2=section.b2,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+        freeze=section.freeze,
+    )
+
+
+def make_source(config: ConfigDict, split: str | None = None, random_crops: bool = False) -> Source:
+    """The data set.
+
+    Args:
+      config: The config.
+      split: Replaces the config's.
+      random_crops: For `global_batches`, which cut images to their size where the config says so;
+        else all are brought to it here.
+    """
+    section = config.data
+    if section.latents:
+        return CachedLatents(section.latents)
+    larger = section.crop_from if random_crops else 0
+    return open_source(
+        section.source,
+        image_size=larger or section.image_size,
+        fit="short_side" if larger else "crop",
+        channels=section.channels,
+        root=section.root or None,
+        split=split or section.split,
+        num_classes=section.num_classes,
+        on_corrupt=section.on_corrupt,
+    )
+
+
+def global_batches(
+    config: ConfigDict, source: Source, sharding: NamedSharding
+) -> Callable[[int], Iterator[Batch]]:
+    """Returns `batches(first step)`, which yields global batches for ever."""
+    section = config.data
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        for batch in make_batches(
+            source,
+            config.seed,
+            section.global_batch,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            flip=section.flip and not section.latents,
+            crop=section.image_size if section.crop_from and not section.latents else 0,
+            workers=section.workers,
+        ):
+            # Devices have no 64-bit integers; 32 unsigned bits last for four billion samples.
+            indexed = {**batch, "index": batch["index"].astype(np.uint32)}
+            yield shardings.host_to_global(indexed, sharding)
+
+    return batches
+
+
+def make_denoise_fn(model: DiffusionTransformer, prediction: str = "velocity") -> Callable[..., Array]:
+    """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
+
+    With one key per sample behind the labels, a model that has dropout trains.
+
+    Args:
+      model: The network, whose own time may run the other way.
+      prediction: What it predicts.
+    """
+
+    def apply(params: Params, x: Array, t: Array, labels: Array, *dropout_keys: Array) -> Array:
+        network: Any = functools.partial(model.apply, {"params": params})
+        if model.reversed_time:
+            network = flip_time(network, prediction)
+        return network(x, t, labels, *dropout_keys)
+
+    return apply
+
+
+def sampler_settings(config: ConfigDict) -> SamplerSettings:
+    """Solver and guidance, as config.sample says."""
+    section, times = config.sample, {"time_shift", "time_range"}
+    names = {field.name for field in dataclasses.fields(SamplerSettings)} - times
+    return SamplerSettings(
+        **{name: config.objective[name] for name in times},
+        **{name: section[name] for name in names},
+    )
+
+
+def make_sampler(
+    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, mesh: Mesh, rules: Rules
+) -> SampleFn:
+    """A compiled function from parameters, indices and labels to images."""
+    sharding = shardings.batch_sharding(mesh, rules)
+    return make_sample_fn(make_draw(config, model, space, sharding), sharding)
+
+
+def make_draw(
+    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, sharding: NamedSharding
+) -> DrawFn:
+    """What `make_sampler` runs, on arrays that lie on the devices as `sharding` says."""
+    return make_draw_fn(
+        make_denoise_fn(model, config.objective.prediction),
+        make_objective(config),
+        sampler_settings(config),
+        space.decode,
+        latent_shape=space.latent_shape,
+        null_label=config.data.num_classes,
+        sharding=sharding,
+    )
+
+
+def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> dict[str, Any]:
+    """What decides the images that a checkpoint gives, besides their indices and labels."""
+    return {
+        "step": step,
+        "ema": ema,
+        "sampler": sampler_settings(config).recipe(),
+        "objective": {key: config.objective[key] for key in ("path", "prediction", "noise_scale")},
+        "precision": config.precision.to_dict(),
+        "architecture": architecture(config) | file_digests(config),
+    }
+
+
+def make_step(
+    config: ConfigDict,
+    model: DiffusionTransformer,
+    space: InputSpace,
+    optimizer: Optimizer,
+    abstract: TrainState | None = None,
+) -> TrainStep:
+    """The training step, to be compiled by `jit_step`.
+
+    Args:
+      config: The config.
+      model: The denoiser.
+      space: The input space.
+      optimizer: Parameters' update.
+      abstract: Shapes and shardings of the state, whose moments say how the update is divided;
+        None leaves that to the compiler.
+
+    Raises:
+      ConfigError: If tokens are to be weighted by norms that the space does not give.
+    """
+    weights = make_token_weights(config)
+    if weights and not isinstance(space, RAE):
+        raise ConfigError(
+            f"config.objective weighs tokens by their norms, which config.space.name="
+            f"{config.space.name!r} does not have",
+            "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
+        )
+    return TrainStep(
+        make_denoise_fn(model, config.objective.prediction),
+        space.encode_with_norms if weights and isinstance(space, RAE) else space.encode,
+        make_objective(config),
+        make_time_sampler(config),
+        optimizer,
+        seed=config.seed,
+        null_label=config.data.num_classes,
+        label_dropout=config.objective.label_dropout,
+        dropout=getattr(model, "dropout", 0.0) > 0,
+        token_weights=weights,
+        accumulate=config.optim.accumulate,
+        num_time_bins=config.objective.time_bins,
+        spread=make_spread(abstract) if abstract is not None else None,
+    )
+
+
+def xla_options(config: ConfigDict) -> dict[str, Any]:
+    """Options of XLA's compiler by name.
+
+    Raises:
+      ConfigError: If one is not "name=value".
+    """
+    options = {}
+    for option in config.sharding.xla_options:
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise ConfigError(f"config.sharding.xla_options holds {option!r}", "write name=value")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[name] = {"true": True, "false": False}.get(text.lower(), text)
+    return options
+
+
+def jit_step(
+    step: Step,
+    abstract: TrainState,
+    batch: NamedSharding,
+    mesh: Mesh,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Step:
+    """Compiles lazily, with the state's shardings in and out and its buffers donated.
+
+    Args:
+      step: The step.
+      abstract: Shapes and shardings of the state.
+      batch: Sharding of the batch.
+      mesh: The devices.
+      options: From `xla_options`.
+    """
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    whole = shardings.replicated(mesh)
+    compiled: Any = jax.jit(
+        step,
+        in_shardings=(layout, batch, None),
+        out_shardings=(layout, whole),
+        donate_argnums=0,
+        compiler_options=dict(options) or None,
+    )
+    return compiled

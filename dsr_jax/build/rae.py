@@ -1,0 +1,186 @@
+"""From `config.space` to the representation autoencoder that it names, with its frozen arrays."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dsr_jax.build.frozen import open_decoder, open_vit
+from dsr_jax.config import ConfigDict
+from dsr_jax.convert.hub import load_encoder
+from dsr_jax.convert.statistics import load_statistics
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.files import file_digest
+from dsr_jax.core.typing import PyTree
+from dsr_jax.data.latents import read_manifest
+from dsr_jax.models.decoder import ViTDecoder
+from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.variants import RANDOM_ENCODERS
+from dsr_jax.models.vit import ViT, ViTConfig
+from dsr_jax.parallel.shardings import replicated
+from dsr_jax.registers.neurons import load_neurons, neurons_to_mask
+from dsr_jax.spaces import RAE
+
+PATCHES = 16
+"""Patches a side of the encoder's input, unless the config says otherwise."""
+
+FILES = ("encoder", "decoder", "statistics", "neurons", "vae")
+"""Keys of `config.space` that name files."""
+
+
+def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]:
+    """Reads the encoder, and decoder, statistics and neurons where the config names them.
+
+    Args:
+      config: The whole config.
+      mesh: Its devices get a copy of the arrays each; None leaves them in host memory.
+
+    Raises:
+      ConversionError: If a folder or file is missing, damaged or of another kind.
+      ConfigError: If they do not fit each other, or the config.
+    """
+    check_images(config, "encoder", "python -m dsr_jax.convert wrote of an encoder")
+    section, precision = config.space, Precision(config.precision.compute)
+    sizes, encoder = open_vit(
+        "config.space.encoder", section.encoder, RANDOM_ENCODERS, load_encoder, config.seed
+    )
+    image_size = section.image_size or PATCHES * sizes.patch_size
+    decoder = decoder_params = None
+    if section.decoder:
+        decoder_sizes, decoder_params = open_decoder(
+            "config.space.decoder",
+            section.decoder,
+            sizes.hidden_size,
+            image_size // sizes.patch_size,
+            config.data.image_size,
+            config.seed,
+        )
+        decoder = ViTDecoder(decoder_sizes, precision=precision)
+    if config.data.latents:
+        _check_latents(config)
+    space = RAE(
+        ViT(sizes, precision=precision),
+        decoder,
+        image_size=image_size,
+        noise_tau=section.noise_tau,
+        norm_scaled_noise=section.norm_scaled_noise,
+        post_stat_norm=section.post_stat_norm,
+        preln=section.preln,
+        eps=section.eps,
+        cached=bool(config.data.latents),
+    )
+    registers = make_intervention(config, sizes) if section.neurons else None
+    variables = space.make_variables(
+        None if space.cached else encoder,
+        decoder_params,
+        load_statistics(section.statistics) if section.statistics else None,
+        None if space.cached else registers,
+    )
+    return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
+
+
+def check_images(config: ConfigDict, key: str, origin: str) -> None:
+    """Checks that a network is named, and that the images are those of such networks.
+
+    Args:
+      config: The whole config.
+      key: Key of `config.space` that names its folder.
+      origin: Whence the folder comes, for the message.
+
+    Raises:
+      ConfigError: Naming the key and a value that would do.
+    """
+    for wrong, problem, remedy in (
+        (
+            not config.space[key],
+            f"config.space.{key} is not set",
+            f"name a folder that {origin}",
+        ),
+        (
+            config.data.channels != 3,
+            f"config.data.channels={config.data.channels} for an encoder of colour images",
+            "set config.data.channels=3",
+        ),
+        (
+            config.eval.judge,
+            f"config.eval.judge={config.eval.judge!r} with config.space.name={config.space.name!r}",
+            "leave the judge empty: it looks at the pixels of the data set",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(problem, remedy)
+
+
+def make_intervention(config: ConfigDict, encoder: ViTConfig) -> Intervention:
+    """The test-time registers that `config.space` describes.
+
+    Raises:
+      DataError: If the file of neurons cannot be read.
+      ConfigError: If it is of another encoder, or a setting cannot be.
+    """
+    section = config.space
+    scale = section.register_scale
+    return Intervention(
+        mask=neurons_to_mask(load_neurons(section.neurons), encoder.depth, encoder.mlp_dim),
+        num_registers=section.num_registers,
+        scale=scale[0] if len(scale) == 1 else scale,
+        normal_values=section.normal_values,
+        shared_maximum=section.shared_maximum,
+        spare_first_token=section.spare_first_token,
+    )
+
+
+def encoding_recipe(config: ConfigDict) -> dict[str, Any]:
+    """What decides the encoder's tokens, besides the image, as JSON values by key."""
+    keys = ("image_size", "preln", *(_REGISTERS if config.space.neurons else ()))
+    values = {f"config.space.{key}": config.space[key] for key in keys}
+    digests = {f"config.space.{key}": _digest(config.space[key]) for key in ("encoder", "neurons")}
+    return json.loads(json.dumps(values | digests))
+
+
+def _check_latents(config: ConfigDict) -> None:
+    """Checks that cached latents are those of the config's encoder.
+
+    Raises:
+      DataError: If there are none.
+      ConfigError: Naming what differs.
+    """
+    cached, wanted = read_manifest(config.data.latents)["recipe"]["space"], encoding_recipe(config)
+    keys = sorted(set(cached) | set(wanted))
+    lines = [
+        f"{key}: {cached.get(key)} -> {wanted.get(key)}"
+        for key in keys
+        if cached.get(key) != wanted.get(key)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{config.data.latents} holds latents of another encoder (cached -> config):\n    "
+            + "\n    ".join(lines),
+            "cache them again, or use the config that they were made with",
+        )
+
+
+def file_digests(config: ConfigDict) -> dict[str, str]:
+    """What names the content of the files in `config.space`, wherever they lie.
+
+    Files are named by their digest, folders by that of their parameters, and published neurons by
+    the encoder's name.
+    """
+    named = {key: config.space[key] for key in FILES if config.space[key]}
+    return {f"config.space.{key}": _digest(name) for key, name in named.items()}
+
+
+def _digest(name: str) -> str:
+    candidates = [Path(name), *(Path(name) / file for file in _IN_FOLDERS)]
+    found = next((path for path in candidates if path.is_file()), None)
+    return file_digest(found) if found else name
+
+
+_REGISTERS = (
+    *("num_registers", "register_scale", "normal_values"),
+    *("shared_maximum", "spare_first_token"),
+)
+_IN_FOLDERS = ("params.safetensors", "statistics.safetensors")

@@ -1,0 +1,44 @@
+"""From `config.space` to the SD-VAE that it names, with its frozen parameters."""
+
+import jax
+from jax.sharding import Mesh
+
+from dsr_jax.build.rae import check_images
+from dsr_jax.config import ConfigDict
+from dsr_jax.convert.sdvae import load_vae
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.typing import PyTree
+from dsr_jax.models.precision import Precision
+from dsr_jax.models.vae import AutoencoderKL, VAEConfig
+from dsr_jax.parallel.shardings import replicated
+from dsr_jax.spaces import VAE
+
+
+def make_vae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[VAE, PyTree]:
+    """Reads the autoencoder.
+
+    Args:
+      config: The whole config.
+      mesh: Its devices get a copy of the parameters each; None leaves them in host memory.
+
+    Raises:
+      ConversionError: If the folder is missing, damaged or of another kind.
+      ConfigError: If it does not fit the config.
+    """
+    check_images(config, "vae", "python -m dsr_jax.convert sdvae wrote")
+    found = load_vae(config.space.vae)
+    if found.scale != config.space.scale:
+        raise ConfigError(
+            f"config.space.scale={config.space.scale}, but the autoencoder in "
+            f"{config.space.vae} was made for {found.scale}",
+            f"set config.space.scale={found.scale}",
+        )
+    space = vae_space(config, found.config)
+    variables = space.make_variables(found.params)
+    return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
+
+
+def vae_space(config: ConfigDict, sizes: VAEConfig) -> VAE:
+    """The space of an autoencoder of these sizes, without its parameters."""
+    network = AutoencoderKL(sizes, precision=Precision(config.precision.compute))
+    return VAE(network, config.data.image_size, config.space.scale)

@@ -1,0 +1,118 @@
+"""Checks of a config's values, and what its values decide.
+
+Nothing is built here: what a check needs is in the config itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dsr_jax.config.schema import leaves, to_json
+from dsr_jax.core.errors import ConfigError
+
+_SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale"}}
+
+
+def architecture(config: ConfigDict) -> dict[str, Any]:
+    """The values that decide the parameters' names and shapes, by dotted key."""
+    values = to_json(config)
+    space = values["space"]
+    # The other keys of the section have no effect.
+    effective = _SPACE_KEYS.get(space["name"], set(space) - _SPACE_KEYS["vae"] | {"name"})
+    values["space"] = {key: space[key] for key in space if key in effective}
+    sections = ("space", "decoder") if trains_decoder(config) else ("model", "registers", "space")
+    return {
+        f"config.{key}": value for key, value in leaves(values) if key.split(".")[0] in sections
+    }
+
+
+def trains_decoder(config: ConfigDict) -> bool:
+    """Whether this is a config of python -m dsr_jax.train_decoder."""
+    return config.decoder.hidden_size > 0
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what can be checked without building anything.
+
+    Raises:
+      ConfigError: Naming the key and a value that would do.
+    """
+
+    def require(condition: bool, problem: str, remedy: str) -> None:
+        if not condition:
+            raise ConfigError(problem, remedy)
+
+    positive = (
+        "data.global_batch data.image_size data.channels data.num_classes train.steps optim.lr "
+        "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
+        "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
+        "decoder.depth decoder.num_heads decoder.mlp_dim decoder.patch_size gan.kernel_size "
+        "objective.time_bins eval.batch log.every_steps checkpoint.every_steps "
+        "checkpoint.keep_latest checkpoint.save_seconds failures.lost_seconds"
+    )
+    values = dict(leaves(config))
+    for key in positive.split():
+        require(values[key] > 0, f"config.{key}={values[key]}", "it must be positive")
+    for decay in config.ema.decays:
+        require(0 <= decay < 1, f"config.ema.decays holds {decay}", "decays lie in [0, 1)")
+    ema = config.sample.ema
+    known = [str(decay) for decay in config.ema.decays]
+    require(
+        ema in ("none", *known),
+        f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
+        f"choose from none, {', '.join(known)}",
+    )
+    none = "decoder.hidden_size lpips.weight gan.weight data.crop_from eval.every_steps "
+    for key in (none + "failures.step_seconds failures.pause_seconds").split():
+        require(values[key] >= 0, f"config.{key}={values[key]}", "use 0 for none")
+    dropout = config.objective.label_dropout
+    require(0 <= dropout <= 1, f"config.objective.label_dropout={dropout}", "use 0 to 1")
+    require(
+        config.precision.matmul in ("default", "tensorfloat32", "highest", "high", "bfloat16"),
+        f"config.precision.matmul={config.precision.matmul!r}",
+        "choose from default, bfloat16, tensorfloat32, high, highest",
+    )
+    require(
+        not config.data.latents or (config.space.name == "rae" and not trains_decoder(config)),
+        f"config.data.latents={config.data.latents!r}, but images are needed",
+        "latents are for training a denoiser with config.space.name=rae",
+    )
+    require(
+        not config.train.init_from or not trains_decoder(config),
+        f"config.train.init_from={config.train.init_from!r}, but a decoder is trained",
+        "leave it empty: only denoisers start from a converted folder",
+    )
+    require(
+        config.eval.judge in ("", "digits"),
+        f"config.eval.judge={config.eval.judge!r}",
+        "choose from digits, or leave it empty for no judge",
+    )
+    _check_scores(config, require)
+
+
+def _check_scores(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    """Checks that what config.eval asks for can be scored."""
+    section = config.eval
+    networks = section.inception or section.dinov2
+    require(
+        bool(section.reference) == bool(networks),
+        f"config.eval.reference={section.reference!r} with inception={section.inception!r} and "
+        f"dinov2={section.dinov2!r}",
+        "name both the reference and the folder of a feature network, or none of them",
+    )
+    require(
+        not section.reference or section.num_samples > 0,
+        f"config.eval.reference={section.reference!r} with num_samples={section.num_samples}",
+        "set config.eval.num_samples, for example to 10000",
+    )
+    require(
+        not section.every_steps or (section.num_samples > 0 and bool(section.judge or networks)),
+        f"config.eval.every_steps={section.every_steps}, but there is nothing to score",
+        "set config.eval.num_samples, and reference and inception, or judge",
+    )
+    require(
+        not section.reference or not trains_decoder(config),
+        f"config.eval.reference={section.reference!r}, but a decoder is trained",
+        "leave it empty: python -m dsr_jax.evaluate_reconstruction scores decoders",
+    )

@@ -1,0 +1,208 @@
+"""Compiles a config's programs for TPUs that are not there, and reports on them."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsr_jax import build
+from dsr_jax.build.abstract import abstract_batch, abstract_space
+from dsr_jax.config import ConfigDict
+from dsr_jax.core.provenance import git_revision
+from dsr_jax.core.typing import PyTree
+from dsr_jax.parallel import shardings
+from dsr_jax.parallel.axes import Constrain
+from dsr_jax.parallel.topologies import Topology, compile_only_devices
+from dsr_jax.planning.hlo import parse
+from dsr_jax.planning.memory import (
+    TEMPORARIES,
+    Layout,
+    advice,
+    bytes_per_chip,
+    memory_parts,
+    out_of_memory,
+)
+from dsr_jax.planning.program_cost import split_program
+from dsr_jax.planning.report import Compiled, Report, make_report
+from dsr_jax.telemetry import flops
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A program that can be compiled without its devices.
+
+    Attributes:
+      what: Its name.
+      lower: Traces it.
+      arguments: Its abstract arguments, by what they are for.
+      images: Of one run on all chips.
+      steps: Runs of the whole job.
+      model_flops: Of one run, as MFU counts them; None if unknown.
+      layout: What memory depends on.
+    """
+
+    what: str
+    lower: Callable[[], Any]
+    arguments: Mapping[str, PyTree]
+    images: int
+    steps: int
+    model_flops: float | None
+    layout: Layout
+
+
+def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahead:
+    """The training step of `python -m dsr_jax.train`.
+
+    Args:
+      config: The config.
+      mesh: Devices that need not be there.
+      slices: Larger slices, for advice.
+    """
+    rules = build.make_rules(config)
+    space, variables = abstract_space(config, mesh)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    optimizer = build.make_optimizer(config)
+    abstract, _ = build.make_state(config, model, space, optimizer, mesh, rules)
+    sharding = shardings.batch_sharding(mesh, rules)
+    batch = abstract_batch(config, space, sharding)
+    step = build.jit_step(
+        build.make_step(config, model, space, optimizer, abstract),
+        abstract,
+        sharding,
+        mesh,
+        build.xla_options(config),
+    )
+    lowerable: Any = step
+    images = config.data.global_batch
+    state = {"parameters": abstract.params, "optimizer": abstract.opt_state, "EMA": abstract.ema}
+    return Ahead(
+        "training step",
+        lambda: lowerable.lower(abstract, batch, variables),
+        {**state, "frozen networks": variables, "batch": batch},
+        images,
+        config.train.steps,
+        flops.train_step_flops(build.forward_flops(model), images),
+        Layout(
+            mesh=dict(mesh.shape),
+            width=model.hidden_size,
+            remat=model.remat,
+            batch_per_chip=images / mesh.size,
+            accumulate=config.optim.accumulate,
+            state_bytes=bytes_per_chip(state),
+            slices=slices,
+        ),
+    )
+
+
+def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahead:
+    """The program of `python -m dsr_jax.sample` that draws a batch; arguments as `train_step`'s."""
+    rules = build.make_rules(config)
+    space, variables = abstract_space(config, mesh)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    params = build.abstract_params(model, space, mesh, rules)
+    sharding = shardings.batch_sharding(mesh, rules)
+    draw: Any = build.make_draw(config, model, space, sharding)
+    images = -(-config.sample.batch // mesh.size) * mesh.size
+    indices, labels = (
+        jax.ShapeDtypeStruct((images,), dtype, sharding=sharding)
+        for dtype in (jnp.uint32, jnp.int32)
+    )
+    return Ahead(
+        "sampler",
+        lambda: draw.lower(params, variables, indices, labels),
+        {"parameters": params, "frozen networks": variables},
+        images,
+        -(-config.eval.num_samples // images) or 1,
+        None,
+        Layout(
+            mesh=dict(mesh.shape),
+            width=model.hidden_size,
+            remat="full",  # Nothing is kept for a backward pass.
+            batch_per_chip=images / mesh.size,
+            accumulate=0,
+            state_bytes=bytes_per_chip(params),
+            slices=slices,
+        ),
+    )
+
+
+PROGRAMS: Mapping[str, Callable[[ConfigDict, Mesh, tuple[str, ...]], Ahead]] = {
+    "train": train_step,
+    "sampler": sampler,
+}
+
+
+def compile_report(
+    config: ConfigDict,
+    topology: Topology,
+    program: str,
+    subject: Mapping[str, Any],
+    keep_text: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Compiles one program of a config, and reports on it, also where it does not fit.
+
+    Args:
+      config: The config.
+      topology: The chips.
+      program: A key of PROGRAMS.
+      subject: What the report begins with besides what is known here: the config's name and the
+        command.
+      keep_text: Is given the compiled program's text.
+
+    Raises:
+      DsrError: If libtpu is not installed, or the config does not fit the mesh.
+    """
+    mesh = build.make_mesh(config, compile_only_devices(topology))
+    ahead = PROGRAMS[program](config, mesh, topology.larger)
+    compiled = _compile(ahead, mesh, topology, keep_text)
+    about = {
+        "what": ahead.what,
+        **subject,
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "remat": config.model.remat,
+        "global_batch": ahead.images,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "git_revision": git_revision(),
+    }
+    return make_report(
+        about,
+        topology,
+        compiled,
+        images=ahead.images,
+        steps=ahead.steps,
+        model_flops=ahead.model_flops,
+    )
+
+
+def _compile(
+    ahead: Ahead, mesh: Mesh, topology: Topology, keep_text: Callable[[str], None]
+) -> Compiled:
+    arguments = {name: bytes_per_chip(tree) for name, tree in ahead.arguments.items()}
+    limit, start = int(topology.chip.hbm_bytes), time.monotonic()
+    try:
+        # What is traced is for the mesh's platform, not for this process's.
+        with jax.set_mesh(mesh):
+            lowered = ahead.lower()
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = out_of_memory(str(error), sum(arguments.values()))
+        if refused is None:
+            raise
+        needed, limit = refused
+        memory = {**arguments, TEMPORARIES: needed - sum(arguments.values())}
+        seconds = time.monotonic() - start
+        hints = advice(ahead.layout, needed, limit)
+        return Compiled(memory, needed, limit, seconds, advice=hints)
+    seconds = time.monotonic() - start
+    memory = memory_parts(compiled.memory_analysis(), arguments)
+    needed = sum(memory.values())
+    hints = [] if needed <= limit else advice(ahead.layout, needed, limit)
+    text = compiled.as_text()
+    keep_text(text)
+    parts = split_program(parse(text, topology.slices))
+    return Compiled(memory, needed, limit, seconds, parts, hints)

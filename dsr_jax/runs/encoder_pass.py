@@ -1,0 +1,295 @@
+"""One pass of an encoder over a data set: statistics of its latents, or the latents themselves."""
+
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsr_jax import build
+from dsr_jax.build.rae import encoding_recipe
+from dsr_jax.config import ConfigDict
+from dsr_jax.convert.statistics import FILE, save_statistics
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.files import read_json, write_atomic, write_json
+from dsr_jax.core.provenance import provenance
+from dsr_jax.core.typing import Batch
+from dsr_jax.data import latents as cache
+from dsr_jax.parallel import shardings
+from dsr_jax.parallel.processes import is_primary, say, wait_for_all
+from dsr_jax.spaces.statistics import LatentStatistics
+from dsr_jax.telemetry.clock import StepClock
+from dsr_jax.telemetry.progress import Progress
+
+_PROGRESS, _RECORD = "progress.npz", "statistics.json"
+
+
+class EncoderPass:
+    """The encoder and the data that a config names, batch by batch in the order of training.
+
+    Args:
+      config: Data and space.
+      images: How many to take; 0 for each image once.
+
+    Attributes:
+      latent_shape: Height, width and channels.
+      num_classes: Labels lie in [0, num_classes).
+      count: Images to take.
+      batch: Images at a time.
+      steps: Batches in all; what the last holds beyond `count` belongs to the next epoch.
+      recipe: What decides the latents to the bit, as JSON values.
+    """
+
+    def __init__(self, config: ConfigDict, images: int = 0) -> None:
+        mesh, rules = build.make_mesh(config), build.make_rules(config)
+        self._space, self._variables = build.make_space(config, mesh)
+        source = build.make_source(config)
+        sharding = shardings.batch_sharding(mesh, rules)
+        self._batches = build.global_batches(config, source, sharding)
+        self._encode = jax.jit(
+            lambda given, pixels: self._space.encode(given, pixels.astype(np.float32) / 255)
+        )
+        self.latent_shape, self.num_classes = self._space.latent_shape, source.num_classes
+        self.count, self.batch = images or len(source), config.data.global_batch
+        self.steps = -(-self.count // self.batch)
+        self.recipe = _recipe(config, source.name, self.count)
+
+    def run(self, steps: range, keep: Callable[[int, np.ndarray, Batch], None]) -> float:
+        """Encodes a batch per step; the host works on one while the devices encode the next.
+
+        Args:
+          steps: Which batches.
+          keep: Takes step, latents [B, h, w, C] of all hosts, and the batch.
+
+        Returns:
+          The share of the time after the first batch that was spent waiting for data.
+        """
+        if not steps:
+            return 0.0
+        batches = Waiting(self._batches(steps.start))
+        with Progress(self.steps, start_step=steps.start) as progress:
+            # The first batch waits for readers to start and for the compiler, once.
+            pending = self._start(batches)
+            started, begin = batches.seconds, time.monotonic()
+            clock = StepClock(self.batch, self.steps)
+            for step in steps:
+                latents, batch = pending
+                if step + 1 in steps:
+                    pending = self._start(batches)
+                keep(step, shardings.fetch(latents), batch)
+                progress.update(step + 1, timing=clock.lap(step + 1))
+        share = (batches.seconds - started) / max(time.monotonic() - begin, 1e-9)
+        say(f"first batch after {started:.1f} s; then {share:.1%} of the time was waiting for data")
+        return share
+
+    def _start(self, batches: Iterator[Batch]) -> tuple[Any, Batch]:
+        batch = next(batches)
+        return self._encode(self._variables, batch["image"]), batch
+
+
+class Waiting:
+    """An iterator that knows how long its caller has waited for it.
+
+    Args:
+      batches: What it yields.
+
+    Attributes:
+      seconds: Time spent in `batches` so far.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.monotonic()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.monotonic() - start
+
+
+def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: int = 0) -> None:
+    """Takes mean and variance of the latents and writes them, and what they are of, into `out`.
+
+    Args:
+      work: What to encode.
+      out: A new folder, or that of the same pass.
+      save_every: Batches between two savings of the sums.
+      stop_after: Batches after which to stop, as if interrupted; 0 for none.
+
+    Raises:
+      ConfigError: If the folder holds statistics of something else.
+    """
+    statistics, start = _restore(out, work.recipe, work.latent_shape)
+    if start == work.steps and (out / FILE).exists():
+        say(f"complete: {out / FILE}")
+        return
+    stop = min(work.steps, start + stop_after if stop_after else work.steps)
+
+    def keep(step: int, latents: np.ndarray, batch: Batch) -> None:
+        statistics.add(latents[: work.count - step * work.batch])
+        if (step + 1) % save_every == 0 or step + 1 == stop:
+            _save(out, work.recipe, statistics, step + 1)
+
+    share = work.run(range(start, stop), keep)
+    say(f"{statistics.count} images")
+    if stop == work.steps and is_primary():
+        save_statistics(out / FILE, statistics.finish())
+        details = {"images": statistics.count, "data_wait_share": round(share, 4)}
+        write_json(out / _RECORD, {"recipe": work.recipe, **details, "provenance": provenance()})
+        say(f"statistics: {out / FILE}; use them with --config.space.statistics={out}")
+
+
+def cache_latents(
+    work: EncoderPass, out: Path, dtype: str, copies: int, shard_steps: int, stop_after: int = 0
+) -> None:
+    """Packs the latents of an encoder into ArrayRecord shards, from which training can read.
+
+    Copy c of an image is mirrored or not as in epoch c of training. A shard is written whole or not
+    at all, so that the same call continues what was stopped.
+
+    Args:
+      work: What to encode: `copies` times the data set.
+      out: A new folder, or that of the same pass.
+      dtype: What to store, a name in `data.latents.DTYPES`.
+      copies: Only recorded.
+      shard_steps: Batches per shard.
+      stop_after: Shards after which to stop, as if interrupted; 0 for none.
+
+    Raises:
+      ConfigError: If the folder holds something else.
+    """
+    shards = -(-work.steps // shard_steps)
+    manifest = {
+        "shape": work.latent_shape,
+        "dtype": dtype,
+        "copies": copies,
+        "records": work.count,
+        "shards": shards,
+        "shard_steps": shard_steps,
+        "num_classes": work.num_classes,
+        "recipe": work.recipe,
+    }
+    _check_cache(out, json.loads(json.dumps(manifest)))
+    wait_for_all("latents checked")
+    if is_primary() and not (out / cache.MANIFEST).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        cache.write_manifest(out, {**manifest, "provenance": provenance()})
+    missing = [i for i in range(shards) if not cache.shard_path(out, i, shards).exists()]
+    wait_for_all("latents listed")
+    for first, end in _stretches(missing[: stop_after or None]):
+        steps = range(first * shard_steps, min(end * shard_steps, work.steps))
+        work.run(steps, _ShardWriter(work, out, manifest))
+    if not missing[stop_after or shards :]:
+        say(f"latents: {out}; train on them with --config.data.latents={out}")
+
+
+def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Splits sorted numbers into ranges without gaps, each (first, last + 1)."""
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        yield members[0], members[-1] + 1
+
+
+class _ShardWriter:
+    """Collects batches and, on the primary process, writes them where a shard ends."""
+
+    def __init__(self, work: EncoderPass, out: Path, manifest: dict[str, Any]) -> None:
+        self._work, self._out, self._manifest = work, out, manifest
+        self._rows: list[tuple[np.ndarray, int]] = []
+
+    def __call__(self, step: int, latents: np.ndarray, batch: Batch) -> None:
+        """Takes one batch."""
+        dtype, shard_steps = self._manifest["dtype"], self._manifest["shard_steps"]
+        stored = latents.astype(cache.DTYPES[dtype])
+        pairs = list(zip(stored, shardings.fetch(batch["label"]), strict=True))
+        self._rows += pairs[: self._work.count - step * self._work.batch]
+        if (step + 1) % shard_steps and step + 1 != self._work.steps:
+            return
+        if is_primary():
+            shards = self._manifest["shards"]
+            cache.write_shard(
+                cache.shard_path(self._out, step // shard_steps, shards), self._rows, dtype
+            )
+        self._rows.clear()
+
+
+def _check_cache(out: Path, manifest: dict[str, Any]) -> None:
+    """Checks that `out` is empty or holds a cache with this manifest."""
+    path = out / cache.MANIFEST
+    if path.exists():
+        found = read_json(path)
+        found.pop("provenance", None)
+        settings = {key: value for key, value in manifest.items() if key != "recipe"}
+        others = {key: value for key, value in found.items() if key != "recipe"}
+        _refuse_others(
+            out, {**found["recipe"], "cache": others}, {**manifest["recipe"], "cache": settings}
+        )
+    else:
+        _refuse_foreign(out)
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} holds other files", "name a new folder; nothing was written")
+
+
+def _refuse_others(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if found == wanted:
+        return
+    differing = [
+        f"{section}.{key}: {found[section].get(key)} -> {value}"
+        for section, values in wanted.items()
+        for key, value in values.items()
+        if found[section].get(key) != value
+    ]
+    raise ConfigError(
+        f"{out} was made with other settings:\n    " + "\n    ".join(differing[:8]),
+        "name another --out, or use the settings that it was started with",
+    )
+
+
+def _recipe(config: ConfigDict, source: str, count: int) -> dict[str, Any]:
+    """What decides the latents to the bit, as JSON values."""
+    data = {key: config.data[key] for key in ("split", "image_size", "global_batch", "flip")}
+    recipe = {
+        "data": {"source": source, "images": count, "seed": config.seed, **data},
+        "space": encoding_recipe(config),
+        "precision": config.precision.to_dict(),
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def _save(out: Path, recipe: dict[str, Any], statistics: LatentStatistics, step: int) -> None:
+    """Writes the sums over the batches before `step`, on the primary process."""
+    if is_primary():
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {"recipe": json.dumps(recipe), "step": step, **statistics.state()}
+        np.savez(buffer, **arrays)
+        write_atomic(out / _PROGRESS, buffer.getvalue())
+
+
+def _restore(
+    out: Path, recipe: dict[str, Any], shape: tuple[int, int, int]
+) -> tuple[LatentStatistics, int]:
+    """Reads the sums of a pass that was stopped, and the batch to go on with.
+
+    Raises:
+      ConfigError: If the folder holds something else, or a pass of other settings.
+    """
+    path = out / _PROGRESS
+    if not path.exists():
+        _refuse_foreign(out)
+        return LatentStatistics.empty(shape), 0
+    with np.load(path, allow_pickle=False) as state:
+        _refuse_others(out, json.loads(str(state["recipe"])), recipe)
+        return LatentStatistics.from_state(state), int(state["step"])

@@ -1,0 +1,234 @@
+"""One start of a training run, whatever it trains: command line, folder, loop, instruments.
+
+The training commands build a `Job` from a config; all else is here.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from dsr_jax import build
+from dsr_jax import config as configs
+from dsr_jax.core.provenance import git_revision, package_versions
+from dsr_jax.core.trees import flatten_names
+from dsr_jax.core.typing import Batch
+from dsr_jax.parallel.peers import check_identical
+from dsr_jax.parallel.processes import (
+    HEARTBEAT_SECONDS,
+    coordination_client,
+    is_primary,
+    say,
+    start_processes,
+    wait_for_all,
+)
+from dsr_jax.runs.folder import check_workdir, write_run_files
+from dsr_jax.telemetry import flops
+from dsr_jax.telemetry.clock import StepClock
+from dsr_jax.telemetry.profiler import ProfileWindow
+from dsr_jax.telemetry.progress import Progress
+from dsr_jax.parallel.watch import Limits, Watch, join_watch
+from dsr_jax.telemetry.writers import MetricWriter, check_packages
+from dsr_jax.training.checkpoints import Checkpoints
+from dsr_jax.training.loop import (
+    Carried,
+    Hook,
+    Instruments,
+    LoopSettings,
+    Summary,
+    start_or_resume,
+    train_loop,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a config names, built.
+
+    Attributes:
+      card: What is about to run, in a few lines.
+      mesh: The devices.
+      abstract: Shapes and shardings of the state (a `TrainState` or a class derived from it).
+      init: Makes the state before the first step.
+      step: The compiled step, `(state, batch) -> (state, metrics)`.
+      batches: `batches(first step)` yields global batches for ever.
+      hooks: What to do with the state now and then.
+      finish: What to do at the end of a complete run.
+      forward_flops: Of the trained network on one image, from which the share of the devices' peak
+        follows; None if unknown.
+    """
+
+    card: str
+    mesh: Mesh
+    abstract: Any
+    init: Callable[[], Any]
+    step: Callable[[Any, Batch], tuple[Any, Any]]
+    batches: Callable[[int], Iterator[Batch]]
+    hooks: Sequence[Hook]
+    finish: Callable[[Summary], None]
+    forward_flops: int | None = None
+
+
+MakeJob = Callable[[configs.ConfigDict, Path], Job]
+"""Builds all that a config names, for a run's folder, and writes nothing.
+
+All is built before anything is written, so that a config which cannot work leaves no trace.
+"""
+
+
+def run_command(
+    argv: Sequence[str] | None, make_job: MakeJob, program: str, description: str | None
+) -> int:
+    """Runs the command line of a training command.
+
+    Args:
+      argv: Its arguments; None for the process's.
+      make_job: What the command trains.
+      program: Its name.
+      description: Its help text.
+
+    Returns:
+      The exit status.
+    """
+    args, overrides = _parser(program, description).parse_known_args(argv)
+    # Grain's worker processes read absl's flags, which this program does not use.
+    flags.FLAGS(sys.argv[:1], known_only=True)
+    config, workdir = configs.load(args.config, overrides), Path(args.workdir)
+    lost_seconds = config.failures.lost_seconds
+    # JAX names nobody; it comes into play where this program is itself no longer able to speak.
+    start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
+    with join_watch(workdir, _limits(config), config.failures.end_hung, lost_seconds) as watch:
+        check_processes(configs.to_json(config))
+        return _run(config, workdir, make_job, watch)
+
+
+def check_processes(config: Mapping[str, Any]) -> None:
+    """Checks that all processes of a run have the same config, code and packages.
+
+    Raises:
+      ConfigError: Naming the processes that differ, and what differs.
+      ProcessError: If one does not start.
+    """
+    if jax.process_count() == 1:
+        return
+    values = {f"config.{name}": value for name, value in flatten_names(config, ".").items()}
+    values |= {f"package {name}": value for name, value in package_versions().items()}
+    values |= {"code": git_revision(), "Python": sys.version.split()[0]}
+    check_identical(coordination_client(), jax.process_index(), jax.process_count(), values)
+
+
+def _limits(config: configs.ConfigDict) -> Limits:
+    section = config.failures
+    return Limits(section.step_seconds, section.pause_seconds, config.checkpoint.save_seconds)
+
+
+def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeJob, watch: Watch) -> int:
+    """Builds what the config names and trains; returns the exit status."""
+    build.set_precision(config)
+    changes = check_workdir(config, workdir)
+    check_packages(config.log.tensorboard, config.log.wandb)
+    job = make_job(config, workdir)
+    # The folder that others still look at must not change.
+    wait_for_all("workdir checked")
+    for change in changes:
+        say(f"changed since the last start: {change}")
+    if is_primary():
+        write_run_files(config, workdir)
+    return _train(job, config, workdir, watch)
+
+
+def _train(job: Job, config: configs.ConfigDict, workdir: Path, watch: Watch) -> int:
+    """Trains to the end or until stopped; returns the exit status."""
+    section = config.checkpoint
+    steps, images = config.train.steps, config.data.global_batch
+    say(f"{job.card}\n{steps:,} steps of {images} images, in {workdir}")
+    with Checkpoints(
+        workdir / "checkpoints",
+        every_steps=section.every_steps,
+        keep_latest=section.keep_latest,
+        keep_every=section.keep_every,
+        architecture=configs.architecture(config),
+        save_seconds=section.save_seconds,
+    ) as checkpoints:
+        state, carried = start_or_resume(checkpoints, job.init, job.abstract, section.restore_step)
+        summary = _loop(job, config, workdir, state, carried, checkpoints, watch)
+    if not summary.stopped:
+        watch.enter("finishing", summary.step)
+        job.finish(summary)
+    return summary.exit_status
+
+
+def _loop(
+    job: Job,
+    config: configs.ConfigDict,
+    workdir: Path,
+    state: Any,
+    carried: Carried,
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> Summary:
+    start = int(state.step)
+    if 0 < start < config.train.steps:
+        say(f"continuing from step {start}")
+    settings = LoopSettings(
+        config.train.steps,
+        config.log.every_steps,
+        config.train.stop_after_steps,
+        config.failures.check_replicas,
+    )
+    with _instruments(job, config, workdir, start, watch) as instruments:
+        return train_loop(
+            state,
+            job.step,
+            job.batches,
+            checkpoints,
+            settings,
+            instruments,
+            hooks=job.hooks,
+            carried=carried,
+        )
+
+
+@contextlib.contextmanager
+def _instruments(
+    job: Job, config: configs.ConfigDict, workdir: Path, start: int, watch: Watch
+) -> Iterator[Instruments]:
+    """Opens what the loop reports to."""
+    devices = job.mesh.devices.flatten()
+
+    def mfu(step_seconds: float) -> float | None:
+        if job.forward_flops is None:
+            return None
+        step_flops = flops.train_step_flops(job.forward_flops, config.data.global_batch)
+        return flops.mfu(step_flops, step_seconds, len(devices), devices[0].device_kind)
+
+    writer = MetricWriter(
+        workdir,
+        first_step=start + 1,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        config=configs.to_json(config),
+    )
+    progress = Progress(config.train.steps, start_step=start)
+    profile = ProfileWindow(workdir, config.log.profile_start, config.log.profile_steps)
+    with writer, progress, profile:
+        clock = StepClock(config.data.global_batch, config.train.steps)
+        yield Instruments(writer, progress, clock, profile, mfu, watch)
+
+
+def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
+    parser.add_argument("--workdir", required=True, help="the run's folder, new or its own")
+    return parser

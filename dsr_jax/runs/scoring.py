@@ -1,0 +1,155 @@
+"""From files to a scorer, and from scores to a file: what all commands that score share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dsr_jax.convert.hub import load_class_encoder
+from dsr_jax.convert.inception import load_inception
+from dsr_jax.core.files import write_json
+from dsr_jax.core.provenance import provenance
+from dsr_jax.data.sources import make_source, read_all
+from dsr_jax.evaluation.judge import judge_samples
+from dsr_jax.evaluation.samples import SampleFile, check_levels
+from dsr_jax.evaluation.features import SAVE_EVERY, Extractor
+from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.networks import dinov2_features, inception_features
+from dsr_jax.evaluation.reference import open_reference
+from dsr_jax.evaluation.scoring import Result, Scorer
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from dsr_jax.parallel.processes import is_primary, say
+
+_REPORT_SECONDS = 10.0
+
+
+def make_extractor(
+    inception: str | None,
+    dinov2: str | None = None,
+    batch: int = 64,
+    resize: str = "adm",
+    mesh: Mesh | None = None,
+) -> Extractor:
+    """Reads feature networks.
+
+    Args:
+      inception: Folder of converted weights, or None or "" to do without.
+      dinov2: Likewise, of an encoder with its class output.
+      batch: Images at a time over all devices.
+      resize: How images become 299 pixels wide, a name in `models.inception_input.RESIZES`.
+      mesh: The devices; None for all there are.
+
+    Raises:
+      ConversionError: If weights are not there; says where to get them.
+    """
+    networks = []
+    if inception:
+        network, params, record = load_inception(inception)
+        networks.append(inception_features(network, params, record, resize))
+    if dinov2:
+        networks.append(dinov2_features(*load_class_encoder(dinov2)))
+    return Extractor(networks, mesh or make_mesh(MeshShape()), batch)
+
+
+def make_scorer(
+    reference: str,
+    inception: str | None,
+    dinov2: str | None = None,
+    batch: int = 64,
+    resize: str = "adm",
+    mesh: Mesh | None = None,
+) -> Scorer:
+    """Reads reference and networks; arguments as those of `make_extractor`.
+
+    Raises:
+      EvaluationError: If the reference cannot be read.
+      ConversionError: If weights are not there.
+    """
+    opened = open_reference(reference)
+    extractor = make_extractor(inception, dinov2, batch, resize, mesh)
+    return Scorer(extractor, opened, _Report())
+
+
+def score_to_file(
+    scorer: Scorer,
+    images: ImageSet,
+    metrics: Sequence[str] | None,
+    out: Path,
+    *,
+    allow_constant: bool = False,
+    save_every: int = SAVE_EVERY,
+) -> Result:
+    """Scores images and writes numbers, recipe and provenance to a JSON file.
+
+    Args:
+      scorer: From `make_scorer`.
+      images: The samples.
+      metrics: Names, or None for those that the reference allows.
+      out: The file; what a stopped pass goes on from lies beside it meanwhile.
+      allow_constant: Takes images of a single colour, too.
+      save_every: Images between two savings.
+
+    Raises:
+      EvaluationError: If samples, reference and metrics do not fit.
+    """
+    folder = out.with_name(f"{out.name}.parts")
+    chosen = None if metrics is None else list(metrics)
+    result = scorer.score(
+        images, chosen, folder=folder, allow_constant=allow_constant, save_every=save_every
+    )
+    if is_primary():
+        reference = scorer.reference
+        about = {
+            "file": reference.path.name,
+            "statistics": sorted(reference.statistics),
+            "images": 0 if reference.images is None else reference.images.shape[0],
+            "recipe": reference.recipe,
+        }
+        content = {
+            "scores": result.scores,
+            "recipe": result.recipe,
+            "warnings": result.warnings,
+            "skipped": result.skipped,
+            "samples": result.samples,
+            "reference": about,
+            "networks": scorer.extractor.records,
+            "provenance": provenance(),
+        }
+        write_json(out, content)
+    return result
+
+
+def score_with_judge(samples: SampleFile, source: str) -> dict[str, Any]:
+    """Scores samples with a classifier trained on the training split of a data source.
+
+    Args:
+      samples: The samples, with labels.
+      source: Name of a bundled data source, read at the samples' size.
+
+    Raises:
+      EvaluationError: If the samples do not fit.
+      DataError: If the source cannot be read at the samples' size.
+    """
+    labels = samples.require_labels(f"the judge {source!r}")
+    images = samples.images()
+    check_levels(images, samples.path)
+    _, height, _, channels = samples.shape
+    train, heldout = (
+        read_all(make_source(source, split=split, image_size=height, channels=channels))
+        for split in ("train", "heldout")
+    )
+    return judge_samples(images, labels, train, heldout)
+
+
+class _Report:
+    """Says every few seconds how far a pass is."""
+
+    def __init__(self) -> None:
+        self._said = monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if done == total or monotonic() - self._said >= _REPORT_SECONDS:
+            self._said = monotonic()
+            say(f"features of {what}: {done}/{total}")

@@ -1,0 +1,185 @@
+"""What a training run shows of itself: pictures and scores, and summary.json at the end."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dsr_jax import build
+from dsr_jax.config import ConfigDict
+from dsr_jax.core.files import write_json
+from dsr_jax.core.typing import Params, PyTree
+from dsr_jax.data.sources import read_all
+from dsr_jax.evaluation.comparison import SHOWN
+from dsr_jax.evaluation.judge import judge_samples
+from dsr_jax.evaluation.samples import open_samples
+from dsr_jax.evaluation.scoring import Result, Scorer
+from dsr_jax.parallel.processes import is_primary, say, wait_for_all
+from dsr_jax.parallel.shardings import fetch
+from dsr_jax.sampling.images import save_png_grid
+from dsr_jax.sampling.job import SampleJob
+from dsr_jax.sampling.labels import balanced_labels, cycled_labels
+from dsr_jax.sampling.sampler import SampleFn
+from dsr_jax.runs.scoring import make_scorer, score_to_file
+from dsr_jax.telemetry.writers import read_metrics
+from dsr_jax.training.loop import Summary
+from dsr_jax.training.state import TrainState
+
+JUDGE_SPLITS = ("train", "heldout")
+
+
+class Results:
+    """Draws with a run's weights and writes down what came out.
+
+    Args:
+      config: The run's config.
+      workdir: Its folder.
+      draw: From `build.make_sampler`.
+      variables: Frozen arrays of the input space.
+      num_devices: Batches are multiples of this.
+      image_shape: Height, width and channels of what it draws; () if that is never asked for.
+      scorer: From `open_scorer`.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        draw: SampleFn,
+        variables: PyTree,
+        num_devices: int,
+        image_shape: tuple[int, ...],
+        scorer: Scorer | None = None,
+    ) -> None:
+        self.config, self.workdir = config, workdir
+        self._draw, self._variables, self._num_devices = draw, variables, num_devices
+        self._image_shape, self._scorer = image_shape, scorer
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
+
+    def draw_grid(self, step: int, state: TrainState) -> None:
+        """Writes a picture of samples, a class per column."""
+        section, classes = self.config.sample, self.config.data.num_classes
+        batch = self._batch_for(section.num)
+        indices = np.arange(batch, dtype=np.uint32)
+        labels = cycled_labels(range(classes), batch)
+        samples = self._draw(self._weights(state), self._variables, indices, labels)
+        images = fetch(samples.images)[: section.num]
+        if is_primary():
+            path = self.workdir / "samples" / f"step_{step:08d}.png"
+            save_png_grid(path, images, columns=classes)
+
+    def score(self, step: int, state: TrainState) -> dict[str, float]:
+        """Draws and scores samples as config.eval says; returns the numbers for the log.
+
+        The samples of the last step stay, those on the way are removed. The scores with their
+        recipe go to `scores/`, where tools/compare_scores.py finds them.
+        """
+        scores: dict[str, Any] = {}
+        section, last = self.config.eval, step == self.config.train.steps
+        if section.num_samples and (section.judge or self._scorer is not None):
+            name = f"{'final' if last else 'scored'}_{step:08d}"
+            if not last:
+                # What a stop has left may be of weights that no checkpoint kept.
+                self._remove(name)
+            path = self._draw_samples(step, state, name)
+            if self._scorer is not None:
+                out = self.workdir / "scores" / f"step_{step:08d}.scores.json"
+                metrics = list(section.metrics)
+                scores |= score_to_file(self._scorer, open_samples(path), metrics, out).scores
+            if section.judge and is_primary():
+                scores |= self._judge(path)
+            if not last:
+                self._remove(name)
+        self._last = (step, scores)
+        return {key: float(x) for key, x in scores.items() if isinstance(x, (int, float))}
+
+    def finish(self, summary: Summary) -> None:
+        """Draws and scores samples where the config asks for it; writes summary.json."""
+        if self._last[0] != summary.step:
+            self.score(summary.step, summary.state)
+        scores, path = self._last[1], self.workdir / "summary.json"
+        if not is_primary():
+            return
+        # From the file, since a start that finds the run complete writes no record of its own.
+        losses = [record["loss"] for record in read_metrics(self.workdir) if "loss" in record]
+        record = {
+            "steps": summary.step,
+            "train_seconds": round(summary.seconds, 1),
+            "loss": losses[-1] if losses else None,
+        }
+        write_json(path, {**scores, **record})
+        if "judge_accuracy" in scores:
+            say(
+                f"judge accuracy {scores['judge_accuracy']:.1%} on {scores['num_samples']} samples "
+                f"(real held-out images {scores['judge_accuracy_real']:.1%}); Frechet distance "
+                f"{scores['frechet_distance']:.3g} (real {scores['frechet_distance_real']:.3g})"
+            )
+        if self._scorer is not None:
+            found = (f"{key} {scores[key]:.5g}" for key in SHOWN if key in scores)
+            say(f"{self.config.eval.num_samples} samples: {', '.join(found)}")
+        say(
+            f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
+            "next, draw your own: python -m dsr_jax.sample "
+            f"--workdir={self.workdir} --num-samples=100 --guidance=2.0 --grid"
+        )
+
+    def _weights(self, state: TrainState) -> Params:
+        """The parameters, or the average of them, that config.sample.ema names."""
+        name = self.config.sample.ema
+        return state.params if name == "none" else state.ema[name]
+
+    def _batch_for(self, count: int) -> int:
+        """The smallest batch of at least `count` that divides over the devices."""
+        return -(-count // self._num_devices) * self._num_devices
+
+    def _draw_samples(self, step: int, state: TrainState, name: str) -> Path:
+        config, weights = self.config, self._weights(state)
+        job = SampleJob(
+            self.workdir / "samples",
+            name,
+            balanced_labels(config.eval.num_samples, config.data.num_classes, config.sample.seed),
+            self._image_shape,
+            build.sampling_recipe(config, step, config.sample.ema),
+        )
+        return job.run(
+            lambda indices, labels: self._draw(weights, self._variables, indices, labels),
+            self._batch_for(config.sample.batch),
+            report=say,
+        )
+
+    def _remove(self, name: str) -> None:
+        """Removes a job of samples and their scores' unfinished pass, if they are there."""
+        wait_for_all(f"{name} can go")
+        if is_primary():
+            samples, step = self.workdir / "samples", name.rpartition("_")[2]
+            for ending in ("npz", "json"):
+                (samples / f"{name}.{ending}").unlink(missing_ok=True)
+            shutil.rmtree(samples / f"{name}.parts", ignore_errors=True)
+            parts = self.workdir / "scores" / f"step_{step}.scores.json.parts"
+            shutil.rmtree(parts, ignore_errors=True)
+        wait_for_all(f"{name} is gone")
+
+    def _judge(self, path: Path) -> dict[str, Any]:
+        samples = open_samples(path)
+        splits = (read_all(build.make_source(self.config, name)) for name in JUDGE_SPLITS)
+        train, heldout = splits
+        return judge_samples(samples.images(), samples.require_labels("judge"), train, heldout)
+
+
+def open_scorer(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, ...]) -> Scorer | None:
+    """Opens reference and networks of config.eval; None where it names no reference.
+
+    Raises:
+      EvaluationError: If the reference cannot be read, or is not of images of this shape.
+      ConversionError: If weights are not there.
+    """
+    section = config.eval
+    if not section.reference:
+        return None
+    scorer = make_scorer(
+        section.reference, section.inception, section.dinov2, section.batch, mesh=mesh
+    )
+    scorer.check(image_shape, list(section.metrics), Result())
+    return scorer
