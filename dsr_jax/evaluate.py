@@ -24,7 +24,7 @@ from dsr_jax.evaluation.features import METRICS, SAVE_EVERY
 from dsr_jax.evaluation.image_sets import open_images
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_process_zero, start_processes
 from dsr_jax.runs.scoring import make_scorer, score_to_file, score_with_judge
 
 
@@ -64,7 +64,7 @@ def compare(args: argparse.Namespace) -> None:
         allow_constant=args.allow_constant,
         save_every=args.save_every,
     )
-    if not is_primary():
+    if not is_process_zero():
         return
     print(f"{path}: {images.shape[0]} images against {args.reference}")
     _print_scores(result.scores)
@@ -81,7 +81,7 @@ def judge(args: argparse.Namespace) -> None:
     Raises:
       EvaluationError: If the samples do not fit.
     """
-    if not is_primary():
+    if not is_process_zero():
         return
     source = args.judge or "digits"
     samples = open_samples(args.samples)

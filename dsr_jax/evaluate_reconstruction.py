@@ -26,7 +26,7 @@ from dsr_jax.core.provenance import provenance
 from dsr_jax.evaluation.features import forget
 from dsr_jax.evaluation.pairs import PairScorer
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_process_zero, start_processes
 from dsr_jax.runs.decoder_evaluation import COLUMNS, save_pairs
 from dsr_jax.runs.reconstruction import Reconstruction, rfid
 from dsr_jax.runs.scoring import make_extractor
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network, params, lpips_record = perceptual or (None, None, None)
     pairs = PairScorer(work.mesh, args.batch, network, params)
     means = pairs.score(work.images, outputs, out / "pairs.parts", work.recipe)
-    if not is_primary():
+    if not is_process_zero():
         return
     scores |= means
     recipe = {**work.recipe, "lpips": (lpips_record or {}).get("params_digest")}

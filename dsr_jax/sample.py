@@ -17,7 +17,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.parallel.processes import is_process_zero, log, start_processes
 from dsr_jax.runs.sampling import draw_samples
 from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=args.out,
         name=args.name,
     )
-    if args.grid and is_primary():
+    if args.grid and is_process_zero():
         images = next(open_samples(path).batches(GRID_IMAGES))
         save_png_grid(path.with_suffix(".png"), images, labels[:GRID_IMAGES])
-        say(f"picture: {path.with_suffix('.png')}")
+        log(f"picture: {path.with_suffix('.png')}")
 
 
 def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.ConfigDict:

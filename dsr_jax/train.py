@@ -21,7 +21,7 @@ from dsr_jax.data.base import Source
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
-from dsr_jax.runs.runner import Job, run_command
+from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.runs.training_evaluation import Results, open_scorer
 from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(argv, make_job, "python -m dsr_jax.train", __doc__)
 
 
-def make_job(config: ConfigDict, workdir: Path) -> Job:
+def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     """Builds a denoiser's training.
 
     Raises:
@@ -62,8 +62,8 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     draw = build.make_sampler(config, model, space, mesh, rules)
     scorer = open_scorer(config, mesh, image_shape)
     results = Results(config, workdir, draw, variables, mesh.size, image_shape, scorer)
-    return Job(
-        card=_card(config, model, abstract.params, source, mesh),
+    return TrainingJob(
+        summary_text=_run_summary(config, model, abstract.params, source, mesh),
         mesh=mesh,
         abstract=abstract,
         init=init,
@@ -78,7 +78,7 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     )
 
 
-def _card(
+def _run_summary(
     config: ConfigDict, model: DiffusionTransformer, params: Params, source: Source, mesh: Mesh
 ) -> str:
     """What is about to run, in two lines."""

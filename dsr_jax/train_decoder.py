@@ -20,11 +20,11 @@ from dsr_jax.core.trees import count_params
 from dsr_jax.data.base import Source
 from dsr_jax.parallel import shardings
 from dsr_jax.runs.decoder_evaluation import Reconstructions
-from dsr_jax.runs.runner import Job, run_command
+from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.training.decoder_state import DecoderState
 from dsr_jax.training.decoder_step import make_decoder_step
 from dsr_jax.training.loop import Hook
-from dsr_jax.training.state import make_spread
+from dsr_jax.training.state import make_reshard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(argv, make_job, "python -m dsr_jax.train_decoder", __doc__)
 
 
-def make_job(config: ConfigDict, workdir: Path) -> Job:
+def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     """Builds a decoder's training.
 
     Raises:
@@ -51,7 +51,7 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
             settings,
             optimizer,
             seed=config.seed,
-            spread=make_spread(abstract),
+            reshard=make_reshard(abstract),
         ),
         abstract,
         sharding,
@@ -65,8 +65,8 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
         parts.decoder.config,
         sharding,
     )
-    return Job(
-        card=_card(config, parts, abstract, source, mesh),
+    return TrainingJob(
+        summary_text=_run_summary(config, parts, abstract, source, mesh),
         mesh=mesh,
         abstract=abstract,
         init=init,
@@ -77,7 +77,7 @@ def make_job(config: ConfigDict, workdir: Path) -> Job:
     )
 
 
-def _card(
+def _run_summary(
     config: ConfigDict, parts: DecoderParts, state: DecoderState, source: Source, mesh: Mesh
 ) -> str:
     """What is about to run, in a few lines."""

@@ -101,7 +101,7 @@ def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int, task: str) -
         for name, call in calls.items():
             timings[name].append(measure(call))
         last = ", ".join(f"{name} {each[-1].wall:.2f} s" for name, each in timings.items())
-        say(f"{task}: round {i + 1} of {rounds}: {last}")
+        log(f"{task}: round {i + 1} of {rounds}: {last}")
     return timings
 
 
@@ -162,7 +162,7 @@ def run_task(task: str, args: argparse.Namespace) -> Timings:
         return time_evaluation(task, args.size == "tiny", args.rounds)
     if task == "compile":
         size = "tiny" if args.size == "tiny" else "XL"
-        say(f"compile: {size}")
+        log(f"compile: {size}")
         ours = Ours(make_config(size, 1, True, args.remat))
         return {"dsr_jax": [measure(ours.compile)]}
     if task in ("input", "files"):
@@ -232,7 +232,7 @@ def environment() -> dict[str, Any]:
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), **stamp}
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 

@@ -25,7 +25,7 @@ from dsr_jax.data.sources import make_source
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vit import ViT
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_process_zero, start_processes
 from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.registers.report import write_report
 from dsr_jax.registers.scoring import Sparsity
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = find_registers(
         model, params, images, settings, make_mesh(MeshShape()), batch=args.batch
     )
-    if not is_primary():
+    if not is_process_zero():
         return
     details = {
         "encoder": {"folder": str(args.encoder), **dataclasses.asdict(config)},

@@ -28,7 +28,7 @@ from dsr_jax.evaluation.frechet import Gaussian
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
 from dsr_jax.evaluation.reference import MOMENTS, open_reference
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.parallel.processes import is_process_zero, log, start_processes
 from dsr_jax.runs.scoring import make_extractor
 from dsr_jax.sampling.npz import write_npz
 
@@ -84,7 +84,7 @@ class Maker:
         tally = self._tally(images, self._metrics, "moments")
         arrays = {}
         for metric in self._metrics:
-            if is_primary():
+            if is_process_zero():
                 arrays |= _named(metric, tally.gaussian(metric))
         kept = SourceImages(source, min(args.keep, len(source))) if args.keep else None
         recipe = {
@@ -119,7 +119,7 @@ class Maker:
             gaussian = given.statistics.get(metric)
             if gaussian is not None:
                 count = gaussian.count
-            elif metric in missing and tally is not None and is_primary():
+            elif metric in missing and tally is not None and is_process_zero():
                 gaussian = tally.gaussian(metric)
             if gaussian is not None:
                 arrays |= _named(metric, gaussian)
@@ -139,7 +139,7 @@ class Maker:
             folder=self._folder / name,
             identity={"images": images.describe()},
             allow_constant=self._allow_constant,
-            report=lambda done, total: say(f"{name}: {done}/{total}") if done == total else None,
+            report=lambda done, total: log(f"{name}: {done}/{total}") if done == total else None,
         )
 
     def _write(
@@ -153,7 +153,7 @@ class Maker:
         if kept is not None:
             features = self._tally(kept, ["pr"], "features")
             extra["features"] = features.rows
-        if not is_primary():
+        if not is_process_zero():
             return
         if count:
             extra["num_images"] = np.asarray(count)

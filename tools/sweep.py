@@ -24,7 +24,7 @@ from dsr_jax.evaluation.comparison import as_csv, as_text, make_table, plot_guid
 from dsr_jax.evaluation.features import outputs_of
 from dsr_jax.evaluation.image_sets import open_images
 from dsr_jax.evaluation.scoring import DEFAULT_METRICS, Scorer
-from dsr_jax.parallel.processes import is_primary, say, start_processes
+from dsr_jax.parallel.processes import is_process_zero, log, start_processes
 from dsr_jax.runs.scoring import make_scorer, score_to_file
 from dsr_jax.training.checkpoints import list_steps
 
@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if path.is_file():
             check_scored(path, scorer, metrics, args.num_samples)
             continue
-        say(f"{number + 1}/{len(points)}: {point.name}")
+        log(f"{number + 1}/{len(points)}: {point.name}")
         where = ["--workdir", args.workdir, "--out", str(out), "--name", point.name]
         count = ["--num-samples", str(args.num_samples)]
         sample.main([*where, *count, *point.arguments(), *rest])
         images = open_images(out / f"{point.name}.npz")
         score_to_file(scorer, images, metrics, path)
-    if is_primary():
+    if is_process_zero():
         show(out, points)
 
 

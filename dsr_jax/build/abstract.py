@@ -19,7 +19,7 @@ from dsr_jax.data.latents import DTYPES, read_manifest
 from dsr_jax.models.vae import VAEConfig
 from dsr_jax.models.variants import ENCODERS, RANDOM_PREFIX
 from dsr_jax.parallel.axes import Rules
-from dsr_jax.parallel.processes import say
+from dsr_jax.parallel.processes import log
 from dsr_jax.parallel.shardings import replicated
 from dsr_jax.registers.neurons import PUBLISHED
 from dsr_jax.spaces import RAE, InputSpace
@@ -99,7 +99,7 @@ def abstract_decoder_parts(config: ConfigDict, rules: Rules) -> DecoderParts:
         name = section[key]
         if name and not name.startswith(RANDOM_PREFIX) and not Path(name).is_dir():
             section[key] = f"{RANDOM_PREFIX}{stand_in or encoder_preset(name)}"
-            say(f"{name!r} does not exist; shapes are those of {section[key]}")
+            log(f"{name!r} does not exist; shapes are those of {section[key]}")
     made: list[DecoderParts] = []
 
     def variables() -> PyTree:
@@ -177,4 +177,4 @@ def encoder_preset(name: str) -> str:
 
 
 def _say_absent(config: ConfigDict, key: str, instead: str) -> None:
-    say(f"config.space.{key}={config.space[key]!r} does not exist; shapes are those of {instead}")
+    log(f"config.space.{key}={config.space[key]!r} does not exist; shapes are those of {instead}")

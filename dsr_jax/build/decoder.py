@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsr_jax.build.state import shard_state
 from dsr_jax.build.frozen import open_lpips, open_vit
 from dsr_jax.build.rae import make_rae
+from dsr_jax.build.state import shard_state
 from dsr_jax.config import ConfigDict, trains_decoder
 from dsr_jax.convert.discriminator import load_backbone
 from dsr_jax.core.errors import ConfigError

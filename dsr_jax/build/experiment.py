@@ -16,9 +16,9 @@ from dsr_jax.build.vae import make_vae
 from dsr_jax.config import ConfigDict, architecture
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
+from dsr_jax.data.base import Source
 from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.pipeline import make_batches
-from dsr_jax.data.base import Source
 from dsr_jax.data.sources import make_source as open_source
 from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.objectives import make_objective as objective_by_name
@@ -40,7 +40,7 @@ from dsr_jax.sampling.sampler import (
 )
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
-from dsr_jax.training.state import TrainState, make_spread
+from dsr_jax.training.state import TrainState, make_reshard
 from dsr_jax.training.step import TrainStep
 
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -192,7 +192,9 @@ def global_batches(
     return batches
 
 
-def make_denoise_fn(model: DiffusionTransformer, prediction: str = "velocity") -> Callable[..., Array]:
+def make_denoise_fn(
+    model: DiffusionTransformer, prediction: str = "velocity"
+) -> Callable[..., Array]:
     """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
 
     With one key per sample behind the labels, a model that has dropout trains.
@@ -296,7 +298,7 @@ def make_step(
         token_weights=weights,
         accumulate=config.optim.accumulate,
         num_time_bins=config.objective.time_bins,
-        spread=make_spread(abstract) if abstract is not None else None,
+        reshard=make_reshard(abstract) if abstract is not None else None,
     )
 
 

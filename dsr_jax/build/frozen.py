@@ -16,7 +16,7 @@ from dsr_jax.models.decoder import DecoderConfig, ViTDecoder
 from dsr_jax.models.lpips import LPIPS
 from dsr_jax.models.variants import RANDOM_DECODERS, RANDOM_LPIPS, RANDOM_PREFIX
 from dsr_jax.models.vit import ViT, ViTConfig
-from dsr_jax.parallel.processes import say
+from dsr_jax.parallel.processes import log
 
 
 def open_vit(
@@ -89,7 +89,7 @@ def _preset(key: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def _draw(key: str, network: nn.Module, seed: int, *inputs: Array) -> Params:
-    say(f"{key}: random weights, which are for trying things out")
+    log(f"{key}: random weights, which are for trying things out")
 
     @jax.jit
     def init(stream: Array) -> Any:

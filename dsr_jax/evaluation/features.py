@@ -25,7 +25,7 @@ from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import InceptionScore
 from dsr_jax.evaluation.networks import FeatureNetwork
 from dsr_jax.parallel.axes import make_rules
-from dsr_jax.parallel.processes import is_primary, say
+from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
 
 _NEEDS = {
@@ -265,11 +265,11 @@ def tally_images(
     total, batch = images.shape[0], extractor.batch
     recipe = extractor.recipe(tally.outputs)
     settings = {**recipe, **(identity or {}), "needs": sorted(tally.needs)}
-    if folder is not None and is_primary():
+    if folder is not None and is_process_zero():
         tally.restore(folder, settings)
     start = agree(tally.count)
     if 0 < start < total:
-        say(f"continuing after {start} of {total} images")
+        log(f"continuing after {start} of {total} images")
     part = (jax.process_index(), jax.process_count())
     saved = start
     pending: tuple[int, dict[str, Array]] | None = None
@@ -279,7 +279,7 @@ def tally_images(
         features = {name: x[: total - first] for name, x in fetch(arrays).items()}
         _check_levels(first, features.pop("least"), features.pop("most"), allow_constant)
         done = min(first + batch, total)
-        if not is_primary():
+        if not is_process_zero():
             return
         tally.add(features)
         if folder is not None and (done - saved >= save_every or done == total):
@@ -301,7 +301,7 @@ def tally_images(
 
 def forget(folder: Path) -> None:
     """Removes what a finished pass has left."""
-    if is_primary():
+    if is_process_zero():
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.lpips import LPIPS
 from dsr_jax.parallel.axes import make_rules
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
 
 _SAVE_EVERY = 5000
@@ -70,7 +70,7 @@ class PairScorer:
                 "reconstruct the very images, in their order and size",
             )
         path, marks = folder / "pairs.npz", json.dumps({**identity, "scores": self._names})
-        values = _restore(path, marks) if is_primary() else []
+        values = _restore(path, marks) if is_process_zero() else []
         saved = done = agree(sum(map(len, values)))
         part = (jax.process_index(), jax.process_count())
         both = (each.batches(self._batch, done, part) for each in (images, outputs))
@@ -78,11 +78,11 @@ class PairScorer:
             rows = self._rows(ours, theirs)[: images.shape[0] - done]
             values.append(rows)
             done += len(rows)
-            if is_primary() and done - saved >= _SAVE_EVERY:
+            if is_process_zero() and done - saved >= _SAVE_EVERY:
                 saved = done
                 with open_atomic(path) as file:
                     np.savez(file, values=np.concatenate(values), identity=marks)
-        if not is_primary():
+        if not is_process_zero():
             return {}
         means = np.concatenate(values).mean(axis=0)
         return {name: float(mean) for name, mean in zip(self._names, means, strict=True)}

@@ -27,7 +27,7 @@ from dsr_jax.evaluation.inception_score import SPLIT_SIZE
 from dsr_jax.evaluation.kernel_distance import SEED, SUBSET_SIZE, SUBSETS, kernel_distance
 from dsr_jax.evaluation.neighbours import NEIGHBOUR, precision_recall
 from dsr_jax.evaluation.reference import Reference
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_process_zero
 
 DEFAULT_METRICS = ("fid", "sfid", "is", "pr")
 
@@ -102,7 +102,7 @@ class Scorer:
             theirs = self._pass(
                 self.reference.images, needed, folder / "reference", identity, **settings
             )
-        if not is_primary():
+        if not is_process_zero():
             return result
         self._compute(chosen, ours, theirs, result)
         result.recipe |= {

@@ -64,13 +64,13 @@ class Attention(nn.Module):
         if self.use_qknorm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         if rope is not None:
-            q, k = (rotate(self.precision.island("rope", y), *rope) for y in (q, k))
+            q, k = (rotate(self.precision.to_float32("rope", y), *rope) for y in (q, k))
         first = 0
         if self.kv_bias:
             k, v = self._prepend("k_bias", k), self._prepend("v_bias", v)
             first = 1
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")
-        q, k, v = (self.constrain(self.precision.product(y), *names) for y in (q, k, v))
+        q, k, v = (self.constrain(self.precision.to_compute(y), *names) for y in (q, k, v))
         mixed = attend(q, k, v, self.kernel, constrain=self.constrain)
         if self.gated is not None:
             first, count = first + self.gated[0], self.gated[1]
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         """`without` at a gate of 0, where training starts, and `mixed` at 1; each [B, L, H, K]."""
         zeros = nn.initializers.zeros
         gate = add_param(self, "register_gate", zeros, ("heads",), (self.num_heads,))
-        return without + self.precision.product(gate)[:, None] * (mixed - without)
+        return without + self.precision.to_compute(gate)[:, None] * (mixed - without)
 
     def _prepend(self, name: str, x: Array) -> Array:
         axes, shape = (None, "heads", None, "head_dim"), (1, x.shape[2], 1, x.shape[3])

@@ -140,14 +140,14 @@ class Block(nn.Module):
         )(normed * (1 + scale_attn) + shift_attn, rope)
         mixed = drop(mixed, ATTENTION_OUTPUT)
         self.sow("intermediates", "attn_out", mixed)
-        x = x + self.precision.island("residual", gate_attn * mixed)
+        x = x + self.precision.to_float32("residual", gate_attn * mixed)
 
         normed = make_norm(self.use_rmsnorm, "norm2", self.precision)(x)
         mixed = self._feed_forward(width)(
             normed * (1 + scale_mlp) + shift_mlp, lambda hidden: drop(hidden, MLP_HIDDEN)
         )
         self.sow("intermediates", "mlp_out", mixed)
-        x = x + self.precision.island("residual", gate_mlp * mixed)
+        x = x + self.precision.to_float32("residual", gate_mlp * mixed)
         self.sow("intermediates", "block_out", x)
         return x, None
 

@@ -124,7 +124,7 @@ class ViTDecoder(nn.Module):
             name="embed",
             linear_init=TORCH_DEFAULT,
         )(tokens[:, int(drop_first) :])
-        x = self.precision.island("residual", x).reshape(len(x), side, side, -1)
+        x = self.precision.to_float32("residual", x).reshape(len(x), side, side, -1)
         x = resample(x, config.grid, config.grid, "bilinear").reshape(len(x), config.grid**2, -1)
         x = self._add_positions(x)
         self.sow("intermediates", "embeddings", x)
@@ -142,7 +142,7 @@ class ViTDecoder(nn.Module):
             name="pred",
             linear_init=TORCH_DEFAULT,
         )(x)
-        logits = self.precision.island("output", logits)
+        logits = self.precision.to_float32("output", logits)
         return DecoderOutput(logits, unpatchify(logits, config.patch_size, 3))
 
     def _add_positions(self, x: Array) -> Array:

@@ -96,7 +96,7 @@ class FinalLayer(nn.Module):
             precision=self.precision,
             name="linear",
         )(x * (1 + scale) + shift)
-        return self.precision.island("output", out)
+        return self.precision.to_float32("output", out)
 
 
 class DiffusionTransformer(nn.Module):

@@ -79,7 +79,7 @@ class DiTDH(DiffusionTransformer):
             self.hidden_size, linear_init=TORCH_DEFAULT, precision=self.precision, name="t_embedder"
         )(t)
         label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
-        condition = jax.nn.silu(self.precision.island("conditioning", time + label))
+        condition = jax.nn.silu(self.precision.to_float32("conditioning", time + label))
         self.sow("intermediates", "condition", (time, label, condition))
 
         tokens = self._embed_patches("s_embedder", self.hidden_size, x)
@@ -101,4 +101,4 @@ class DiTDH(DiffusionTransformer):
     def _embed_patches(self, name: str, width: int, x: Array) -> Array:
         tokens = PatchEmbed(width, self.patch_size, self.precision, name=name)(x)
         self.sow("intermediates", f"{name}_out", tokens)
-        return self.precision.island("residual", tokens)
+        return self.precision.to_float32("residual", tokens)

@@ -132,7 +132,7 @@ class FourierTimeEmbed(nn.Module):
         frequencies = add_param(
             self, "W", nn.initializers.normal(1.0), ("frequencies",), (self.num_frequencies,)
         )
-        t = self.precision.island("time_embedding", t)
+        t = self.precision.to_float32("time_embedding", t)
         angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         return time_mlp(features, self.width, self.linear_init)
@@ -157,7 +157,9 @@ class SinusoidalTimeEmbed(nn.Module):
     def __call__(self, t: Array) -> Array:
         """Maps t [B] to [B, D]."""
         steps = np.arange(self.num_frequencies) / self.num_frequencies
-        angles = self.precision.island("time_embedding", t)[:, None] * np.float32(10000.0**-steps)
+        angles = self.precision.to_float32("time_embedding", t)[:, None] * np.float32(
+            10000.0**-steps
+        )
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         self.sow("intermediates", "features", features)
         return time_mlp(features, self.width)

@@ -66,12 +66,12 @@ class JiT(DiffusionTransformer):
             name="x_embedder",
         )(x)
         self.sow("intermediates", "x_embedder_out", tokens)
-        tokens = self.precision.island("residual", tokens) + self._positions()
+        tokens = self.precision.to_float32("residual", tokens) + self._positions()
         time = SinusoidalTimeEmbed(
             self.hidden_size, self.time_features // 2, self.precision, name="t_embedder"
         )(t)
         label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
-        condition = self.precision.island("conditioning", time + label)
+        condition = self.precision.to_float32("conditioning", time + label)
         self.sow("intermediates", "condition", (time, label, condition))
 
         tokens = self._run_depth(

@@ -85,9 +85,9 @@ def linear(
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
     leading = x.shape[: x.ndim - num_inputs]
     rows = int(np.prod(inputs))
-    y = policy.product(x).reshape(-1, rows) @ policy.product(kernel).reshape(rows, -1)
+    y = policy.to_compute(x).reshape(-1, rows) @ policy.to_compute(kernel).reshape(rows, -1)
     y = y.reshape(*leading, *outputs)
-    return y if bias is None else y + policy.product(bias)
+    return y if bias is None else y + policy.to_compute(bias)
 
 
 class Dense(nn.Module):
@@ -183,7 +183,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Normalises the last dimension of [..., D]."""
         scale = add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
-        wide = self.precision.island("norm", x)
+        wide = self.precision.to_float32("norm", x)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * inverse).astype(x.dtype) * scale
 
@@ -206,7 +206,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalises the last dimension of [..., D]."""
-        wide = self.precision.island("norm", x)
+        wide = self.precision.to_float32("norm", x)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         y = (centred * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)

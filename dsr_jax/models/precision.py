@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 
-FP32_ISLANDS: Mapping[str, str] = {
+FLOAT32_OPS: Mapping[str, str] = {
     "norm": "mean squares of bfloat16 lose the small channels beside an outlier's large one",
     "rope": "angles grow with the position; the rotated q and k are cast back for the product",
     "softmax": "sums over hundreds of tokens",
@@ -21,7 +21,7 @@ FP32_ISLANDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision: float32 parameters, products in `compute`, the islands in float32.
+    """Mixed precision: float32 parameters, matmuls in `compute`, FLOAT32_OPS in float32.
 
     This is what the official sampling scripts do under bfloat16 autocast (spec denoiser 1.12).
 
@@ -37,12 +37,12 @@ class Precision:
                 f"config.precision.compute={self.compute!r}", "use 'float32' or 'bfloat16'"
             )
 
-    def product(self, x: Array) -> Array:
-        """Casts an operand of a matrix product to the compute dtype."""
+    def to_compute(self, x: Array) -> Array:
+        """Casts an operand of a matmul to the compute dtype."""
         return x.astype(self.compute)
 
-    def island(self, name: str, x: Array) -> Array:
-        """Casts to float32 where arithmetic of the named kind follows."""
-        if name not in FP32_ISLANDS:
-            raise KeyError(f"{name!r} is not in FP32_ISLANDS")
+    def to_float32(self, name: str, x: Array) -> Array:
+        """Casts to float32 for the named op of FLOAT32_OPS."""
+        if name not in FLOAT32_OPS:
+            raise KeyError(f"{name!r} is not in FLOAT32_OPS")
         return x.astype(jnp.float32)

@@ -104,13 +104,13 @@ class Conv(nn.Module):
         kernel = add_param(self, "kernel", init, axes, shape)
         bias = add_param(self, "bias", TORCH_DEFAULT.bias(fan_in), (None,), (self.features,))
         y = jax.lax.conv_general_dilated(
-            self.precision.product(x),
-            self.precision.product(kernel),
+            self.precision.to_compute(x),
+            self.precision.to_compute(kernel),
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + self.precision.product(bias)
+        return y + self.precision.to_compute(bias)
 
 
 class GroupNorm(nn.Module):
@@ -130,7 +130,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps [B, h, w, C] to the same, float32."""
         batch, *_, channels = x.shape
-        grouped = self.precision.island("norm", x).reshape(
+        grouped = self.precision.to_float32("norm", x).reshape(
             batch, -1, self.num_groups, channels // self.num_groups
         )
         centred = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
@@ -162,7 +162,7 @@ class Resnet(nn.Module):
             y = Conv(self.features, precision=self.precision, name=f"conv{i}")(nn.silu(norm(y)))
         if x.shape[-1] != self.features:
             x = _pointwise(self.features, self.precision, "shortcut")(x)
-        return self.precision.island("residual", x) + y
+        return self.precision.to_float32("residual", x) + y
 
 
 def _pointwise(features: int, precision: Precision, name: str | None = None) -> Conv:
@@ -199,7 +199,7 @@ class SpatialAttention(nn.Module):
         normed = GroupNorm(self.num_groups, precision=self.precision, name="norm")(x)
         q, k, v = (dense(name)(normed).reshape(batch, -1, 1, channels) for name in "qkv")
         mixed = attend(q, k, v, self.attention).reshape(x.shape)
-        return x + self.precision.island("residual", dense("out")(mixed))
+        return x + self.precision.to_float32("residual", dense("out")(mixed))
 
 
 class Middle(nn.Module):
@@ -254,7 +254,7 @@ class Level(nn.Module):
         else:
             x = x.repeat(2, axis=1).repeat(2, axis=2)
         resized = Conv(self.features, 3, stride, padding, self.precision, name=self.resize)(x)
-        return self.precision.island("residual", resized)
+        return self.precision.to_float32("residual", resized)
 
 
 class Tower(nn.Module):
@@ -280,7 +280,7 @@ class Tower(nn.Module):
         config, precision = self.config, self.precision
         widths = config.widths if self.down else config.widths[::-1]
         x = Conv(widths[0], precision=precision, name="conv_in")(x)
-        x = precision.island("residual", x)
+        x = precision.to_float32("residual", x)
         middle = Middle(config, self.attention, precision, name="mid")
         if not self.down:
             x = middle(x)
@@ -345,14 +345,14 @@ class AutoencoderKL(nn.Module):
             )
         out = self.encoder(images)
         self.sow("intermediates", "encoder_out", out)
-        moments = self.precision.island("output", self.quant_conv(out))
+        moments = self.precision.to_float32("output", self.quant_conv(out))
         self.sow("intermediates", "moments", moments)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, *LOG_VARIANCES))
 
     def decode(self, latents: Array) -> Array:
         """Maps latents [B, h, w, C] to images [B, H, W, 3], about [-1, 1], float32."""
-        return self.precision.island("output", self.decoder(self.post_quant_conv(latents)))
+        return self.precision.to_float32("output", self.decoder(self.post_quant_conv(latents)))
 
     def __call__(self, images: Array) -> Array:
         """Reconstructs images [B, H, W, 3] from the means of their latents."""

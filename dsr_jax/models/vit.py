@@ -169,7 +169,7 @@ class ViTBlock(nn.Module):
         return LayerNorm(epsilon, affine=True, precision=self.precision, name=name)
 
     def _branch(self, number: int, y: Array) -> Array:
-        y = self.precision.island("residual", y)
+        y = self.precision.to_float32("residual", y)
         if not self.config.use_layer_scale:
             return y
         return y * add_param(self, f"ls{number}", ones, ("embed",), y.shape[-1:])
@@ -202,9 +202,9 @@ class ViTAttention(nn.Module):
 
         q, k, v = project("q"), project("k", config.key_bias), project("v")
         if rope is not None:
-            q, k = (rotate_halves(self.precision.island("rope", y), *rope) for y in (q, k))
+            q, k = (rotate_halves(self.precision.to_float32("rope", y), *rope) for y in (q, k))
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")
-        q, k, v = (self.constrain(self.precision.product(y), *names) for y in (q, k, v))
+        q, k, v = (self.constrain(self.precision.to_compute(y), *names) for y in (q, k, v))
         return Dense(
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
@@ -351,7 +351,7 @@ class ViT(nn.Module):
             precision=self.precision,
             name="patch_embed",
         )(patchify(pixels, config.patch_size))
-        patches = self.precision.island("residual", patches)
+        patches = self.precision.to_float32("residual", patches)
         prefix = [self._token("cls_token", 1)] if config.use_cls else []
         if config.position_resampling:
             native = config.image_size // config.patch_size

@@ -109,12 +109,12 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def is_primary() -> bool:
-    """True in the process that writes shared files and talks to the user."""
+def is_process_zero() -> bool:
+    """Whether this is process 0, which writes shared files and logs."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
-    """Shows a line to the user, on the primary process."""
-    if is_primary():
+def log(text: str) -> None:
+    """Prints a line to stderr, on process 0 alone."""
+    if is_process_zero():
         print(text, file=sys.stderr, flush=True)

@@ -82,7 +82,7 @@ def write_report(
       folder: Where to; made if it is not there.
       result: What was found.
       picture: Image by index, uint8 [H, W, 3].
-      details: What else the JSON should say: encoder, images, settings, provenance.
+      details: What else the JSON should log: encoder, images, settings, provenance.
     """
     summary = {**details, **summarise(result)}
     figures = {

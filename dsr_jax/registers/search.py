@@ -156,7 +156,7 @@ def find_registers(
     mesh: Mesh,
     *,
     batch: int = 8,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> SearchResult:
     """Searches an encoder for register neurons.
 
@@ -170,22 +170,22 @@ def find_registers(
       settings: See `SearchSettings`.
       mesh: Devices; batches are split over them.
       batch: Images at a time over all devices.
-      say: Takes lines about progress.
+      log: Takes lines about progress.
 
     Raises:
       NoOutliersError: If no token of any image is an outlier, with the quantiles of the norms.
       ConfigError: If a block or count of the settings does not fit the encoder.
     """
     _check(settings, model)
-    search = _Search(model, params, ImageStream(images, batch, mesh, say), settings)
+    search = _Search(model, params, ImageStream(images, batch, mesh, log), settings)
     rounds: list[Round] = []
     while True:
         found = search.round(rounds)
         rounds.append(found)
         units = sum(len(chosen) for chosen in found.chosen.values())
-        say(f"round {len(rounds)}: {units} units, {found.counted} images with outliers")
+        log(f"round {len(rounds)}: {units} units, {found.counted} images with outliers")
         if ended := search.reason_to_end(rounds):
-            say(f"search ended: {ended}")
+            log(f"search ended: {ended}")
             return SearchResult(rounds, ended)
 
 

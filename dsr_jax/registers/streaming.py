@@ -53,17 +53,17 @@ class ImageStream:
       images: The images.
       batch: Images at a time; rounded up to a multiple of the devices that share a batch.
       mesh: Devices; the batch is split over all of its axes.
-      say: Takes lines about progress.
+      log: Takes lines about progress.
     """
 
     def __init__(
-        self, images: Images, batch: int, mesh: Mesh, say: Callable[[str], None] = print
+        self, images: Images, batch: int, mesh: Mesh, log: Callable[[str], None] = print
     ) -> None:
         self.images = images
         self.batch = -(-min(batch, len(images)) // mesh.size) * mesh.size
         self._sharding = batch_sharding(mesh, make_rules("replicated"))
         self._replicated = replicated(mesh)
-        self._say = say if jax.process_index() == 0 else _silent
+        self._log = log if jax.process_index() == 0 else _silent
 
     def place(self, tree: PyTree) -> PyTree:
         """Copies arrays to every device."""
@@ -95,7 +95,7 @@ class ImageStream:
                 if monotonic() - told > REPORT_SECONDS or done == total:
                     told = monotonic()
                     rate = done / max(told - start, 1e-9)
-                    self._say(f"{what}: {done} of {total} images, {rate:.3g} images/s")
+                    self._log(f"{what}: {done} of {total} images, {rate:.3g} images/s")
 
     def _read(self, pool: ThreadPoolExecutor, first: int) -> list[Any]:
         """Starts to read this process's rows of the batch that begins at image `first`."""

@@ -18,7 +18,7 @@ from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.data.pipeline import iterate_once
 from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.decoder import DecoderConfig
-from dsr_jax.parallel.processes import is_primary, say
+from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.parallel.shardings import fetch, host_to_global
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.telemetry.writers import read_metrics
@@ -64,7 +64,7 @@ class Reconstructions:
         """Draws held-out images above their reconstructions; returns their PSNR and SSIM."""
         inputs, outputs = self._pairs(self._weights(state))
         scores = {}
-        if is_primary() and self._count:
+        if is_process_zero() and self._count:
             path = self.workdir / "samples" / f"step_{step:08d}.png"
             save_pairs(path, *(x[: self.config.sample.num] for x in (inputs, outputs)))
             scores = {
@@ -81,7 +81,7 @@ class Reconstructions:
         if done != summary.step:
             scores = self.report(summary.step, summary.state)
         params = fetch(self._weights(summary.state))
-        if not is_primary():
+        if not is_process_zero():
             return
         folder = self.workdir / f"decoder_{summary.step:08d}"
         self._export(folder, params, summary.step)
@@ -97,11 +97,11 @@ class Reconstructions:
         path = self.workdir / "summary.json"
         write_json(path, {**scores, **record})
         if scores:
-            say(
+            log(
                 f"{self._count} held-out images: PSNR {scores['heldout_psnr']:.2f} dB, "
                 f"SSIM {scores['heldout_ssim']:.4f}"
             )
-        say(
+        log(
             f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
             f"next, decode with it: --config.space.decoder={folder}"
         )

@@ -21,7 +21,7 @@ from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Batch
 from dsr_jax.data import latents as cache
 from dsr_jax.parallel import shardings
-from dsr_jax.parallel.processes import is_primary, say, wait_for_all
+from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
 from dsr_jax.spaces.statistics import LatentStatistics
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.progress import Progress
@@ -84,7 +84,7 @@ class EncoderPass:
                 keep(step, shardings.fetch(latents), batch)
                 progress.update(step + 1, timing=clock.lap(step + 1))
         share = (batches.seconds - started) / max(time.monotonic() - begin, 1e-9)
-        say(f"first batch after {started:.1f} s; then {share:.1%} of the time was waiting for data")
+        log(f"first batch after {started:.1f} s; then {share:.1%} of the time was waiting for data")
         return share
 
     def _start(self, batches: Iterator[Batch]) -> tuple[Any, Batch]:
@@ -131,7 +131,7 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
     """
     statistics, start = _restore(out, work.recipe, work.latent_shape)
     if start == work.steps and (out / FILE).exists():
-        say(f"complete: {out / FILE}")
+        log(f"complete: {out / FILE}")
         return
     stop = min(work.steps, start + stop_after if stop_after else work.steps)
 
@@ -141,12 +141,12 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
             _save(out, work.recipe, statistics, step + 1)
 
     share = work.run(range(start, stop), keep)
-    say(f"{statistics.count} images")
-    if stop == work.steps and is_primary():
+    log(f"{statistics.count} images")
+    if stop == work.steps and is_process_zero():
         save_statistics(out / FILE, statistics.finish())
         details = {"images": statistics.count, "data_wait_share": round(share, 4)}
         write_json(out / _RECORD, {"recipe": work.recipe, **details, "provenance": provenance()})
-        say(f"statistics: {out / FILE}; use them with --config.space.statistics={out}")
+        log(f"statistics: {out / FILE}; use them with --config.space.statistics={out}")
 
 
 def cache_latents(
@@ -181,7 +181,7 @@ def cache_latents(
     }
     _check_cache(out, json.loads(json.dumps(manifest)))
     wait_for_all("latents checked")
-    if is_primary() and not (out / cache.MANIFEST).exists():
+    if is_process_zero() and not (out / cache.MANIFEST).exists():
         out.mkdir(parents=True, exist_ok=True)
         cache.write_manifest(out, {**manifest, "provenance": provenance()})
     missing = [i for i in range(shards) if not cache.shard_path(out, i, shards).exists()]
@@ -190,7 +190,7 @@ def cache_latents(
         steps = range(first * shard_steps, min(end * shard_steps, work.steps))
         work.run(steps, _ShardWriter(work, out, manifest))
     if not missing[stop_after or shards :]:
-        say(f"latents: {out}; train on them with --config.data.latents={out}")
+        log(f"latents: {out}; train on them with --config.data.latents={out}")
 
 
 def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -215,7 +215,7 @@ class _ShardWriter:
         self._rows += pairs[: self._work.count - step * self._work.batch]
         if (step + 1) % shard_steps and step + 1 != self._work.steps:
             return
-        if is_primary():
+        if is_process_zero():
             shards = self._manifest["shards"]
             cache.write_shard(
                 cache.shard_path(self._out, step // shard_steps, shards), self._rows, dtype
@@ -271,7 +271,7 @@ def _recipe(config: ConfigDict, source: str, count: int) -> dict[str, Any]:
 
 def _save(out: Path, recipe: dict[str, Any], statistics: LatentStatistics, step: int) -> None:
     """Writes the sums over the batches before `step`, on the primary process."""
-    if is_primary():
+    if is_process_zero():
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"recipe": json.dumps(recipe), "step": step, **statistics.state()}
         np.savez(buffer, **arrays)

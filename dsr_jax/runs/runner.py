@@ -1,6 +1,6 @@
 """One start of a training run, whatever it trains: command line, folder, loop, instruments.
 
-The training commands build a `Job` from a config; all else is here.
+The training commands build a `TrainingJob` from a config; all else is here.
 """
 
 import argparse
@@ -24,24 +24,24 @@ from dsr_jax.parallel.peers import check_identical
 from dsr_jax.parallel.processes import (
     HEARTBEAT_SECONDS,
     coordination_client,
-    is_primary,
-    say,
+    is_process_zero,
+    log,
     start_processes,
     wait_for_all,
 )
+from dsr_jax.parallel.watch import Limits, Watch, join_watch
 from dsr_jax.runs.folder import check_workdir, write_run_files
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
-from dsr_jax.parallel.watch import Limits, Watch, join_watch
 from dsr_jax.telemetry.writers import MetricWriter, check_packages
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.loop import (
-    Carried,
     Hook,
     Instruments,
     LoopSettings,
+    ResumeState,
     Summary,
     start_or_resume,
     train_loop,
@@ -49,11 +49,11 @@ from dsr_jax.training.loop import (
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What a config names, built.
 
     Attributes:
-      card: What is about to run, in a few lines.
+      summary_text: What is about to run, in a few lines.
       mesh: The devices.
       abstract: Shapes and shardings of the state (a `TrainState` or a class derived from it).
       init: Makes the state before the first step.
@@ -65,7 +65,7 @@ class Job:
         follows; None if unknown.
     """
 
-    card: str
+    summary_text: str
     mesh: Mesh
     abstract: Any
     init: Callable[[], Any]
@@ -76,7 +76,7 @@ class Job:
     forward_flops: int | None = None
 
 
-MakeJob = Callable[[configs.ConfigDict, Path], Job]
+MakeTrainingJob = Callable[[configs.ConfigDict, Path], TrainingJob]
 """Builds all that a config names, for a run's folder, and writes nothing.
 
 All is built before anything is written, so that a config which cannot work leaves no trace.
@@ -84,7 +84,7 @@ All is built before anything is written, so that a config which cannot work leav
 
 
 def run_command(
-    argv: Sequence[str] | None, make_job: MakeJob, program: str, description: str | None
+    argv: Sequence[str] | None, make_job: MakeTrainingJob, program: str, description: str | None
 ) -> int:
     """Runs the command line of a training command.
 
@@ -129,7 +129,7 @@ def _limits(config: configs.ConfigDict) -> Limits:
     return Limits(section.step_seconds, section.pause_seconds, config.checkpoint.save_seconds)
 
 
-def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeJob, watch: Watch) -> int:
+def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeTrainingJob, watch: Watch) -> int:
     """Builds what the config names and trains; returns the exit status."""
     build.set_precision(config)
     changes = check_workdir(config, workdir)
@@ -138,17 +138,17 @@ def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeJob, watch: Wa
     # The folder that others still look at must not change.
     wait_for_all("workdir checked")
     for change in changes:
-        say(f"changed since the last start: {change}")
-    if is_primary():
+        log(f"changed since the last start: {change}")
+    if is_process_zero():
         write_run_files(config, workdir)
     return _train(job, config, workdir, watch)
 
 
-def _train(job: Job, config: configs.ConfigDict, workdir: Path, watch: Watch) -> int:
+def _train(job: TrainingJob, config: configs.ConfigDict, workdir: Path, watch: Watch) -> int:
     """Trains to the end or until stopped; returns the exit status."""
     section = config.checkpoint
     steps, images = config.train.steps, config.data.global_batch
-    say(f"{job.card}\n{steps:,} steps of {images} images, in {workdir}")
+    log(f"{job.summary_text}\n{steps:,} steps of {images} images, in {workdir}")
     with Checkpoints(
         workdir / "checkpoints",
         every_steps=section.every_steps,
@@ -157,8 +157,10 @@ def _train(job: Job, config: configs.ConfigDict, workdir: Path, watch: Watch) ->
         architecture=configs.architecture(config),
         save_seconds=section.save_seconds,
     ) as checkpoints:
-        state, carried = start_or_resume(checkpoints, job.init, job.abstract, section.restore_step)
-        summary = _loop(job, config, workdir, state, carried, checkpoints, watch)
+        state, resume_state = start_or_resume(
+            checkpoints, job.init, job.abstract, section.restore_step
+        )
+        summary = _loop(job, config, workdir, state, resume_state, checkpoints, watch)
     if not summary.stopped:
         watch.enter("finishing", summary.step)
         job.finish(summary)
@@ -166,17 +168,17 @@ def _train(job: Job, config: configs.ConfigDict, workdir: Path, watch: Watch) ->
 
 
 def _loop(
-    job: Job,
+    job: TrainingJob,
     config: configs.ConfigDict,
     workdir: Path,
     state: Any,
-    carried: Carried,
+    resume_state: ResumeState,
     checkpoints: Checkpoints,
     watch: Watch,
 ) -> Summary:
     start = int(state.step)
     if 0 < start < config.train.steps:
-        say(f"continuing from step {start}")
+        log(f"continuing from step {start}")
     settings = LoopSettings(
         config.train.steps,
         config.log.every_steps,
@@ -192,13 +194,13 @@ def _loop(
             settings,
             instruments,
             hooks=job.hooks,
-            carried=carried,
+            resume_state=resume_state,
         )
 
 
 @contextlib.contextmanager
 def _instruments(
-    job: Job, config: configs.ConfigDict, workdir: Path, start: int, watch: Watch
+    job: TrainingJob, config: configs.ConfigDict, workdir: Path, start: int, watch: Watch
 ) -> Iterator[Instruments]:
     """Opens what the loop reports to."""
     devices = job.mesh.devices.flatten()

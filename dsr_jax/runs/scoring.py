@@ -12,15 +12,15 @@ from dsr_jax.convert.inception import load_inception
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
-from dsr_jax.evaluation.judge import judge_samples
-from dsr_jax.evaluation.samples import SampleFile, check_levels
 from dsr_jax.evaluation.features import SAVE_EVERY, Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.networks import dinov2_features, inception_features
 from dsr_jax.evaluation.reference import open_reference
+from dsr_jax.evaluation.samples import SampleFile, check_levels
 from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
-from dsr_jax.parallel.processes import is_primary, say
+from dsr_jax.parallel.processes import is_process_zero, log
 
 _REPORT_SECONDS = 10.0
 
@@ -99,7 +99,7 @@ def score_to_file(
     result = scorer.score(
         images, chosen, folder=folder, allow_constant=allow_constant, save_every=save_every
     )
-    if is_primary():
+    if is_process_zero():
         reference = scorer.reference
         about = {
             "file": reference.path.name,
@@ -152,4 +152,4 @@ class _Report:
     def __call__(self, what: str, done: int, total: int) -> None:
         if done == total or monotonic() - self._said >= _REPORT_SECONDS:
             self._said = monotonic()
-            say(f"features of {what}: {done}/{total}")
+            log(f"features of {what}: {done}/{total}")

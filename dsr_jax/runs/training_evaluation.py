@@ -16,13 +16,13 @@ from dsr_jax.evaluation.comparison import SHOWN
 from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.evaluation.scoring import Result, Scorer
-from dsr_jax.parallel.processes import is_primary, say, wait_for_all
+from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
 from dsr_jax.parallel.shardings import fetch
+from dsr_jax.runs.scoring import make_scorer, score_to_file
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
 from dsr_jax.sampling.labels import balanced_labels, cycled_labels
 from dsr_jax.sampling.sampler import SampleFn
-from dsr_jax.runs.scoring import make_scorer, score_to_file
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.loop import Summary
 from dsr_jax.training.state import TrainState
@@ -66,7 +66,7 @@ class Results:
         labels = cycled_labels(range(classes), batch)
         samples = self._draw(self._weights(state), self._variables, indices, labels)
         images = fetch(samples.images)[: section.num]
-        if is_primary():
+        if is_process_zero():
             path = self.workdir / "samples" / f"step_{step:08d}.png"
             save_png_grid(path, images, columns=classes)
 
@@ -88,7 +88,7 @@ class Results:
                 out = self.workdir / "scores" / f"step_{step:08d}.scores.json"
                 metrics = list(section.metrics)
                 scores |= score_to_file(self._scorer, open_samples(path), metrics, out).scores
-            if section.judge and is_primary():
+            if section.judge and is_process_zero():
                 scores |= self._judge(path)
             if not last:
                 self._remove(name)
@@ -100,7 +100,7 @@ class Results:
         if self._last[0] != summary.step:
             self.score(summary.step, summary.state)
         scores, path = self._last[1], self.workdir / "summary.json"
-        if not is_primary():
+        if not is_process_zero():
             return
         # From the file, since a start that finds the run complete writes no record of its own.
         losses = [record["loss"] for record in read_metrics(self.workdir) if "loss" in record]
@@ -111,15 +111,15 @@ class Results:
         }
         write_json(path, {**scores, **record})
         if "judge_accuracy" in scores:
-            say(
+            log(
                 f"judge accuracy {scores['judge_accuracy']:.1%} on {scores['num_samples']} samples "
                 f"(real held-out images {scores['judge_accuracy_real']:.1%}); Frechet distance "
                 f"{scores['frechet_distance']:.3g} (real {scores['frechet_distance_real']:.3g})"
             )
         if self._scorer is not None:
             found = (f"{key} {scores[key]:.5g}" for key in SHOWN if key in scores)
-            say(f"{self.config.eval.num_samples} samples: {', '.join(found)}")
-        say(
+            log(f"{self.config.eval.num_samples} samples: {', '.join(found)}")
+        log(
             f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
             "next, draw your own: python -m dsr_jax.sample "
             f"--workdir={self.workdir} --num-samples=100 --guidance=2.0 --grid"
@@ -146,13 +146,13 @@ class Results:
         return job.run(
             lambda indices, labels: self._draw(weights, self._variables, indices, labels),
             self._batch_for(config.sample.batch),
-            report=say,
+            report=log,
         )
 
     def _remove(self, name: str) -> None:
         """Removes a job of samples and their scores' unfinished pass, if they are there."""
         wait_for_all(f"{name} can go")
-        if is_primary():
+        if is_process_zero():
             samples, step = self.workdir / "samples", name.rpartition("_")[2]
             for ending in ("npz", "json"):
                 (samples / f"{name}.{ending}").unlink(missing_ok=True)

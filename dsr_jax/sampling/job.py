@@ -24,7 +24,7 @@ from dsr_jax.core.errors import CheckpointError, DsrError, NumericsError
 from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
-from dsr_jax.parallel.processes import is_primary, wait_for_all
+from dsr_jax.parallel.processes import is_process_zero, wait_for_all
 from dsr_jax.parallel.shardings import fetch
 from dsr_jax.sampling.npz import write_npz
 
@@ -94,11 +94,11 @@ class SampleJob:
           NumericsError: If an image is not finite.
         """
         total = len(self.labels)
-        say = report if is_primary() else _silent
+        log = report if is_process_zero() else _silent
         missing = np.flatnonzero(_by_primary(lambda: self._plan(batch), np.zeros(total, bool)))
         if len(missing) < total:
-            say(f"{self.name}: {total - len(missing)} of {total} images are there already")
-        progress = _Progress(total, total - len(missing), say)
+            log(f"{self.name}: {total - len(missing)} of {total} images are there already")
+        progress = _Progress(total, total - len(missing), log)
         for start in range(0, len(missing), batch):
             rows = missing[start : start + batch].astype(np.uint32)
             # The last batch is filled up by repetition, so that one program serves all of them.
@@ -107,7 +107,7 @@ class SampleJob:
             progress.add(len(rows))
         wait_for_all(f"{self.name} drawn")
         _by_primary(self._assemble, np.zeros(0, bool))
-        say(f"samples: {self.npz_path}")
+        log(f"samples: {self.npz_path}")
         return self.npz_path
 
     def _plan(self, batch: int) -> np.ndarray:
@@ -242,8 +242,8 @@ class SampleJob:
 class _Progress:
     """Says every few seconds how far a job is and how long the rest will take."""
 
-    def __init__(self, total: int, done: int, say: Callable[[str], None]) -> None:
-        self.total, self.done, self.say = total, done, say
+    def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
+        self.total, self.done, self.log = total, done, log
         self.timed = 0
         self.began = self.said = 0.0
 
@@ -261,7 +261,7 @@ class _Progress:
             rate = self.timed / (now - self.began)
             left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
             line += f", {rate:.3g} images/s, {left} left"
-        self.say(line)
+        self.log(line)
 
 
 def _local_rows(array: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -288,7 +288,7 @@ def _by_primary(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarra
     that only one process raised would leave the others waiting for it.
     """
     error, result, failed = None, like, np.zeros((), bool)
-    if is_primary():
+    if is_process_zero():
         try:
             result = action()
         except DsrError as caught:

@@ -11,7 +11,7 @@ from types import TracebackType
 import jax
 
 from dsr_jax.core.typing import PyTree
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_process_zero
 
 
 class ProfileWindow:
@@ -41,7 +41,7 @@ class ProfileWindow:
         primary: bool | None = None,
     ) -> None:
         self._folder = Path(workdir) / "profile"
-        wanted = is_primary() if primary is None else primary
+        wanted = is_process_zero() if primary is None else primary
         self._window = range(start, start + num_steps) if wanted else range(0)
         self._active = False
 

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.telemetry.clock import Timing
 
 MAX_LINES = 200
@@ -40,7 +40,7 @@ class Progress:
         self._total = total_steps
         self._max_lines = max_lines
         self._stream = sys.stderr if stream is None else stream
-        self._shown = is_primary() if primary is None else primary
+        self._shown = is_process_zero() if primary is None else primary
         self._bucket = -1
         self._bar: tqdm | None = None
         if self._shown and self._stream.isatty():
@@ -82,7 +82,7 @@ class Progress:
             self._bucket = bucket
             self._print(f"step {step}/{self._total}, {text}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Writes a line without tearing the bar."""
         if not self._shown:
             return

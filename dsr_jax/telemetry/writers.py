@@ -17,7 +17,7 @@ import numpy as np
 
 from dsr_jax.core import files
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.parallel.processes import is_primary
+from dsr_jax.parallel.processes import is_process_zero
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -67,7 +67,7 @@ class MetricWriter:
         check_packages(tensorboard, wandb)
         self._last_step = first_step
         self._sinks: list[_Sink] = []
-        if not (is_primary() if primary is None else primary):
+        if not (is_process_zero() if primary is None else primary):
             return
         self._sinks.append(_Jsonl(folder / METRICS_FILE, first_step))
         if tensorboard:

@@ -25,7 +25,7 @@ from dsr_jax.core.errors import CheckpointError, StuckSaveError
 from dsr_jax.core.provenance import package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Params, PyTree
-from dsr_jax.parallel.processes import is_primary, wait_for_all
+from dsr_jax.parallel.processes import is_process_zero, wait_for_all
 from dsr_jax.training.checksums import checksums, record_checksum
 from dsr_jax.training.mismatch import check_arrays
 from dsr_jax.training.quiet import EchoFilter, without_echoes
@@ -82,7 +82,7 @@ class Checkpoints:
         self._every_steps = every_steps
         self._architecture = dict(architecture or {})
         check_folder(self.directory)
-        if is_primary() and self.directory.is_dir():
+        if is_process_zero() and self.directory.is_dir():
             for leftover in self.directory.glob(f"*{TEMPORARY}*"):
                 shutil.rmtree(leftover)
         wait_for_all("checkpoints opened")
@@ -214,7 +214,7 @@ class Checkpoints:
         later = [other for other in self.steps() if other > step]
         if later:
             self._manager.close()
-            if is_primary():
+            if is_process_zero():
                 for other in later:
                     move_aside(self.directory, other)
             wait_for_all("checkpoints set aside")

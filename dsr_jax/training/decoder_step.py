@@ -28,7 +28,7 @@ from dsr_jax.training.adversarial import (
 from dsr_jax.training.decoder_state import Critic, DecoderState
 from dsr_jax.training.diffaug import NUM_DRAWS, augment
 from dsr_jax.training.optimizers import Optimizer
-from dsr_jax.training.state import Spread
+from dsr_jax.training.state import Reshard
 from dsr_jax.training.step import apply_gradients, to_unit_range
 
 
@@ -282,7 +282,7 @@ def make_decoder_step(
     optimizer: Optimizer,
     *,
     seed: int,
-    spread: Spread | None = None,
+    reshard: Reshard | None = None,
 ) -> Callable[[DecoderState, Batch, PyTree], tuple[DecoderState, Metrics]]:
     """Builds the step that the caller compiles, with shardings and donation of the state.
 
@@ -294,7 +294,7 @@ def make_decoder_step(
       settings: Weights and starts.
       optimizer: Of both networks.
       seed: The run's seed.
-      spread: From `make_spread`.
+      reshard: From `make_reshard`.
 
     Returns:
       `step(state, batch, variables) -> (state, metrics)`. Metrics: "loss" (the total), "l1",
@@ -303,7 +303,7 @@ def make_decoder_step(
       "discriminator_accuracy", 0 before its start, and "discriminator_learning_rate".
     """
 
-    divide = spread or (lambda tree: tree)
+    divide = reshard or (lambda tree: tree)
 
     def step(state: DecoderState, batch: Batch, variables: PyTree) -> tuple[DecoderState, Metrics]:
         def keys(stream: str) -> Array:

@@ -114,7 +114,7 @@ class Summary:
     seconds: float
 
 
-class Carried(NamedTuple):
+class ResumeState(NamedTuple):
     """What a run carries from start to start beside its state.
 
     Attributes:
@@ -131,7 +131,7 @@ def start_or_resume(
     init: Callable[[], TrainState],
     abstract: TrainState,
     restore_step: int = -1,
-) -> tuple[TrainState, Carried]:
+) -> tuple[TrainState, ResumeState]:
     """Returns the newest checkpoint's state, or a fresh one where there is none.
 
     Args:
@@ -148,11 +148,11 @@ def start_or_resume(
         because of that.
     """
     if restore_step < 0 and checkpoints.latest_step() is None:
-        return init(), Carried(MetricWindow())
+        return init(), ResumeState(MetricWindow())
     state, extra = checkpoints.restore(abstract, None if restore_step < 0 else restore_step)
     if restore_step >= 0:
         checkpoints.set_aside_after(restore_step)
-    return state, Carried(MetricWindow(extra.get("window")), extra.get("seconds", 0.0))
+    return state, ResumeState(MetricWindow(extra.get("window")), extra.get("seconds", 0.0))
 
 
 def train_loop(
@@ -164,7 +164,7 @@ def train_loop(
     instruments: Instruments,
     *,
     hooks: Sequence[Hook] = (),
-    carried: Carried | None = None,
+    resume_state: ResumeState | None = None,
 ) -> Summary:
     """Trains from the state's step to the end, or until something stops it; saves at the end.
 
@@ -176,7 +176,7 @@ def train_loop(
       settings: How long and how often.
       instruments: Where to report.
       hooks: What else to do, after the save of the same step.
-      carried: From `start_or_resume`; None for a fresh run.
+      resume_state: From `start_or_resume`; None for a fresh run.
 
     Raises:
       NumericsError: After a step whose loss, gradients or parameters are not finite. That step's
@@ -187,10 +187,12 @@ def train_loop(
     start = step = int(state.step)
     total, end = settings.total_steps, settings.end(start)
     watch = instruments.watch
-    loop = _Loop(checkpoints, settings, instruments, hooks, carried or Carried(MetricWindow()))
+    loop = _Loop(
+        checkpoints, settings, instruments, hooks, resume_state or ResumeState(MetricWindow())
+    )
     metrics: Metrics = {}
     if step >= total:
-        instruments.progress.say(f"the run is complete: step {step} of {total}")
+        instruments.progress.log(f"the run is complete: step {step} of {total}")
     with StopRequest() as stop, contextlib.closing(_batches(make_batches, start)) as batches:
         stopping = False
         while step < end and not stopping:
@@ -213,7 +215,7 @@ def train_loop(
         status = stop.exit_status if stopping and stopped else 0
     if stopped:
         text = f"stopped by {stopped} after step {step} of {total}; the same command continues"
-        instruments.progress.say(text)
+        instruments.progress.log(text)
     return Summary(state, step, step - start, stopped, status, loop.seconds)
 
 
@@ -233,13 +235,13 @@ class _Loop:
         settings: LoopSettings,
         out: Instruments,
         hooks: Sequence[Hook],
-        carried: Carried,
+        resume_state: ResumeState,
     ) -> None:
-        self.seconds = carried.seconds
-        self._began = time.monotonic() - carried.seconds
+        self.seconds = resume_state.seconds
+        self._began = time.monotonic() - resume_state.seconds
         self._checkpoints, self._settings, self._out = checkpoints, settings, out
         self._hooks = hooks
-        self._log = _Log(out, settings.log_every, carried.window, checkpoints)
+        self._log = _Log(out, settings.log_every, resume_state.window, checkpoints)
         self._check: ReplicaCheck | None = None
 
     def note(
@@ -267,7 +269,7 @@ class _Loop:
     def save(self, step: int, state: TrainState, why: str) -> None:
         """Saves a state, after its own metrics were seen to be finite and its copies to agree."""
         if why:
-            self._out.progress.say(f"{why}: saving step {step} ...")
+            self._out.progress.log(f"{why}: saving step {step} ...")
         self._log.drain()
         self._out.watch.enter("saving", step)
         # What follows the last save is not counted: a later start would not know of it.

@@ -11,7 +11,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.training.optimizers import Optimizer
 
-Spread = Callable[[PyTree], PyTree]
+Reshard = Callable[[PyTree], PyTree]
 """Gives a tree like the parameters another layout."""
 
 
@@ -60,7 +60,7 @@ def create_state(
     )
 
 
-def make_spread(abstract: TrainState) -> Spread | None:
+def make_reshard(abstract: TrainState) -> Reshard | None:
     """Returns what lays a tree like the parameters out as their moments lie; None if it does.
 
     A step under ZeRO-1 applies it to gradients and parameters, so that each device reduces and

@@ -19,7 +19,7 @@ from dsr_jax.diffusion.guidance import drop_labels
 from dsr_jax.diffusion.objectives import Objective, bin_losses
 from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.training.optimizers import Optimizer
-from dsr_jax.training.state import Spread, TrainState, update_ema
+from dsr_jax.training.state import Reshard, TrainState, update_ema
 
 State = TypeVar("State", bound=TrainState)
 
@@ -93,18 +93,18 @@ def loss_and_grads(
 
 
 def apply_gradients(
-    state: State, grads: PyTree, optimizer: Optimizer, spread: Spread = lambda tree: tree
+    state: State, grads: PyTree, optimizer: Optimizer, reshard: Reshard = lambda tree: tree
 ) -> State:
     """Returns the state after one update: parameters, moments, then averages, then the count.
 
     Args:
       state: The state before.
-      grads: Gradients like `state.params`, laid out by `spread`.
+      grads: Gradients like `state.params`, laid out by `reshard`.
       optimizer: The update.
-      spread: From `make_spread`: how the update is divided over the devices.
+      reshard: From `make_reshard`: how the update is divided over the devices.
     """
-    params, opt_state = optimizer.apply(grads, state.opt_state, spread(state.params), state.step)
-    params = spread(params)
+    params, opt_state = optimizer.apply(grads, state.opt_state, reshard(state.params), state.step)
+    params = reshard(params)
     ema = update_ema(state.ema, params)
     return dataclasses.replace(
         state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state
@@ -134,7 +134,7 @@ class TrainStep:
         weights' mean is 1 over a micro-batch.
       accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
       num_time_bins: Equal intervals of t for which losses are reported.
-      spread: From `make_spread`; None divides nothing.
+      reshard: From `make_reshard`; None divides nothing.
 
     Raises:
       ConfigError: For a share outside [0, 1] or counts below 1.
@@ -153,7 +153,7 @@ class TrainStep:
     token_weights: TokenWeights | None = None
     accumulate: int = 1
     num_time_bins: int = 8
-    spread: Spread | None = None
+    reshard: Reshard | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
@@ -198,7 +198,7 @@ class TrainStep:
 
     def _divide(self, tree: PyTree) -> PyTree:
         """Lays a tree like the parameters out for the update."""
-        return self.spread(tree) if self.spread else tree
+        return self.reshard(tree) if self.reshard else tree
 
     def _draw(self, step: Array, batch: Batch, variables: PyTree) -> tuple[Array, Draws]:
         """Returns latents and what goes with them."""

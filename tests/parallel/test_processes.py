@@ -3,7 +3,7 @@
 import pytest
 
 from dsr_jax.core.errors import MeshError
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_process_zero, start_processes
 
 
 def test_half_a_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,4 +18,4 @@ def test_half_a_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alone_is_primary() -> None:
     start_processes()
-    assert is_primary()
+    assert is_process_zero()

@@ -80,7 +80,7 @@ def search(params: Any, pixels: np.ndarray, devices: int = 1, **settings: Any) -
     mesh = make_mesh(MeshShape(), jax.devices()[:devices])
     settings = {"top_k": (6,), **settings}
     return find_registers(
-        MODEL, params, pixels, SearchSettings(**settings), mesh, batch=4, say=lambda line: None
+        MODEL, params, pixels, SearchSettings(**settings), mesh, batch=4, log=lambda line: None
     )
 
 

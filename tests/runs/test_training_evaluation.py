@@ -102,7 +102,9 @@ def test_files_that_are_not_there_end_the_command_before_it_trains(
     with pytest.raises(EvaluationError, match="reference file 'none.npz' not found"):
         start(run, "none.npz", inception)
     monkeypatch.setattr(
-        training_evaluation, "make_scorer", lambda path, *_, mesh: Scorer(StandIn(), open_reference(path))
+        training_evaluation,
+        "make_scorer",
+        lambda path, *_, mesh: Scorer(StandIn(), open_reference(path)),
     )
     np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 3), np.uint8))
     with pytest.raises(EvaluationError, match=r"samples have \(8, 8\) pixels"):

@@ -17,7 +17,7 @@ def test_a_line_says_it_all() -> None:
     stream = io.StringIO()
     with Progress(1000, stream=stream) as progress:
         progress.update(50, loss=0.51234, timing=TIMING, mfu=0.4231)
-        progress.say("saved step 50")
+        progress.log("saved step 50")
     assert stream.getvalue().splitlines() == [
         "step 50/1000, loss 0.5123, 0.25 s/step, 4096 images/s, ETA 1:02:05, MFU 42.3 %",
         "saved step 50",
@@ -47,7 +47,7 @@ def test_one_bar_on_a_terminal() -> None:
     with Progress(10, start_step=4, stream=stream) as progress:
         for step in range(5, 11):
             progress.update(step, loss=0.25, timing=TIMING)
-        progress.say("done")
+        progress.log("done")
     text = stream.getvalue()
     assert "4/10" in text and "10/10" in text and "100%" in text
     assert "loss 0.2500" in text and "4096 images/s" in text and "done\n" in text
@@ -58,5 +58,5 @@ def test_other_processes_are_silent() -> None:
     for stream in (io.StringIO(), Terminal()):
         with Progress(10, stream=stream, primary=False) as progress:
             progress.update(1, loss=0.5)
-            progress.say("hello")
+            progress.log("hello")
         assert stream.getvalue() == ""

@@ -255,8 +255,8 @@ def test_checksums_depend_on_value_and_place_but_not_on_mesh(saved: Any) -> None
     trees = [rows, rows[:, ::-1], rows[::-1], rows.T.copy(), rows + 1]
     sums = [checksums({"a": jnp.asarray(tree)})["a"] for tree in trees]
     assert len(set(sums)) == 5
-    spread = jax.device_put(rows, run.shardings.params["w2"])
-    assert checksums({"a": spread}) == checksums({"a": jnp.asarray(rows)})
+    reshard = jax.device_put(rows, run.shardings.params["w2"])
+    assert checksums({"a": reshard}) == checksums({"a": jnp.asarray(rows)})
     for dtype in (jnp.bfloat16, jnp.int8, bool, jnp.int32):
         one, two = (checksums([jnp.asarray(v, dtype)]) for v in ([0, 1, 1], [1, 0, 1]))
         assert one != two

@@ -32,7 +32,7 @@ from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
-from dsr_jax.parallel.processes import is_primary, start_processes
+from dsr_jax.parallel.processes import is_process_zero, start_processes
 from dsr_jax.parallel.shardings import (
     batch_sharding,
     fetch,
@@ -199,7 +199,9 @@ class Run:
     ) -> Summary:  # fmt: skip
         """Starts or continues the run."""
         with self.checkpoints() as checkpoints:
-            state, carried = start_or_resume(checkpoints, self.init, self.abstract, restore_step)
+            state, resume_state = start_or_resume(
+                checkpoints, self.init, self.abstract, restore_step
+            )
             with (
                 MetricWriter(self.workdir, first_step=int(state.step) + 1) as writer,
                 Progress(steps, start_step=int(state.step)) as progress,
@@ -215,7 +217,7 @@ class Run:
                     LoopSettings(steps, log_every, stop_after_steps),
                     out,
                     hooks=hooks,
-                    carried=carried,
+                    resume_state=resume_state,
                 )
 
 
@@ -281,7 +283,7 @@ def run_script(args: argparse.Namespace, watch: Watch) -> int:
 
     summary = run.train(args.steps, step_fn=step_fn, batches=batches, watch=watch)
     final = flat(summary.state)
-    if is_primary():
+    if is_process_zero():
         np.savez(args.workdir / "final.npz", **final)
     return summary.exit_status
 

@@ -16,7 +16,7 @@ from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.depth import cut_depth
-from dsr_jax.parallel.processes import say
+from dsr_jax.parallel.processes import log
 from dsr_jax.registers.outliers import split_norms
 from dsr_jax.training.checkpoints import restore_params
 from tools.claims.stages import Sizes, config_of, space_of
@@ -55,7 +55,7 @@ def run_arm(
     path = folder / "scores.json"
     if path.exists():
         return read_json(path)
-    say(f"{arm}, seed {seed}: {ARMS[arm]}")
+    log(f"{arm}, seed {seed}: {ARMS[arm]}")
     overrides = [
         *space_of(stages, VARIANT_OF[arm]),
         f"--config.seed={seed}",

@@ -18,7 +18,7 @@ from dsr_jax.data.sources import make_source
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
-from dsr_jax.parallel.processes import say
+from dsr_jax.parallel.processes import log
 from dsr_jax.registers.neurons import Neurons, neurons_to_mask, save_neurons
 from dsr_jax.registers.planting import plant_register_neurons
 from dsr_jax.registers.search import SearchSettings, find_registers
@@ -104,7 +104,7 @@ def pretrain(steps: int, batch: int = 128, seed: int = 0) -> Params:
     for step in range(steps):
         params, state, value = update(params, state, jnp.asarray(step))
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            say(f"masked autoencoding: step {step + 1}/{steps}, loss {float(value):.4f}")
+            log(f"masked autoencoding: step {step + 1}/{steps}, loss {float(value):.4f}")
     return jax.device_get(params["encoder"])
 
 
@@ -133,7 +133,7 @@ def cure(params: Params, file: Path) -> Found:
     """Searches the encoder for its register neurons and writes them into `file`."""
     count = sum(map(len, PLANTED.values()))
     mesh, settings = make_mesh(MeshShape()), SearchSettings(top_k=(count,))
-    result = find_registers(ViT(ENCODER), params, digits(), settings, mesh, batch=64, say=say)
+    result = find_registers(ViT(ENCODER), params, digits(), settings, mesh, batch=64, log=log)
     save_neurons(file, result.neurons)
     planted = {(block, unit) for block, units in PLANTED.items() for unit in units}
     found = {(block, unit) for block, units in result.neurons.items() for unit in units}

@@ -11,7 +11,7 @@ from dsr_jax import config as configs
 from dsr_jax.convert.hub import load_encoder
 from dsr_jax.core.files import read_json, write_json
 from dsr_jax.data.sources import read_all
-from dsr_jax.parallel.processes import say
+from dsr_jax.parallel.processes import log
 from dsr_jax.registers.neurons import load_neurons
 from dsr_jax.registers.outliers import split_norms
 from tools.claims import encoders
@@ -122,7 +122,7 @@ def _train_decoder(stages: Path, variant: str, steps: int) -> None:
     folder, result = stages / f"decoder_run_{variant}", stages / f"decoder_{variant}"
     if result.exists():
         return
-    say(f"decoder of the {variant} encoder")
+    log(f"decoder of the {variant} encoder")
     train_decoder.main(
         [
             f"--config={CONFIGS / 'rae_decoder.py'}:runlocal",

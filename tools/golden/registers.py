@@ -38,7 +38,7 @@ def run_discovery(case: Case) -> list[Check]:
             **changes,
         }
         return find_registers(
-            model, params, images, SearchSettings(**settings), mesh, batch=4, say=lambda line: None
+            model, params, images, SearchSettings(**settings), mesh, batch=4, log=lambda line: None
         )
 
     both = search(rounds=2)

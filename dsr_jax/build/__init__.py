@@ -1,0 +1,35 @@
+"""From a config to the objects that it names: the one place that knows all packages.
+
+Commands and runs call these functions; nothing else does.
+"""
+
+from dsr_jax.build.decoder import make_decoder_parts as make_decoder_parts
+from dsr_jax.build.decoder import make_decoder_state as make_decoder_state
+from dsr_jax.build.decoder import make_loss_settings as make_loss_settings
+from dsr_jax.build.decoder import make_reconstruct as make_reconstruct
+from dsr_jax.build.denoiser import forward_flops as forward_flops
+from dsr_jax.build.denoiser import make_model as make_model
+from dsr_jax.build.denoiser import restore_converted as restore_converted
+from dsr_jax.build.denoiser import start_from as start_from
+from dsr_jax.build.experiment import global_batches as global_batches
+from dsr_jax.build.experiment import jit_step as jit_step
+from dsr_jax.build.experiment import make_denoise_fn as make_denoise_fn
+from dsr_jax.build.experiment import make_draw as make_draw
+from dsr_jax.build.experiment import make_mesh as make_mesh
+from dsr_jax.build.experiment import make_objective as make_objective
+from dsr_jax.build.experiment import make_optimizer as make_optimizer
+from dsr_jax.build.experiment import make_rules as make_rules
+from dsr_jax.build.experiment import make_sampler as make_sampler
+from dsr_jax.build.experiment import make_source as make_source
+from dsr_jax.build.experiment import make_space as make_space
+from dsr_jax.build.experiment import make_step as make_step
+from dsr_jax.build.experiment import make_time_sampler as make_time_sampler
+from dsr_jax.build.experiment import make_token_weights as make_token_weights
+from dsr_jax.build.experiment import sampler_settings as sampler_settings
+from dsr_jax.build.experiment import sampling_recipe as sampling_recipe
+from dsr_jax.build.experiment import set_precision as set_precision
+from dsr_jax.build.experiment import xla_options as xla_options
+from dsr_jax.build.state import abstract_params as abstract_params
+from dsr_jax.build.state import init_params as init_params
+from dsr_jax.build.state import make_state as make_state
+from dsr_jax.build.state import shard_state as shard_state

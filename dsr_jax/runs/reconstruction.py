@@ -1,0 +1,120 @@
+"""Images through an autoencoder: the job that makes them, and the distance of their features."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsr_jax import build
+from dsr_jax.build.rae import file_digests
+from dsr_jax.config import ConfigDict
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.evaluation.features import Extractor, tally_images
+from dsr_jax.evaluation.frechet import frechet_distance
+from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
+from dsr_jax.parallel import shardings
+from dsr_jax.parallel.processes import is_process_zero, log
+from dsr_jax.sampling.images import to_uint8
+from dsr_jax.sampling.job import SampleJob, Samples
+
+
+class Reconstruction:
+    """Images of a data source through an autoencoder.
+
+    Args:
+      config: Space and data.
+      images: How many, spread evenly over the source; 0 for all.
+      batch: Images at a time over all devices.
+
+    Attributes:
+      mesh: The devices.
+      images: What is reconstructed.
+      recipe: What decides the reconstructions.
+
+    Raises:
+      ConfigError: If the autoencoder has no decoder, or gives images of another size.
+    """
+
+    def __init__(self, config: ConfigDict, images: int, batch: int) -> None:
+        self.mesh, rules = build.make_mesh(config), build.make_rules(config)
+        space, self._variables = build.make_space(config, self.mesh)
+        source = build.make_source(config)
+        self.images = SourceImages(source, images)
+        self._sharding = shardings.batch_sharding(self.mesh, rules)
+        self._batch = batch
+        rounding = config.sample.uint8
+
+        def reconstruct(variables: Any, images: jax.Array) -> Samples:
+            latents = space.encode(variables, images.astype(jnp.float32) / 255)
+            decoded = space.decode(variables, latents)
+            finite = jnp.isfinite(decoded).all(axis=(1, 2, 3))
+            return Samples(to_uint8(decoded, rounding), finite)
+
+        self._reconstruct = jax.jit(reconstruct, out_shardings=self._sharding)
+        given = jax.ShapeDtypeStruct((batch, *self.images.shape[1:]), np.uint8)
+        shape = jax.eval_shape(reconstruct, self._variables, given).images.shape[1:]
+        if shape != self.images.shape[1:]:
+            raise ConfigError(
+                f"the autoencoder makes images {shape} of images {self.images.shape[1:]}",
+                "set config.data.image_size to what its decoder makes",
+            )
+        settings = {key: config.space[key] for key in ("name", "image_size", "preln", "scale")}
+        self.recipe: dict[str, Any] = {
+            "data": {
+                **self.images.describe(),
+                "split": config.data.split,
+                "image_size": config.data.image_size,
+            },
+            "space": {**settings, **file_digests(config)},
+            "precision": config.precision.to_dict(),
+            "rounding": rounding,
+        }
+
+    def run(self, out: Path) -> Path:
+        """Reconstructs what is missing; returns the path of the `.npz`.
+
+        In place of labels it holds the numbers of the images.
+        """
+        numbers = np.arange(self.images.shape[0], dtype=np.int32)
+        shape = self.images.shape[1:]
+        job = SampleJob(out, "reconstructions", numbers, shape, self.recipe)
+        part = (jax.process_index(), jax.process_count())
+
+        def draw(indices: np.ndarray, _: np.ndarray) -> Samples:
+            rows = self.images.take(np.array_split(indices, part[1])[part[0]])
+            batch = shardings.host_to_global({"images": rows}, self._sharding)["images"]
+            return self._reconstruct(self._variables, batch)
+
+        return job.run(draw, self._batch, report=log)
+
+
+def rfid(
+    images: ImageSet, outputs: ImageSet, extractor: Extractor, recipe: dict[str, Any], out: Path
+) -> float:
+    """Frechet distance of Inception's features of reconstructions and images.
+
+    Returns:
+      The distance; NaN on processes other than the primary.
+
+    Raises:
+      EvaluationError: If features are not finite, or there are fewer than two images.
+    """
+    found = []
+    for name, each in (("reconstructions", outputs), ("images", images)):
+        tally = tally_images(
+            each,
+            extractor,
+            ["fid"],
+            folder=out / "rfid.parts" / name,
+            identity={"images": each.describe(), "recipe": recipe},
+            # An image of a single colour is reconstructed like any other.
+            allow_constant=True,
+        )
+        log(f"features of {name}: {each.shape[0]}/{each.shape[0]}")
+        found.append(tally)
+    if not is_process_zero():
+        return float("nan")
+    ours, theirs = (tally.gaussian("fid") for tally in found)
+    return frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)

@@ -1,0 +1,76 @@
+"""Samples from the weights of a run or of a converted folder, as files that say what made them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dsr_jax import build
+from dsr_jax.config import ConfigDict
+from dsr_jax.core.typing import Params
+from dsr_jax.parallel.axes import Constrain
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
+from dsr_jax.parallel.processes import log
+from dsr_jax.sampling.job import SampleJob
+from dsr_jax.training.checkpoints import checksums, restore_params
+
+
+def draw_samples(
+    config: ConfigDict,
+    labels: np.ndarray,
+    folder: Path,
+    *,
+    converted: bool = False,
+    checkpoint_step: int | None = None,
+    out: str | None = None,
+    name: str | None = None,
+) -> Path:
+    """Restores the weights and runs the job; returns the path of the `.npz`.
+
+    Args:
+      config: Of the run, or of the converted weights.
+      labels: Class of every sample [N].
+      folder: The run, or the converted folder, whose weights are taken.
+      converted: Which of the two it is.
+      checkpoint_step: Which checkpoint of the run; None for the newest.
+      out: Folder of the files; None for samples/ beside the weights.
+      name: Their name; None makes one from the settings.
+    """
+    section = config.sample
+    mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
+    space, variables = build.make_space(config, mesh)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    sample = build.make_sampler(config, model, space, mesh, rules)
+    abstract = build.abstract_params(model, space, mesh, rules)
+    if converted:
+        params, record = build.restore_converted(str(folder), model, abstract)
+        recipe, weights = build.sampling_recipe(config, None, None), "converted"
+        recipe["converted"] = {key: record[key] for key in ("source", "source_digest", "entry")}
+    else:
+        ema = None if section.ema == "none" else section.ema
+        params, meta = restore_params(folder / "checkpoints", abstract, checkpoint_step, ema)
+        recipe = build.sampling_recipe(config, meta["step"], section.ema)
+        weights = f"step{meta['step']:08d}-ema{section.ema}"
+    settings = f"{weights}-{section.method}{section.num_points}-cfg{section.guidance:g}"
+    latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
+    job = SampleJob(
+        Path(out or folder / "samples"),
+        name or f"{settings}-seed{section.seed}-n{section.num}",
+        labels,
+        jax.eval_shape(space.decode, variables, latents).shape[1:],
+        {"weights": weights_digest(params), **recipe},
+    )
+    # The batch does not decide the images, so it may grow to divide over the devices.
+    batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size
+    log(f"drawing {section.num} images: {job.name}")
+    return job.run(
+        lambda indices, labels: sample(params, variables, indices, labels), batch, report=log
+    )
+
+
+def weights_digest(params: Params) -> str:
+    """Names the weights themselves, whichever checkpoint or file they came from."""
+    sums = json.dumps(checksums(params), sort_keys=True)
+    return "sha256:" + hashlib.sha256(sums.encode()).hexdigest()
