@@ -13,6 +13,7 @@ from dsr_jax.core.errors import ConfigError, DataError
 from dsr_jax.core.files import read_json
 from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.sources import read_all
+from dsr_jax.parallel.shardings import batch_sharding
 from dsr_jax.telemetry.writers import read_metrics
 from tests.programs import quick_programs
 from tests.tiny_rae import save_rae
@@ -51,7 +52,7 @@ def test_statistics_are_those_of_the_images_in_the_order_of_training(whole, over
     config.data.update(global_batch=BATCH, flip=False)
     space, variables = build.make_space(config)
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    sharding = build.shardings.batch_sharding(mesh, rules)
+    sharding = batch_sharding(mesh, rules)
     batches = build.global_batches(config, build.make_source(config), sharding)(0)
     images = np.concatenate([np.asarray(next(batches)["image"]) for _ in range(3)])[:IMAGES]
     latents = np.asarray(jax.jit(space.encode)(variables, images.astype(np.float32) / 255))
@@ -118,7 +119,7 @@ def test_cached_latents_are_those_of_the_order_of_training(cached, overrides) ->
     config.data.update(global_batch=2 * IMAGES, flip=True)
     space, variables = build.make_space(config)
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    sharding = build.shardings.batch_sharding(mesh, rules)
+    sharding = batch_sharding(mesh, rules)
     batch = next(build.global_batches(config, build.make_source(config), sharding)(0))
     images = np.asarray(batch["image"]).astype(np.float32) / 255
     want = np.asarray(jax.jit(space.encode)(variables, images))
@@ -149,7 +150,7 @@ def test_training_sees_the_latents_that_the_encoder_would_give(cached, overrides
     online, frozen = build.make_space(config)
     config.data.update(global_batch=BATCH, flip=True)
     mesh, rules = build.make_mesh(config), build.make_rules(config)
-    sharding = build.shardings.batch_sharding(mesh, rules)
+    sharding = batch_sharding(mesh, rules)
     images = next(build.global_batches(config, build.make_source(config), sharding)(0))["image"]
     config.data.latents = str(cached)
     space, variables = build.make_space(config)
