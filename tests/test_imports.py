@@ -22,7 +22,7 @@ LEAVES = {
     "telemetry": {"core", "parallel"},
     "sampling": {"core", "parallel", "diffusion"},
     "training": {"core", "parallel", "diffusion", "data", "telemetry"},
-    "evaluation": {"core", "parallel", "models"},
+    "evaluation": {"core", "parallel", "models", "telemetry"},
     "convert": {"core", "models"},
     # Sizes stand beside their networks, and published register neurons beside their search.
     "config": {"core", "models.variants", "registers.neurons"},

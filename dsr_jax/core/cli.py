@@ -1,5 +1,9 @@
-"""How entry points end: a `DsrError` becomes one screen of text and its own exit status."""
+"""What all commands share: how they describe their arguments, and how they end.
 
+A `DsrError` ends a command with one screen of text and its own exit status.
+"""
+
+import argparse
 import os
 import sys
 import traceback
@@ -7,6 +11,40 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dsr_jax.core.errors import DsrError, StuckSaveError
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines and adds each option's default to its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        shown = action.option_strings and action.nargs != 0 and "default" not in text
+        if not shown or action.required or action.default in (None, "", argparse.SUPPRESS):
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+
+def make_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Builds the parser of a command whose --help names the default of every option.
+
+    Args:
+      description: The module's docstring, printed as it is written.
+      prog: How the command is called, "python -m dsr_jax.evaluate"; None for the file's name.
+    """
+    return argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=_HelpFormatter
+    )
+
+
+def positive_int(text: str) -> int:
+    """Reads an argument that counts something: `add("--batch", type=positive_int)`."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{value} is not positive: give 1 or more")
+    return value
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -33,8 +71,8 @@ def show(error: BaseException) -> None:
 def leave(error: BaseException) -> NoReturn:
     """Prints an error and ends the process at once, from any thread.
 
-    Nothing is waited for: neither threads that hang in a write nor JAX's own farewell, in which the
-    processes of a run wait minutes for the one that is missing.
+    Nothing is waited for: neither threads that hang in a write nor JAX's own shutdown barrier, in
+    which the processes of a run wait minutes for the one that is missing.
     """
     show(error)
     sys.stdout.flush()

@@ -1,10 +1,14 @@
-"""One progress bar on a terminal, a bounded number of plain lines elsewhere."""
+"""Progress on a terminal or in a log: a bar or a bounded number of lines, and long compilations."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -12,6 +16,73 @@ from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.telemetry.clock import Timing
 
 MAX_LINES = 200
+
+LINE_SECONDS = 10.0
+"""Longest silence of a program that works."""
+
+
+@contextlib.contextmanager
+def announce(
+    activity: str, *, every: float = LINE_SECONDS, stream: TextIO | None = None
+) -> Iterator[None]:
+    """Prints that a long activity begins, how long it has taken, and when it has ended.
+
+        with announce("reading weights"):
+            ...
+
+    prints "reading weights ..." at once, "reading weights: 10 s" after every ten seconds, and
+    "reading weights: done in 23.4 s". Only process 0 prints. The block's error is passed on.
+
+    Args:
+      activity: What is done, as a participle: "compiling the training step".
+      every: Seconds between lines.
+      stream: Where to; None for standard error.
+    """
+    if not is_process_zero():
+        yield
+        return
+    stream = sys.stderr if stream is None else stream
+    start, ended = monotonic(), threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every):
+            print(f"{activity}: {monotonic() - start:.0f} s", file=stream, flush=True)
+
+    print(f"{activity} ...", file=stream, flush=True)
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    print(f"{activity}: done in {monotonic() - start:.1f} s", file=stream, flush=True)
+
+
+def announce_compile(what: str) -> contextlib.AbstractContextManager[None]:
+    """Announces the compilation of a program: `with announce_compile("the training step"):`."""
+    return announce(f"compiling {what}")
+
+
+def announce_first_call(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Returns a jitted function whose first call, which compiles it, is announced.
+
+    Args:
+      function: From `jax.jit`.
+      what: Name of the program: "the sampler".
+    """
+    called = False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called
+        if called:
+            return function(*args, **kwargs)
+        with announce_compile(what):
+            out = function(*args, **kwargs)
+        called = True
+        return out
+
+    return call
 
 
 class Progress:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError, ProcessError
 
 
@@ -52,3 +52,34 @@ def test_a_save_that_does_not_end_is_not_waited_for() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "StuckSaveError: saving step 4 has not ended\n  -> look at" in done.stderr
+
+
+def test_help_names_defaults_and_keeps_the_description() -> None:
+    parser = make_parser("Title.\n\n    a command line", "python -m dsr_jax.x")
+    add = parser.add_argument
+    add("file", help="what to read")
+    add("--batch", type=positive_int, default=64, help="images at a time")
+    add("--out", help="new file")
+    add("--ema", default="", help="which weights; default: the config's")
+    add("--grid", action="store_true", help="write a picture")
+    add("--config", required=True, default="x", help="config file")
+    lines = parser.format_help().splitlines()
+    assert "    a command line" in lines and lines[0].startswith("usage: python -m dsr_jax.x")
+    assert [line.split("  ")[-1] for line in lines if "efault" in line] == [
+        "images at a time (default: 64)",
+        "which weights; default: the config's",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [("0", "not positive"), ("-4", "not positive"), ("x", "whole")]
+)
+def test_counts_are_positive(text: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser(None)
+    parser.add_argument("--batch", type=positive_int, default=64)
+    assert parser.parse_args(["--batch", "7"]).batch == 7
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--batch", text])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --batch" in error and problem in error

@@ -1,9 +1,13 @@
 """A bar on a terminal, few lines in a file, nothing from other processes."""
 
 import io
+import re
+import threading
+
+import pytest
 
 from dsr_jax.telemetry.clock import Timing
-from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.progress import Progress, announce, announce_first_call
 
 TIMING = Timing(step_seconds=0.25, images_per_second=4096.0, eta_seconds=3725.0)
 
@@ -60,3 +64,35 @@ def test_other_processes_are_silent() -> None:
             progress.update(1, loss=0.5)
             progress.log("hello")
         assert stream.getvalue() == ""
+
+
+def test_announce_prints_elapsed_seconds_until_the_end() -> None:
+    """A block that ends only when two lines in between have been printed."""
+    seen = threading.Event()
+
+    class Lines(io.StringIO):
+        def write(self, text: str) -> int:
+            count = super().write(text)
+            if len(re.findall(r"compiling it: [0-9]+ s", self.getvalue())) >= 2:
+                seen.set()
+            return count
+
+    stream = Lines()
+    with announce("compiling it", every=0.01, stream=stream):
+        assert seen.wait(60)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "compiling it ..." and len(lines) >= 4
+    assert re.fullmatch(r"compiling it: done in [0-9]+\.[0-9] s", lines[-1])
+
+
+def test_announce_passes_errors_on_and_stops() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ZeroDivisionError), announce("dividing", every=0.01, stream=stream):
+        raise ZeroDivisionError
+    assert stream.getvalue().startswith("dividing ...\n") and "done" not in stream.getvalue()
+
+
+def test_only_the_first_call_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    double = announce_first_call(lambda x, *, more=0: 2 * x + more, "a doubling")
+    assert [double(1), double(2, more=1)] == [2, 5]
+    assert capsys.readouterr().err.count("compiling a doubling ...") == 1
