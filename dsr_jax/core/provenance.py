@@ -1,7 +1,10 @@
 """What produced a number: code revision, package versions, command line, machine."""
 
+import configparser
 import datetime
 import importlib.metadata
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +25,54 @@ _PACKAGES = (
 )
 
 
+_ROOT = Path(__file__).resolve().parents[2]
+_REVISION = Path(__file__).with_name("REVISION")
+_GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+
+
 def git_revision() -> str | None:
-    """Commit of the checkout that this package runs from, "-dirty" behind it if changed."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Commit that this package's code comes from.
+
+    In a git checkout of this project it is the checked-out commit, with "-dirty" appended where
+    tracked files were changed. In an archive made by `git archive` (the launch scripts ship one) it
+    is the commit that git wrote into the file REVISION. It is None anywhere else: a repository
+    around an installed or copied package is another project's.
+    """
+    if _is_checkout(_ROOT):
+        command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+        # Without a tag's name in place of the commit, and of this repository, not $GIT_DIR's.
+        environment = {name: text for name, text in os.environ.items() if name not in _GIT_PLACES}
+        try:
+            done = subprocess.run(
+                [*command, "--exclude=*"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+        revision = _REVISION.read_text().strip()
+    except (OSError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
+
+
+def _is_checkout(folder: Path) -> bool:
+    """Whether a folder is the top of a git checkout of this project."""
+    setup = configparser.ConfigParser(interpolation=None)
+    try:
+        found = setup.read(folder / "setup.cfg")
+    except (OSError, UnicodeDecodeError, configparser.Error):
+        return False
+    return (
+        bool(found)
+        and setup.get("metadata", "name", fallback="") == "dsr_jax"
+        and (folder / ".git").exists()
+    )
 
 
 def package_versions() -> dict[str, str]:
