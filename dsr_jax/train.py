@@ -17,7 +17,7 @@ from dsr_jax.config import ConfigDict
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
-from dsr_jax.data.base import Source
+from dsr_jax.data.classes import DataDescription, describe, trained_labels
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
@@ -43,6 +43,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     model = build.make_model(config, space, Constrain(rules, mesh))
     optimizer = build.make_optimizer(config)
     source = build.make_source(config, random_crops=True)
+    data = describe(source)
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_state(config, model, space, optimizer, mesh, rules)
     if config.train.init_from and not list_steps(workdir / "checkpoints"):
@@ -63,7 +64,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     scorer = open_scorer(config, mesh, image_shape)
     results = Results(config, workdir, draw, variables, mesh.size, image_shape, scorer)
     return TrainingJob(
-        summary_text=_run_summary(config, model, abstract.params, source, mesh),
+        summary_text=_run_summary(config, model, abstract.params, data, mesh),
         mesh=mesh,
         abstract=abstract,
         init=init,
@@ -74,12 +75,17 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
             Hook(config.eval.every_steps, results.score),
         ],
         finish=results.finish,
+        data=data,
         forward_flops=build.forward_flops(model),
     )
 
 
 def _run_summary(
-    config: ConfigDict, model: DiffusionTransformer, params: Params, source: Source, mesh: Mesh
+    config: ConfigDict,
+    model: DiffusionTransformer,
+    params: Params,
+    data: DataDescription,
+    mesh: Mesh,
 ) -> str:
     """What is about to run, in two lines."""
     registers = (
@@ -87,11 +93,15 @@ def _run_summary(
         if model.num_registers
         else "no registers"
     )
+    rows, trained = model.num_classes, len(trained_labels(data, model.num_classes))
+    classes = (
+        f"{rows} classes" if trained == rows else f"{trained} classes of a label table of {rows}"
+    )
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
         f"{config.model.name}: {count_params(params):,} parameters, depth {model.depth}, "
         f"{registers}, {build.forward_flops(model) / 1e9:.3g} GFLOPs per image\n"
-        f"data: {source.name}, {len(source):,} images, {model.num_classes} classes; mesh: {sizes}"
+        f"data: {data['source']}, {data['images']:,} images, {classes}; mesh: {sizes}"
     )
 
 

@@ -17,7 +17,7 @@ from dsr_jax.build.decoder import DecoderParts
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
-from dsr_jax.data.base import Source
+from dsr_jax.data.classes import DataDescription, describe
 from dsr_jax.parallel import shardings
 from dsr_jax.runs.decoder_evaluation import Reconstructions
 from dsr_jax.runs.runner import TrainingJob, run_command
@@ -42,6 +42,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     parts = build.make_decoder_parts(config, mesh, rules)
     optimizer = build.make_optimizer(config)
     source = build.make_source(config, random_crops=True)
+    data = describe(source)
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_decoder_state(config, parts, optimizer, mesh, rules)
     settings = build.make_loss_settings(config)
@@ -66,7 +67,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         sharding,
     )
     return TrainingJob(
-        summary_text=_run_summary(config, parts, abstract, source, mesh),
+        summary_text=_run_summary(config, parts, abstract, data, mesh),
         mesh=mesh,
         abstract=abstract,
         init=init,
@@ -74,11 +75,12 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         batches=build.global_batches(config, source, sharding),
         hooks=[Hook(config.sample.every_steps, reconstructions.report)],
         finish=reconstructions.finish,
+        data=data,
     )
 
 
 def _run_summary(
-    config: ConfigDict, parts: DecoderParts, state: DecoderState, source: Source, mesh: Mesh
+    config: ConfigDict, parts: DecoderParts, state: DecoderState, data: DataDescription, mesh: Mesh
 ) -> str:
     """What is about to run, in a few lines."""
     sizes, gan = parts.decoder.config, config.gan
@@ -95,7 +97,7 @@ def _run_summary(
         f"decoder: {count_params(state.params):,} parameters, depth {sizes.depth}, latents "
         f"{sizes.grid} x {sizes.grid} x {sizes.latent_channels} to {sizes.image_size} pixels\n"
         f"losses: {' + '.join(losses)}\n"
-        f"data: {source.name}, {len(source):,} images; mesh: {axes}"
+        f"data: {data['source']}, {data['images']:,} images; mesh: {axes}"
     )
 
 

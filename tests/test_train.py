@@ -14,7 +14,14 @@ from PIL import Image
 
 from dsr_jax import config as configs
 from dsr_jax import train
-from dsr_jax.core.errors import CheckpointError, ConfigError, DsrError, MeshError, NumericsError
+from dsr_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DsrError,
+    MeshError,
+    NumericsError,
+)
 from dsr_jax.core.files import read_json
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
@@ -246,3 +253,32 @@ def test_the_command_ends_with_a_message_and_status_2(tmp_path: Path) -> None:
     assert "ConfigError: " in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 4
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_are_recorded_and_may_not_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three classes under a label table of ten, then a fourth."""
+    root, run = tmp_path / "images", tmp_path / "run"
+
+    def add(name: str) -> None:
+        (root / name).mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 10, 12, 3), np.uint8)
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(root / name / f"{number}.png")
+
+    for name in ("dog", "cat", "owl"):
+        add(name)
+    folder = ("--config.data.source=folder", f"--config.data.root={root}", *UNJUDGED)
+    folder += ("--config.data.channels=3", "--config.train.steps=2")
+    assert start(run, *folder) == 0
+    printed = capsys.readouterr().err
+    assert "12 images, 3 classes of a label table of 10" in printed
+    assert "7 rows stay untrained (3-9)" in printed
+    found = read_json(run / "class_names.json")
+    assert (found["names"], found["counts"]) == (["cat", "dog", "owl"], [4, 4, 4])
+    before = content(run)
+    add("bee")
+    with pytest.raises(DataError, match=r"class 'bee' \(label 0\) appeared"):
+        start(run, *folder, "--config.train.steps=3")
+    assert content(run) == before

@@ -47,6 +47,8 @@ class Digits:
         grey = grey.repeat(scale, axis=1).repeat(scale, axis=2)
         self._images = np.repeat(grey[..., None], channels, axis=-1)
         self._labels = labels[indices].astype(np.int32)
+        self.class_names = [str(digit) for digit in range(self.num_classes)]
+        self.class_counts = np.bincount(self._labels, minlength=self.num_classes).tolist()
         self.image_shape = (image_size, image_size, channels)
 
     def __len__(self) -> int:

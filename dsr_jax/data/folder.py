@@ -9,6 +9,7 @@ import numpy as np
 
 from dsr_jax.core.errors import DataError
 from dsr_jax.data.base import Record
+from dsr_jax.data.classes import fingerprint
 from dsr_jax.data.images import decode_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -54,6 +55,8 @@ class ImageFolder:
             self._files += files
             counts.append(len(files))
         self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), counts)
+        self.class_counts = counts
+        self.fingerprint = fingerprint(self._files)
 
     def __len__(self) -> int:
         return len(self._files)

@@ -168,6 +168,7 @@ class Tfds:
         self._fit = fit
         self.name = f"tfds {dataset} {split}"
         self.num_classes = features["label"].num_classes
+        self.class_names = list(features["label"].names)
         self.image_shape = (image_size, image_size, channels)
 
     def __len__(self) -> int:

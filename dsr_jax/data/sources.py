@@ -9,6 +9,7 @@ import numpy as np
 from dsr_jax.core.errors import DataError
 from dsr_jax.data import bundled, folder, records
 from dsr_jax.data.base import Record, Source, UnreadableRecord
+from dsr_jax.data.classes import describe
 
 MAX_SUBSTITUTIONS = 100
 
@@ -112,6 +113,9 @@ class SkipUnreadable:
         self.name = source.name
         self.num_classes = source.num_classes
         self.image_shape = source.image_shape
+        description = describe(source)
+        self.class_names, self.class_counts = description["names"], description["counts"]
+        self.fingerprint = description["fingerprint"]
 
     def __len__(self) -> int:
         return len(self._source)

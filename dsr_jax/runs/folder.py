@@ -6,8 +6,9 @@ from pathlib import Path
 from dsr_jax.config import ConfigDict, base_config, to_json
 from dsr_jax.config.schema import leaves
 from dsr_jax.core import files
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.errors import ConfigError, DataError
 from dsr_jax.core.provenance import provenance
+from dsr_jax.data.classes import DataDescription, compare, read_class_names
 
 # A change of these makes the parameters of an existing run meaningless.
 ARCHITECTURE_SECTIONS = ("model", "registers", "space", "decoder")
@@ -47,6 +48,26 @@ def check_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[s
             "use another --workdir, or the config that the run was started with",
         )
     return lines
+
+
+def check_data(workdir: str | os.PathLike[str], data: DataDescription) -> None:
+    """Checks that the data set is the one that the run in `workdir` was started with.
+
+    Args:
+      workdir: The run's folder; one without class_names.json accepts any data.
+      data: From `data.classes.describe`.
+
+    Raises:
+      DataError: Naming the classes that appeared, vanished or changed their label or count.
+    """
+    old = read_class_names(workdir)
+    lines = compare(old, data) if old else []
+    if lines:
+        raise DataError(
+            f"{data['source']} is not what the run in {str(workdir)!r} was trained on:\n    "
+            + "\n    ".join([*lines[:8], *(["..."] if len(lines) > 8 else [])]),
+            "restore the data set, or start a new --workdir",
+        )
 
 
 def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:

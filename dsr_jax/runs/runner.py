@@ -20,6 +20,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Batch
+from dsr_jax.data.classes import DataDescription, warnings_of, write_class_names
 from dsr_jax.parallel.peers import check_identical
 from dsr_jax.parallel.processes import (
     HEARTBEAT_SECONDS,
@@ -30,7 +31,7 @@ from dsr_jax.parallel.processes import (
     wait_for_all,
 )
 from dsr_jax.parallel.watch import Limits, Watch, join_watch
-from dsr_jax.runs.folder import check_workdir, write_run_files
+from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
@@ -61,6 +62,7 @@ class TrainingJob:
       batches: `batches(first step)` yields global batches for ever.
       hooks: What to do with the state now and then.
       finish: What to do at the end of a complete run.
+      data: What the training data holds.
       forward_flops: Of the trained network on one image, from which the share of the devices' peak
         follows; None if unknown.
     """
@@ -73,6 +75,7 @@ class TrainingJob:
     batches: Callable[[int], Iterator[Batch]]
     hooks: Sequence[Hook]
     finish: Callable[[Summary], None]
+    data: DataDescription
     forward_flops: int | None = None
 
 
@@ -135,12 +138,17 @@ def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeTrainingJob, w
     changes = check_workdir(config, workdir)
     check_packages(config.log.tensorboard, config.log.wandb)
     job = make_job(config, workdir)
+    check_data(workdir, job.data)
     # The folder that others still look at must not change.
     wait_for_all("workdir checked")
     for change in changes:
         log(f"changed since the last start: {change}")
+    if not configs.trains_decoder(config):
+        for warning in warnings_of(job.data, config.data.num_classes):
+            log(f"warning: {warning}")
     if is_process_zero():
         write_run_files(config, workdir)
+        write_class_names(workdir, job.data)
     return _train(job, config, workdir, watch)
 
 

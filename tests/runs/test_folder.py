@@ -6,8 +6,9 @@ import pytest
 
 from dsr_jax import config as configs
 from dsr_jax.core import files
-from dsr_jax.core.errors import ConfigError
-from dsr_jax.runs.folder import check_workdir, write_run_files
+from dsr_jax.core.errors import ConfigError, DataError
+from dsr_jax.data import classes
+from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -44,3 +45,19 @@ def test_workdirs_are_ours_or_empty(tmp_path: Path) -> None:
     wider = configs.load(DIGITS, ["--config.model.hidden_size=128"])
     with pytest.raises(ConfigError, match="config.model.hidden_size: 64 -> 128"):
         check_workdir(wider, run)
+
+
+def test_a_class_that_appeared_or_vanished_is_named(tmp_path: Path) -> None:
+    description: classes.DataDescription = {
+        "source": "folder pets",
+        "images": 3,
+        "names": ["cat", "owl"],
+        "counts": [2, 1],
+        "fingerprint": "sha256:1",
+    }
+    check_data(tmp_path, description)
+    classes.write_class_names(tmp_path, description)
+    check_data(tmp_path, description)
+    more: classes.DataDescription = {**description, "names": ["bee", "cat", "owl"]}
+    with pytest.raises(DataError, match=r"class 'bee' \(label 0\) appeared"):
+        check_data(tmp_path, more)
