@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sample.every_steps = args.steps // 2
     config.sample.num = 100
     config.sample.guidance = 1.5
-    config.eval.judge = "digits"
+    config.eval.classifier = "digits"
     config.eval.num_samples = 500
     _use_family(config, args.family)
 

@@ -1,7 +1,7 @@
 """Scores samples and writes the numbers, with their recipe, to a file.
 
     python -m dsr_jax.evaluate samples.npz --reference ref.npz --inception DIR --out scores.json
-    python -m dsr_jax.evaluate runs/digits/samples/NAME.npz --judge digits
+    python -m dsr_jax.evaluate runs/digits/samples/NAME.npz --classifier digits
 
 Samples are an `.npz` with `arr_0` (uint8, [N, H, W, C]; `labels` where the class matters), or a
 folder of PNG files, of any program. With a reference the scores are FID, sFID, Inception Score,
@@ -25,7 +25,7 @@ from dsr_jax.evaluation.image_sets import open_images
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.processes import is_process_zero, start_processes
-from dsr_jax.runs.scoring import make_scorer, score_to_file, score_with_judge
+from dsr_jax.runs.scoring import make_scorer, score_to_file, score_with_classifier
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.reference is None:
         start_processes()
-        judge(args)
+        classify(args)
         return
-    if args.judge or not (args.inception or args.dinov2):
+    if args.classifier or not (args.inception or args.dinov2):
         raise EvaluationError(
-            "--reference needs --inception or --dinov2, and goes without --judge",
+            "--reference needs --inception or --dinov2, and goes without --classifier",
             "name the folder that python -m dsr_jax.convert inception wrote",
         )
     start_processes()
@@ -75,18 +75,18 @@ def compare(args: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def judge(args: argparse.Namespace) -> None:
-    """Scores samples with a classifier and writes the result, on the primary process alone.
+def classify(args: argparse.Namespace) -> None:
+    """Scores samples with a classifier and writes the result, on process 0 alone.
 
     Raises:
       EvaluationError: If the samples do not fit.
     """
     if not is_process_zero():
         return
-    source = args.judge or "digits"
+    source = args.classifier or "digits"
     samples = open_samples(args.samples)
-    scores = score_with_judge(samples, source)
-    out = Path(args.out) if args.out else samples.path.with_suffix(f".judge-{source}.json")
+    scores = score_with_classifier(samples, source)
+    out = Path(args.out) if args.out else samples.path.with_suffix(f".classifier-{source}.json")
     write_json(out, {"scores": scores, "samples": samples.describe(), "provenance": provenance()})
     print(f"{samples.path}: {samples.shape[0]} images")
     _print_scores(scores)
@@ -115,9 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=SAVE_EVERY, help="images between savings")
     add("--allow-constant", action="store_true", help="score images of a single colour, too")
     add(
+        "--classifier",
         "--judge",
         choices=["digits"],
-        help="data whose real images train the classifier that judges the samples; the default "
+        help="data whose real images train the classifier of the samples; the default "
         "without --reference",
     )
     add("--out", help="the scores' file; default: beside the samples")

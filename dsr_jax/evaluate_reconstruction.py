@@ -85,8 +85,8 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     """
     config = configs.load_file(args.config)
     configs.apply_overrides(config, overrides)
-    # Images are read, no latents; the judge looks at samples alone.
-    config.data.latents = config.eval.judge = ""
+    # Images are read, not latents; the classifier is for samples alone.
+    config.data.latents = config.eval.classifier = ""
     config.data.split = args.split or config.eval.split
     config.data.global_batch = args.batch
     config.optim.accumulate = 1

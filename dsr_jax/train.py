@@ -56,7 +56,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         build.xla_options(config),
     )
     image_shape: tuple[int, ...] = ()
-    if config.sample.every_steps or config.eval.judge or config.eval.reference:
+    if config.sample.every_steps or config.eval.classifier or config.eval.reference:
         # A space that gives no images says so now, not at the first picture.
         latents = jax.ShapeDtypeStruct((1, *space.latent_shape), jnp.float32)
         image_shape = jax.eval_shape(space.decode, variables, latents).shape[1:]

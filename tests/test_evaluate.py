@@ -17,21 +17,22 @@ def heldout():
     return read_all(make_source("digits", split="heldout", image_size=8, channels=1))
 
 
-def test_scores_and_recipe_are_written_beside_the_samples(tmp_path, capsys, heldout):
+@pytest.mark.parametrize("flag", ["--classifier", "--judge"])
+def test_scores_and_recipe_are_written_beside_the_samples(tmp_path, capsys, heldout, flag):
     images, labels = heldout
     path = tmp_path / "samples.npz"
     np.savez(path, images, labels=labels)
     write_json(path.with_suffix(".json"), {"recipe": {"guidance": 1.5}})
-    evaluate.main([str(path), "--judge", "digits"])
-    written = read_json(tmp_path / "samples.judge-digits.json")
+    evaluate.main([str(path), flag, "digits"])
+    written = read_json(tmp_path / "samples.classifier-digits.json")
     scores = written["scores"]
-    assert scores["judge_accuracy"] == scores["judge_accuracy_real"] > 0.97
+    assert scores["classifier_accuracy"] == scores["classifier_accuracy_real"] > 0.97
     assert scores["frechet_distance"] == scores["frechet_distance_real"] > 0
     assert scores["num_samples"] == len(images)
     assert written["samples"]["digest"] == file_digest(path)
     assert written["samples"]["record"] == {"recipe": {"guidance": 1.5}}
     assert written["provenance"]["packages"]["jax"]
-    assert f"{scores['judge_accuracy']:.5g}" in capsys.readouterr().out
+    assert f"{scores['classifier_accuracy']:.5g}" in capsys.readouterr().out
 
 
 def test_noise_scores_worse_than_digits(tmp_path, heldout):
@@ -40,7 +41,7 @@ def test_noise_scores_worse_than_digits(tmp_path, heldout):
     np.savez(tmp_path / "noise.npz", noise, labels=labels)
     evaluate.main([str(tmp_path / "noise.npz"), "--out", str(tmp_path / "scores.json")])
     scores = read_json(tmp_path / "scores.json")["scores"]
-    assert scores["judge_accuracy"] < 0.3
+    assert scores["classifier_accuracy"] < 0.3
     assert scores["frechet_distance"] > 10 * scores["frechet_distance_real"]
 
 
@@ -100,8 +101,8 @@ def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
         evaluate.main(arguments(folder, folder / "none"))
     with pytest.raises(EvaluationError, match="needs --inception or --dinov2"):
         evaluate.main(arguments(folder, inception)[:3])
-    with pytest.raises(EvaluationError, match="without --judge"):
-        evaluate.main(arguments(folder, inception, "--judge", "digits"))
+    with pytest.raises(EvaluationError, match="without --classifier"):
+        evaluate.main(arguments(folder, inception, "--classifier", "digits"))
     with pytest.raises(EvaluationError, match="unknown metrics"):
         evaluate.main(arguments(folder, inception, "--metrics", "fid,fdd"))
     assert not list(folder.glob("*.json"))

@@ -96,7 +96,7 @@ def test_samples_are_images_of_the_decoder_and_name_its_content(whole: Path, tmp
         ("space.decoder=", ConfigError, "has no decoder"),
         ("space.noise_tau=-1.0", ConfigError, "noise_tau=-1"),
         ("data.channels=1", ConfigError, "config.data.channels=1"),
-        ("eval.judge=digits", ConfigError, "config.eval.judge='digits'"),
+        ("eval.classifier=digits", ConfigError, "config.eval.classifier='digits'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(

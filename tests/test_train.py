@@ -41,12 +41,17 @@ TINY = (
     "--config.optim.warmup_steps=2",
     "--config.ema.decays=(0.5,)",
     "--config.sample.ema=0.5",
-    # The pictures on the way and the judged samples then share one program.
+    # The pictures on the way and the scored samples then share one program.
     "--config.sample.batch=16",
     "--config.sample.every_steps=4",
 )
-UNJUDGED = ("--config.eval.judge=", "--config.sample.every_steps=0")
-SCORES = ("judge_accuracy", "judge_accuracy_real", "frechet_distance", "frechet_distance_real")
+UNSCORED = ("--config.eval.classifier=", "--config.sample.every_steps=0")
+SCORES = (
+    "classifier_accuracy",
+    "classifier_accuracy_real",
+    "frechet_distance",
+    "frechet_distance_real",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,7 +111,7 @@ def test_the_summary_holds_scores_beside_those_of_real_images(whole: Path) -> No
     assert summary["steps"] == STEPS and summary["train_seconds"] > 0
     assert summary["num_samples"] == 20
     assert summary["loss"] == read_metrics(whole)[-1]["loss"]
-    assert summary["judge_accuracy_real"] > 0.9 > summary["judge_accuracy"]
+    assert summary["classifier_accuracy_real"] > 0.9 > summary["classifier_accuracy"]
     assert summary["frechet_distance"] > 3 * summary["frechet_distance_real"] > 0
 
 
@@ -147,7 +152,7 @@ def test_a_changed_setting_is_told_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for steps in (2, 4):
-        assert start(tmp_path, *UNJUDGED, f"--config.train.steps={steps}") == 0
+        assert start(tmp_path, *UNSCORED, f"--config.train.steps={steps}") == 0
     said = capsys.readouterr().err
     assert "changed since the last start: config.train.steps: 2 -> 4" in said
     assert "continuing from step 2" in said
@@ -157,7 +162,7 @@ def test_a_changed_setting_is_told_and_recorded(
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     """A learning rate of 1e30 makes the parameters' squares leave float32 in one step."""
-    short = (*UNJUDGED, "--config.train.steps=3")
+    short = (*UNSCORED, "--config.train.steps=3")
     assert start(tmp_path, *short, "--config.train.stop_after_steps=1") == 0
     with pytest.raises(NumericsError, match="step 2 is not finite.*newest is step 1, finite"):
         start(tmp_path, *short, "--config.optim.lr=1e30")
@@ -191,7 +196,7 @@ REFUSED: tuple[tuple[str, type[DsrError], str], ...] = (
     ("model.attention=linear", ConfigError, "linear"),
     ("model.remat=some", ConfigError, "some"),
     ("log.tensorboard=True", ConfigError, "tensorboardX, which is not installed"),
-    ("eval.judge=person", ConfigError, "person"),
+    ("eval.classifier=person", ConfigError, "person"),
 )
 
 
@@ -269,7 +274,7 @@ def test_classes_are_recorded_and_may_not_change(
 
     for name in ("dog", "cat", "owl"):
         add(name)
-    folder = ("--config.data.source=folder", f"--config.data.root={root}", *UNJUDGED)
+    folder = ("--config.data.source=folder", f"--config.data.root={root}", *UNSCORED)
     folder += ("--config.data.channels=3", "--config.train.steps=2")
     assert start(run, *folder) == 0
     printed = capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_the_way_of_sit_starts_at_noise_and_ends_at_data(whole: Path) -> None:
         ("space.scale=0.5", ConfigError, "scale=0.5, but the autoencoder in .* 0.18215"),
         ("data.image_size=7", ConfigError, "image_size=7"),
         ("data.channels=1", ConfigError, "config.data.channels=1"),
-        ("eval.judge=digits", ConfigError, "config.eval.judge='digits'.*'vae'"),
+        ("eval.classifier=digits", ConfigError, "config.eval.classifier='digits'.*'vae'"),
         ("objective.time_range=(0.5,)", ConfigError, r"time_range=\(0.5,\)"),
     ],
 )

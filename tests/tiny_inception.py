@@ -54,6 +54,6 @@ class StandIn:
         }
         levels = images.reshape(len(images), -1)
         return found | {
-            "least": jnp.asarray(levels.min(axis=1)),
-            "most": jnp.asarray(levels.max(axis=1)),
+            "min": jnp.asarray(levels.min(axis=1)),
+            "max": jnp.asarray(levels.max(axis=1)),
         }

@@ -77,5 +77,5 @@ def save_rae(folder: Path) -> tuple[str, ...]:
         f"--config.space.statistics={folder / 'statistics.safetensors'}",
         f"--config.space.image_size={GRID * ENCODER.patch_size}",
         "--config.data.channels=3",
-        "--config.eval.judge=",
+        "--config.eval.classifier=",
     )

@@ -25,5 +25,5 @@ def save_tiny_vae(folder: Path, scale: float = 0.18215) -> tuple[str, ...]:
         "--config.space.name=vae",
         f"--config.space.vae={folder}",
         "--config.data.channels=3",
-        "--config.eval.judge=",
+        "--config.eval.classifier=",
     )

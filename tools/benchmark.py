@@ -47,8 +47,8 @@ from tools.benchmark_encoder import EncoderSides
 from tools.benchmark_evaluation import (
     InceptionSides,
     make_frechet,
-    make_neighbours,
-    peak_of_neighbours,
+    make_precision_recall,
+    peak_of_precision_recall,
 )
 from tools.benchmark_input import InputSides
 from tools.benchmark_sides import (
@@ -57,8 +57,8 @@ from tools.benchmark_sides import (
     check_training,
     make_config,
     make_samplers,
+    make_torch_reference,
     make_trainer,
-    make_twin,
     torch_batch,
 )
 
@@ -108,7 +108,7 @@ def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int, task: str) -
 def time_training(ours: Ours, rounds: int) -> Timings:
     """Our step beside PyTorch's, after checking that they agree."""
     ours.start()
-    trainer = make_trainer(ours, make_twin(ours))
+    trainer = make_trainer(ours, make_torch_reference(ours))
     check_training(ours, trainer)
     x1, labels = torch_batch(ours)
     calls = {"dsr_jax": ours.train, "torch": lambda: trainer.step(x1, labels)}
@@ -125,7 +125,7 @@ def time_registers(ours: Ours, without: Ours, rounds: int) -> Timings:
 def time_sampling(ours: Ours, rounds: int) -> Timings:
     """Our sampler beside PyTorch's loop, after checking that they draw the same."""
     ours.start()
-    draw, draw_torch = make_samplers(ours, make_twin(ours))
+    draw, draw_torch = make_samplers(ours, make_torch_reference(ours))
     check_samples(draw(), draw_torch())
     return in_turn({"dsr_jax": draw, "torch": draw_torch}, rounds, "sample")
 
@@ -148,8 +148,8 @@ def time_evaluation(task: str, tiny: bool, rounds: int) -> Timings:
         score = make_frechet(500, 32) if tiny else make_frechet(50_000)
         return {"dsr_jax": [measure(score) for _ in range(rounds)]}
     if task == "pr":
-        neighbours = make_neighbours(500, 32) if tiny else make_neighbours(10_000)
-        return in_turn({"dsr_jax": neighbours}, rounds, task)
+        precision_recall = make_precision_recall(500, 32) if tiny else make_precision_recall(10_000)
+        return in_turn({"dsr_jax": precision_recall}, rounds, task)
     sides = InceptionSides(2 if tiny else INCEPTION_BATCH)
     sides.check()
     theirs = sides.torch(channels_last=task == "inception-last")
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     results = {task: summarise(run_task(task, args)) for task in tasks}
     if "pr" in tasks:
-        peak = peak_of_neighbours(*(500, 32) if args.size == "tiny" else (10_000,))
+        peak = peak_of_precision_recall(*(500, 32) if args.size == "tiny" else (10_000,))
         results["pr"]["peak_bytes"] = peak
     stamp = environment()
     versions = ", ".join(f"{n} {stamp['packages'].get(n)}" for n in ("jax", "jaxlib", "torch"))

@@ -13,8 +13,8 @@ from dsr_jax.convert.inception import inception_rules, infer_inception
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.frechet import Gaussian, frechet_distance, gaussian_moments
-from dsr_jax.evaluation.neighbours import precision_recall
 from dsr_jax.evaluation.networks import inception_features
+from dsr_jax.evaluation.precision_recall import precision_recall
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from tools.benchmark_sides import require_close
 
@@ -33,7 +33,7 @@ class InceptionSides:
     """
 
     def __init__(self, batch: int, size: int = 256) -> None:
-        from tools.inception_twin import random_inception
+        from tools.inception_reference import random_inception
 
         self._torch = random_inception()
         state = {name: value.numpy() for name, value in self._torch.state_dict().items()}
@@ -90,13 +90,13 @@ def make_frechet(count: int, width: int = WIDTH) -> Callable[[], float]:
     return score
 
 
-def make_neighbours(count: int, width: int = WIDTH) -> Callable[[], Any]:
+def make_precision_recall(count: int, width: int = WIDTH) -> Callable[[], Any]:
     """A function to precision and recall from the features of `count` samples and images."""
     samples, reference = _features(count, width, 0), _features(count, width, 1)
     return lambda: precision_recall(samples, reference)
 
 
-def peak_of_neighbours(count: int, width: int = WIDTH) -> int:
+def peak_of_precision_recall(count: int, width: int = WIDTH) -> int:
     """The most memory, in bytes, that precision and recall take beyond their inputs.
 
     In a process of its own, since a process seldom gives back what it has once had. What the
@@ -114,7 +114,7 @@ def peak_of_neighbours(count: int, width: int = WIDTH) -> int:
 
 def _peak(result: Any, count: int, width: int) -> None:
     jax.config.update("jax_platforms", "cpu")
-    score = make_neighbours(count, width)
+    score = make_precision_recall(count, width)
     before = _memory("VmRSS")
     score()
     # Not getrusage's, which begins with what the parent process had.

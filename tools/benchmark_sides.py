@@ -20,7 +20,7 @@ from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.training.state import TrainState
 
 if TYPE_CHECKING:
-    from tools.torch_twin import TorchLightningDiT, Trainer
+    from tools.torch_reference import TorchLightningDiT, Trainer
 
 TOLERANCE = {"output": 5e-5, "loss": 5e-5, "parameters": 2e-4, "average": 2e-4}
 DIFFERENCE_REMEDY = "timings of different computations compare nothing; find the difference"
@@ -167,29 +167,29 @@ def to_torch(ours: Ours, params: Params) -> dict[str, np.ndarray]:
     return flax_to_torch(jax.device_get(params), lightningdit_rules(ours.model))
 
 
-def make_twin(ours: Ours) -> "TorchLightningDiT":
+def make_torch_reference(ours: Ours) -> "TorchLightningDiT":
     """PyTorch's model with the parameters of ours."""
     import torch
 
-    from tools.torch_twin import TorchLightningDiT
+    from tools.torch_reference import TorchLightningDiT
 
     names = (
         "input_size patch_size in_channels hidden_size depth num_heads mlp_ratio num_classes "
         "num_registers register_start"
     )
-    twin = TorchLightningDiT(**{name: getattr(ours.model, name) for name in names.split()})
+    reference = TorchLightningDiT(**{name: getattr(ours.model, name) for name in names.split()})
     state = to_torch(ours, ours.state.params)
-    twin.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in state.items()})
-    return twin
+    reference.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in state.items()})
+    return reference
 
 
-def make_trainer(ours: Ours, twin: "TorchLightningDiT") -> "Trainer":
-    """PyTorch's training of `twin` with the settings of ours."""
-    from tools.torch_twin import Trainer
+def make_trainer(ours: Ours, reference: "TorchLightningDiT") -> "Trainer":
+    """PyTorch's training of `reference` with the settings of ours."""
+    from tools.torch_reference import Trainer
 
     config = ours.config
     return Trainer(
-        twin,
+        reference,
         lr=config.optim.lr,
         betas=(config.optim.b1, config.optim.b2),
         ema_decay=config.ema.decays[0],
@@ -206,7 +206,7 @@ def check_training(ours: Ours, trainer: "Trainer") -> None:
     """
     import torch
 
-    from tools.torch_twin import Draws
+    from tools.torch_reference import Draws
 
     t, x0, labels = (np.array(x) for x in ours.draws())
     draws = Draws(torch.from_numpy(t), channels_first(x0), torch.from_numpy(labels).long())
@@ -236,12 +236,12 @@ def torch_batch(ours: Ours) -> tuple[Any, Any]:
 
 
 def make_samplers(
-    ours: Ours, twin: "TorchLightningDiT"
+    ours: Ours, reference: "TorchLightningDiT"
 ) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
     """Our sampler and PyTorch's loop from the same noise, each giving uint8 [n, h, w, C]."""
     import torch
 
-    from tools.torch_twin import sample_euler
+    from tools.torch_reference import sample_euler
 
     null_label = ours.config.data.num_classes
     indices, labels = np.arange(SAMPLE_BATCH), np.arange(SAMPLE_BATCH) % null_label
@@ -255,7 +255,7 @@ def make_samplers(
         return np.asarray(sampler(ours.state.params, {}, indices, labels).images)
 
     def draw_torch() -> np.ndarray:
-        latents = sample_euler(twin, start, classes, times, GUIDANCE, null_label)
+        latents = sample_euler(reference, start, classes, times, GUIDANCE, null_label)
         pixels = (ours.space.decode({}, latents).clamp(0, 1) * 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).numpy()
 

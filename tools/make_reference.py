@@ -23,7 +23,7 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.data.sources import make_source
-from dsr_jax.evaluation.features import Extractor, forget, outputs_of, tally_images
+from dsr_jax.evaluation.features import Extractor, extract_statistics, forget, outputs_of
 from dsr_jax.evaluation.frechet import Gaussian
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
 from dsr_jax.evaluation.reference import MOMENTS, open_reference
@@ -81,11 +81,11 @@ class Maker:
             num_classes=args.classes,
         )
         images = SourceImages(source)
-        tally = self._tally(images, self._metrics, "moments")
+        statistics = self._extract(images, self._metrics, "moments")
         arrays = {}
         for metric in self._metrics:
             if is_process_zero():
-                arrays |= _named(metric, tally.gaussian(metric))
+                arrays |= _named(metric, statistics.gaussian(metric))
         kept = SourceImages(source, min(args.keep, len(source))) if args.keep else None
         recipe = {
             **images.describe(),
@@ -114,13 +114,13 @@ class Maker:
         count = given.images.shape[0]
         # Moments that the file has may be of many more images than it holds.
         missing = [] if given.statistics else self._metrics
-        tally = self._tally(given.images, missing, "moments") if missing else None
+        statistics = self._extract(given.images, missing, "moments") if missing else None
         for metric in MOMENTS:
             gaussian = given.statistics.get(metric)
             if gaussian is not None:
                 count = gaussian.count
-            elif metric in missing and tally is not None and is_process_zero():
-                gaussian = tally.gaussian(metric)
+            elif metric in missing and statistics is not None and is_process_zero():
+                gaussian = statistics.gaussian(metric)
             if gaussian is not None:
                 arrays |= _named(metric, gaussian)
         recipe = {
@@ -131,8 +131,8 @@ class Maker:
         }
         self._write(given.images, arrays, count, recipe)
 
-    def _tally(self, images: ImageSet, metrics: Sequence[str], name: str) -> Any:
-        return tally_images(
+    def _extract(self, images: ImageSet, metrics: Sequence[str], name: str) -> Any:
+        return extract_statistics(
             images,
             self._extractor,
             metrics,
@@ -151,7 +151,7 @@ class Maker:
     ) -> None:
         extra = {**arrays}
         if kept is not None:
-            features = self._tally(kept, ["pr"], "features")
+            features = self._extract(kept, ["pr"], "features")
             extra["features"] = features.rows
         if not is_process_zero():
             return

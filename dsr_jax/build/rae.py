@@ -105,9 +105,10 @@ def check_images(config: ConfigDict, key: str, origin: str) -> None:
             "set config.data.channels=3",
         ),
         (
-            config.eval.judge,
-            f"config.eval.judge={config.eval.judge!r} with config.space.name={config.space.name!r}",
-            "leave the judge empty: it looks at the pixels of the data set",
+            config.eval.classifier,
+            f"config.eval.classifier={config.eval.classifier!r} with "
+            f"config.space.name={config.space.name!r}",
+            "leave config.eval.classifier empty: it reads the pixels of the data set",
         ),
     ):
         if wrong:

@@ -84,9 +84,9 @@ def check(config: ConfigDict) -> None:
         "leave it empty: only denoisers start from a converted folder",
     )
     require(
-        config.eval.judge in ("", "digits"),
-        f"config.eval.judge={config.eval.judge!r}",
-        "choose from digits, or leave it empty for no judge",
+        config.eval.classifier in ("", "digits"),
+        f"config.eval.classifier={config.eval.classifier!r}",
+        "choose digits, or leave it empty for no classifier",
     )
     _check_scores(config, require)
 
@@ -107,9 +107,10 @@ def _check_scores(config: ConfigDict, require: Callable[[bool, str, str], None])
         "set config.eval.num_samples, for example to 10000",
     )
     require(
-        not section.every_steps or (section.num_samples > 0 and bool(section.judge or networks)),
+        not section.every_steps
+        or (section.num_samples > 0 and bool(section.classifier or networks)),
         f"config.eval.every_steps={section.every_steps}, but there is nothing to score",
-        "set config.eval.num_samples, and reference and inception, or judge",
+        "set config.eval.num_samples, and reference and inception, or classifier",
     )
     require(
         not section.reference or not trains_decoder(config),

@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +20,9 @@ from dsr_jax.config.checks import check
 from dsr_jax.config.schema import base_config, leaves
 from dsr_jax.core import files
 from dsr_jax.core.errors import ConfigError
+
+RENAMED: Mapping[str, str] = MappingProxyType({"eval.judge": "eval.classifier"})
+"""Today's name of every key that had another: old command lines and config.json files have it."""
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -116,6 +120,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         key = name.removeprefix("config.")
+        key = RENAMED.get(key, key)
         if not name.startswith("config.") or not equals:
             raise ConfigError(f"argument {override!r} is not understood", "see --help")
         if key not in known:
@@ -143,6 +148,7 @@ def from_json(values: Mapping[str, Any], origin: str) -> ConfigDict:
     config = base_config()
     known = dict(leaves(config))
     for key, value in leaves(values):
+        key = RENAMED.get(key, key)
         if key not in known:
             raise ConfigError(
                 f"{origin} holds the unknown key {key!r}",

@@ -163,10 +163,11 @@ def base_config() -> ConfigDict:
                 "last_step": "mean",
                 "last_step_size": 0.04,
             },
-            # What scores num_samples samples at the end, and every so many steps where asked: the
-            # judge, or metrics of python -m dsr_jax.evaluate, whose arguments the others are.
+            # How num_samples samples are scored at the end of a run and every `every_steps`: with a
+            # classifier trained on the data set named, or with the metrics of
+            # python -m dsr_jax.evaluate, whose arguments the other keys are.
             "eval": {
-                "judge": "",
+                "classifier": "",
                 "num_samples": 0,
                 "split": "heldout",
                 "every_steps": 0,

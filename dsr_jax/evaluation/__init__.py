@@ -1,1 +1,1 @@
-"""Scores of saved samples: sample files, Frechet distances, judges."""
+"""Scores of saved samples: metrics, references, and the files that are read for them."""

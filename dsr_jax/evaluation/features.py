@@ -109,7 +109,7 @@ class Extractor:
           outputs: Names in `widths`.
 
         Returns:
-          The global arrays asked for, and "least" and "most", each image's extreme grey levels.
+          The global arrays asked for, and "min" and "max", the extreme values of each image.
         """
         if outputs not in self._compiled:
             self._compiled[outputs] = jax.jit(lambda p, x: self._extract(p, x, outputs))
@@ -119,7 +119,7 @@ class Extractor:
     def _extract(
         self, params: Sequence[Params], images: Array, outputs: frozenset[str]
     ) -> dict[str, Array]:
-        found = {"least": images.min(axis=(1, 2, 3)), "most": images.max(axis=(1, 2, 3))}
+        found = {"min": images.min(axis=(1, 2, 3)), "max": images.max(axis=(1, 2, 3))}
         for network, given in zip(self._networks, params, strict=True):
             if wanted := network.outputs & outputs:
                 features = network.apply(given, images)
@@ -127,7 +127,7 @@ class Extractor:
         return found
 
 
-class Tally:
+class FeatureStatistics:
     """Sums and rows over the images seen so far.
 
     Args:
@@ -230,7 +230,7 @@ class Tally:
                     part.unlink()
 
 
-def tally_images(
+def extract_statistics(
     images: ImageSet,
     extractor: Extractor,
     metrics: Iterable[str],
@@ -240,7 +240,7 @@ def tally_images(
     save_every: int = SAVE_EVERY,
     allow_constant: bool = False,
     report: Callable[[int, int], None] | None = None,
-) -> Tally:
+) -> FeatureStatistics:
     """Passes all images through the networks once.
 
     Args:
@@ -261,13 +261,13 @@ def tally_images(
       EvaluationError: If images are constant or too dark to be of 0 to 255, features are not
         finite, or the folder is of something else.
     """
-    tally = Tally(needs_of(metrics), extractor.widths)
+    statistics = FeatureStatistics(needs_of(metrics), extractor.widths)
     total, batch = images.shape[0], extractor.batch
-    recipe = extractor.recipe(tally.outputs)
-    settings = {**recipe, **(identity or {}), "needs": sorted(tally.needs)}
+    recipe = extractor.recipe(statistics.outputs)
+    settings = {**recipe, **(identity or {}), "needs": sorted(statistics.needs)}
     if folder is not None and is_process_zero():
-        tally.restore(folder, settings)
-    start = agree(tally.count)
+        statistics.restore(folder, settings)
+    start = agree(statistics.count)
     if 0 < start < total:
         log(f"continuing after {start} of {total} images")
     part = (jax.process_index(), jax.process_count())
@@ -277,26 +277,26 @@ def tally_images(
     def finish(first: int, arrays: dict[str, Array]) -> None:
         nonlocal saved
         features = {name: x[: total - first] for name, x in fetch(arrays).items()}
-        _check_levels(first, features.pop("least"), features.pop("most"), allow_constant)
+        _check_levels(first, features.pop("min"), features.pop("max"), allow_constant)
         done = min(first + batch, total)
         if not is_process_zero():
             return
-        tally.add(features)
+        statistics.add(features)
         if folder is not None and (done - saved >= save_every or done == total):
-            tally.save(folder, settings)
+            statistics.save(folder, settings)
             saved = done
         if report is not None:
             report(done, total)
 
     for number, local in enumerate(images.batches(batch, start, part)):
         # The devices work on one batch while the host reads the next and adds up the last.
-        current = extractor(_filled(local, batch // part[1]), tally.outputs)
+        current = extractor(_filled(local, batch // part[1]), statistics.outputs)
         if pending is not None:
             finish(*pending)
         pending = (start + number * batch, current)
     if pending is not None:
         finish(*pending)
-    return tally
+    return statistics
 
 
 def forget(folder: Path) -> None:
@@ -320,23 +320,23 @@ def _filled(images: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([images, padding])
 
 
-def _check_levels(first: int, least: np.ndarray, most: np.ndarray, allow_constant: bool) -> None:
-    """Checks the extreme grey levels of a batch's images.
+def _check_levels(first: int, low: np.ndarray, high: np.ndarray, allow_constant: bool) -> None:
+    """Checks the smallest and largest values of a batch's images.
 
     Raises:
       EvaluationError: Naming the first image that cannot be meant.
     """
-    if first == 0 and len(most) > 1 and most.max() <= 1:
+    if first == 0 and len(high) > 1 and high.max() <= 1:
         raise EvaluationError(
-            f"the first {len(most)} images have no value above {int(most.max())}, although uint8 "
+            f"the first {len(high)} images have no value above {int(high.max())}, although uint8 "
             "images go from 0 to 255",
             "multiply images in [0, 1] by 255 before the cast to uint8",
         )
-    constant = np.flatnonzero(least == most)
+    constant = np.flatnonzero(low == high)
     if len(constant) and not allow_constant:
         raise EvaluationError(
             f"image {first + int(constant[0])} is constant: every value is "
-            f"{int(most[constant[0]])} ({len(constant)} such images in its batch)",
+            f"{int(high[constant[0]])} ({len(constant)} such images in its batch)",
             "a sampler that diverged leaves such images; draw them again, or score them as they "
             "are with --allow-constant",
         )

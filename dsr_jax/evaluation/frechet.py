@@ -65,10 +65,10 @@ class Moments:
                 "look at that sample, and at the feature network's weights",
             )
         while len(features):
-            room = BLOCK - len(self._waiting)
-            rows = features[:room].astype(np.float64)
+            free = BLOCK - len(self._waiting)
+            rows = features[:free].astype(np.float64)
             self._waiting = np.concatenate([self._waiting, rows])
-            features = features[room:]
+            features = features[free:]
             if len(self._waiting) == BLOCK:
                 self._add_block()
 

@@ -61,7 +61,7 @@ def keep_boxes(boxes: Sequence[Sequence[float]], threshold: float) -> list[int]:
     return kept
 
 
-def judge_image(
+def is_correct(
     prompt: Mapping[str, Any], detections: Mapping[str, Sequence[Sequence[float]]], colours: Colours
 ) -> bool:
     """Whether an image shows what its prompt asks for.

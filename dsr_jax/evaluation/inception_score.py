@@ -48,9 +48,9 @@ class InceptionScore:
                 "look at those samples, and at the feature network's weights",
             )
         while len(logits):
-            room = self.split_size - self.count % self.split_size
-            self._add(logits[:room])
-            logits = logits[room:]
+            free = self.split_size - self.count % self.split_size
+            self._add(logits[:free])
+            logits = logits[free:]
 
     def _add(self, logits: np.ndarray) -> None:
         if self.count % self.split_size == 0:

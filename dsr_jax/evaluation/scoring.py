@@ -16,16 +16,16 @@ from dsr_jax.evaluation.features import (
     METRICS,
     SAVE_EVERY,
     Extractor,
-    Tally,
+    FeatureStatistics,
+    extract_statistics,
     forget,
     outputs_of,
-    tally_images,
 )
 from dsr_jax.evaluation.frechet import frechet_distance
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import SPLIT_SIZE
-from dsr_jax.evaluation.kernel_distance import SEED, SUBSET_SIZE, SUBSETS, kernel_distance
-from dsr_jax.evaluation.neighbours import NEIGHBOUR, precision_recall
+from dsr_jax.evaluation.kid import SEED, SUBSET_SIZE, SUBSETS, kernel_inception_distance
+from dsr_jax.evaluation.precision_recall import NEIGHBOUR, precision_recall
 from dsr_jax.evaluation.reference import Reference
 from dsr_jax.parallel.processes import is_process_zero
 
@@ -163,9 +163,9 @@ class Scorer:
         folder: Path,
         about: Mapping[str, Any],
         **settings: Any,
-    ) -> Tally:
+    ) -> FeatureStatistics:
         report, name = self.report, folder.name
-        return tally_images(
+        return extract_statistics(
             images,
             self.extractor,
             metrics,
@@ -176,7 +176,11 @@ class Scorer:
         )
 
     def _compute(
-        self, chosen: list[str], ours: Tally, theirs: Tally | None, result: Result
+        self,
+        chosen: list[str],
+        ours: FeatureStatistics,
+        theirs: FeatureStatistics | None,
+        result: Result,
     ) -> None:
         scores, recipe = result.scores, result.recipe
         for name in ("fid", "sfid", "fd_dinov2"):
@@ -200,11 +204,13 @@ class Scorer:
             }
         if "kid" in chosen:
             size = min(SUBSET_SIZE, ours.count, len(rows))
-            kid = kernel_distance(ours.rows, rows, subset_size=size)
+            kid = kernel_inception_distance(ours.rows, rows, subset_size=size)
             scores |= {"kid": kid.mean, "kid_std": kid.std}
             recipe["kid"] = {"subsets": SUBSETS, "subset_size": size, "seed": SEED}
 
-    def _frechet(self, name: str, ours: Tally, theirs: Tally | None) -> float:
+    def _frechet(
+        self, name: str, ours: FeatureStatistics, theirs: FeatureStatistics | None
+    ) -> float:
         x, y = ours.gaussian(name), self.reference.statistics.get(name)
         if y is None:
             assert theirs is not None

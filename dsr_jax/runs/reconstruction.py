@@ -11,7 +11,7 @@ from dsr_jax import build
 from dsr_jax.build.rae import file_digests
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.evaluation.features import Extractor, tally_images
+from dsr_jax.evaluation.features import Extractor, extract_statistics
 from dsr_jax.evaluation.frechet import frechet_distance
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
 from dsr_jax.parallel import shardings
@@ -103,7 +103,7 @@ def rfid(
     """
     found = []
     for name, each in (("reconstructions", outputs), ("images", images)):
-        tally = tally_images(
+        statistics = extract_statistics(
             each,
             extractor,
             ["fid"],
@@ -113,8 +113,8 @@ def rfid(
             allow_constant=True,
         )
         log(f"features of {name}: {each.shape[0]}/{each.shape[0]}")
-        found.append(tally)
+        found.append(statistics)
     if not is_process_zero():
         return float("nan")
-    ours, theirs = (tally.gaussian("fid") for tally in found)
+    ours, theirs = (statistics.gaussian("fid") for statistics in found)
     return frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)

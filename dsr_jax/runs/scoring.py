@@ -12,9 +12,9 @@ from dsr_jax.convert.inception import load_inception
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
+from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.features import SAVE_EVERY, Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
-from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.networks import dinov2_features, inception_features
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import SampleFile, check_levels
@@ -121,7 +121,7 @@ def score_to_file(
     return result
 
 
-def score_with_judge(samples: SampleFile, source: str) -> dict[str, Any]:
+def score_with_classifier(samples: SampleFile, source: str) -> dict[str, Any]:
     """Scores samples with a classifier trained on the training split of a data source.
 
     Args:
@@ -132,7 +132,7 @@ def score_with_judge(samples: SampleFile, source: str) -> dict[str, Any]:
       EvaluationError: If the samples do not fit.
       DataError: If the source cannot be read at the samples' size.
     """
-    labels = samples.require_labels(f"the judge {source!r}")
+    labels = samples.require_labels(f"the classifier of {source!r}")
     images = samples.images()
     check_levels(images, samples.path)
     _, height, _, channels = samples.shape
@@ -140,7 +140,7 @@ def score_with_judge(samples: SampleFile, source: str) -> dict[str, Any]:
         read_all(make_source(source, split=split, image_size=height, channels=channels))
         for split in ("train", "heldout")
     )
-    return judge_samples(images, labels, train, heldout)
+    return classifier_scores(images, labels, train, heldout)
 
 
 class _Report:

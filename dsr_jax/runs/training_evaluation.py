@@ -12,8 +12,8 @@ from dsr_jax.config import ConfigDict
 from dsr_jax.core.files import write_json
 from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.data.sources import read_all
+from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.comparison import SHOWN
-from dsr_jax.evaluation.judge import judge_samples
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
@@ -27,7 +27,7 @@ from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.loop import Summary
 from dsr_jax.training.state import TrainState
 
-JUDGE_SPLITS = ("train", "heldout")
+CLASSIFIER_SPLITS = ("train", "heldout")
 
 
 class Results:
@@ -78,7 +78,7 @@ class Results:
         """
         scores: dict[str, Any] = {}
         section, last = self.config.eval, step == self.config.train.steps
-        if section.num_samples and (section.judge or self._scorer is not None):
+        if section.num_samples and (section.classifier or self._scorer is not None):
             name = f"{'final' if last else 'scored'}_{step:08d}"
             if not last:
                 # What a stop has left may be of weights that no checkpoint kept.
@@ -88,8 +88,8 @@ class Results:
                 out = self.workdir / "scores" / f"step_{step:08d}.scores.json"
                 metrics = list(section.metrics)
                 scores |= score_to_file(self._scorer, open_samples(path), metrics, out).scores
-            if section.judge and is_process_zero():
-                scores |= self._judge(path)
+            if section.classifier and is_process_zero():
+                scores |= self._classify(path)
             if not last:
                 self._remove(name)
         self._last = (step, scores)
@@ -110,10 +110,11 @@ class Results:
             "loss": losses[-1] if losses else None,
         }
         write_json(path, {**scores, **record})
-        if "judge_accuracy" in scores:
+        if "classifier_accuracy" in scores:
             log(
-                f"judge accuracy {scores['judge_accuracy']:.1%} on {scores['num_samples']} samples "
-                f"(real held-out images {scores['judge_accuracy_real']:.1%}); Frechet distance "
+                f"classifier accuracy {scores['classifier_accuracy']:.1%} on "
+                f"{scores['num_samples']} samples (real held-out images "
+                f"{scores['classifier_accuracy_real']:.1%}); Frechet distance "
                 f"{scores['frechet_distance']:.3g} (real {scores['frechet_distance_real']:.3g})"
             )
         if self._scorer is not None:
@@ -161,11 +162,13 @@ class Results:
             shutil.rmtree(parts, ignore_errors=True)
         wait_for_all(f"{name} is gone")
 
-    def _judge(self, path: Path) -> dict[str, Any]:
+    def _classify(self, path: Path) -> dict[str, Any]:
         samples = open_samples(path)
-        splits = (read_all(build.make_source(self.config, name)) for name in JUDGE_SPLITS)
+        splits = (read_all(build.make_source(self.config, name)) for name in CLASSIFIER_SPLITS)
         train, heldout = splits
-        return judge_samples(samples.images(), samples.require_labels("judge"), train, heldout)
+        return classifier_scores(
+            samples.images(), samples.require_labels("the classifier"), train, heldout
+        )
 
 
 def open_scorer(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, ...]) -> Scorer | None:

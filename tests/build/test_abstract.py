@@ -13,7 +13,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import PyTree
 
 ROOT = Path(__file__).parents[1]
-RAE = ("--config.space.name=rae", "--config.eval.judge=", "--config.data.channels=3")
+RAE = ("--config.space.name=rae", "--config.eval.classifier=", "--config.data.channels=3")
 ABSENT = (
     *(*RAE, "--config.data.image_size=256", "--config.space.encoder=nowhere/siglip2-base"),
     *("--config.space.decoder=nowhere/decoder", "--config.space.statistics=nowhere/statistics"),

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from dsr_jax import config as configs
+from dsr_jax.config.loading import RENAMED
+from dsr_jax.config.schema import leaves
 from dsr_jax.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -67,3 +69,14 @@ def test_a_mistake_in_a_file_is_named_with_its_line(
     path.write_text(f"{text}    config = base_config()\n    {line}\n    return config\n")
     with pytest.raises(ConfigError, match=rf"mistake.py, line 5: .*{message}"):
         configs.load(str(path))
+
+
+def test_old_names_of_keys_are_read(tmp_path: Path) -> None:
+    """A command line and a config.json from before the keys had their names."""
+    config = configs.load(DIGITS, ["--config.eval.judge="])
+    assert config.eval.classifier == ""
+    values = configs.to_json(configs.load(DIGITS))
+    values["eval"]["judge"] = values["eval"].pop("classifier")
+    assert configs.from_json(values, "config.json").eval.classifier == "digits"
+    known = dict(leaves(configs.base_config()))
+    assert set(RENAMED.values()) <= set(known) and not set(RENAMED) & set(known)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation.features import needs_of, tally_images
+from dsr_jax.evaluation.features import extract_statistics, needs_of
 from dsr_jax.evaluation.frechet import gaussian_moments
 from dsr_jax.evaluation.image_sets import open_images
 from tests.tiny_inception import StandIn
@@ -26,20 +26,22 @@ def features():
 
 
 def test_sums_and_rows_of_all_images(samples):
-    tally, want = tally_images(samples, StandIn(), ALL), features()
-    assert tally.count == 45
-    np.testing.assert_array_equal(tally.rows, want["pool"])
-    for sums, name in ((tally.moments, "pool"), (tally.spatial, "spatial")):
+    statistics, want = extract_statistics(samples, StandIn(), ALL), features()
+    assert statistics.count == 45
+    np.testing.assert_array_equal(statistics.rows, want["pool"])
+    for sums, name in ((statistics.moments, "pool"), (statistics.spatial, "spatial")):
         np.testing.assert_array_equal(sums.gaussian().cov, gaussian_moments(want[name]).cov)
-    assert tally.score.count == 45
+    assert statistics.score.count == 45
 
 
 def test_only_what_the_metrics_need_is_kept(samples):
     assert needs_of(["fid"]) == {"moments"} and needs_of(["pr", "kid"]) == {"rows"}
-    tally = tally_images(samples, StandIn(), ["fid"])
-    assert tally.rows.shape == (0, 12) and tally.spatial is None and tally.score is None
-    tally = tally_images(samples, StandIn(), ["is"])
-    assert tally.outputs == {"logits"} and tally.moments is None
+    statistics = extract_statistics(samples, StandIn(), ["fid"])
+    assert (
+        statistics.rows.shape == (0, 12) and statistics.spatial is None and statistics.score is None
+    )
+    statistics = extract_statistics(samples, StandIn(), ["is"])
+    assert statistics.outputs == {"logits"} and statistics.moments is None
     with pytest.raises(EvaluationError, match="unknown metrics.*fld"):
         needs_of(["fld"])
 
@@ -49,9 +51,9 @@ def test_files_folders_and_batches_give_equal_moments(samples, tmp_path):
     folder.mkdir()
     for number, image in enumerate(IMAGES):
         Image.fromarray(image).save(folder / f"{number:03d}.png")
-    want = tally_images(samples, StandIn(), ALL)
+    want = extract_statistics(samples, StandIn(), ALL)
     for images, batch in ((samples, 16), (samples, 45), (open_images(folder), 8)):
-        found = tally_images(images, StandIn(batch), ALL)
+        found = extract_statistics(images, StandIn(batch), ALL)
         np.testing.assert_allclose(
             found.moments.gaussian().cov, want.moments.gaussian().cov, rtol=1e-6, atol=1e-7
         )
@@ -65,7 +67,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("after", [8, 24, 40])
 def test_a_stopped_pass_goes_on(samples, tmp_path, after):
-    whole = tally_images(samples, StandIn(), ALL)
+    whole = extract_statistics(samples, StandIn(), ALL)
 
     def stop(done, total):
         if done == after:
@@ -73,25 +75,25 @@ def test_a_stopped_pass_goes_on(samples, tmp_path, after):
 
     settings = {"folder": tmp_path / "parts", "identity": {"digest": "a"}, "save_every": 16}
     with pytest.raises(Killed):
-        tally_images(samples, StandIn(), ALL, report=stop, **settings)
+        extract_statistics(samples, StandIn(), ALL, report=stop, **settings)
     network = StandIn()
-    tally = tally_images(samples, network, ALL, **settings)
+    statistics = extract_statistics(samples, network, ALL, **settings)
     # What was saved is not made again: 16 or 32 images, all but the last in whole batches.
     assert network.images == 48 - after // 16 * 16
-    np.testing.assert_array_equal(tally.rows, whole.rows)
-    assert tally.score.score() == whole.score.score()
+    np.testing.assert_array_equal(statistics.rows, whole.rows)
+    assert statistics.score.score() == whole.score.score()
     for name in ("moments", "spatial"):
-        ours, theirs = (getattr(t, name).gaussian() for t in (tally, whole))
+        ours, theirs = (getattr(t, name).gaussian() for t in (statistics, whole))
         np.testing.assert_array_equal(ours.cov, theirs.cov)
     finished = StandIn()
-    tally_images(samples, finished, ALL, **settings)
+    extract_statistics(samples, finished, ALL, **settings)
     assert finished.images == 0
 
 
 def test_rows_behind_the_saved_sums_are_made_again(samples, tmp_path):
     folder = tmp_path / "parts"
     settings = {"folder": folder, "save_every": 16}
-    tally_images(samples, StandIn(), ALL, **settings)
+    extract_statistics(samples, StandIn(), ALL, **settings)
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def stop(done, total):
@@ -101,22 +103,22 @@ def test_rows_behind_the_saved_sums_are_made_again(samples, tmp_path):
     for path in folder.iterdir():
         path.unlink()
     with pytest.raises(Killed):
-        tally_images(samples, StandIn(), ALL, report=stop, **settings)
+        extract_statistics(samples, StandIn(), ALL, report=stop, **settings)
     # As if killed between writing rows and sums.
     extra = next(name for name in kept if name.startswith("rows-00000032"))
     (folder / extra).write_bytes(kept[extra])
     np.testing.assert_array_equal(
-        tally_images(samples, StandIn(16), ALL, **settings).rows.shape, (45, 12)
+        extract_statistics(samples, StandIn(16), ALL, **settings).rows.shape, (45, 12)
     )
 
 
 def test_a_pass_of_something_else_is_not_continued(samples, tmp_path):
     settings = {"folder": tmp_path / "parts", "save_every": 8}
-    tally_images(samples, StandIn(), ["fid"], identity={"weights": "a"}, **settings)
+    extract_statistics(samples, StandIn(), ["fid"], identity={"weights": "a"}, **settings)
     with pytest.raises(EvaluationError, match="unfinished pass of other weights"):
-        tally_images(samples, StandIn(), ["fid"], identity={"weights": "b"}, **settings)
+        extract_statistics(samples, StandIn(), ["fid"], identity={"weights": "b"}, **settings)
     with pytest.raises(EvaluationError, match="other needs"):
-        tally_images(samples, StandIn(), ["is"], identity={"weights": "a"}, **settings)
+        extract_statistics(samples, StandIn(), ["is"], identity={"weights": "a"}, **settings)
 
 
 def test_images_that_cannot_be_meant(tmp_path):
@@ -125,11 +127,11 @@ def test_images_that_cannot_be_meant(tmp_path):
     np.savez(tmp_path / "constant.npz", images)
     constant = open_images(tmp_path / "constant.npz")
     with pytest.raises(EvaluationError, match="image 19 is constant: every value is 7"):
-        tally_images(constant, StandIn(), ["fid"])
-    assert tally_images(constant, StandIn(), ["fid"], allow_constant=True).count == 45
+        extract_statistics(constant, StandIn(), ["fid"])
+    assert extract_statistics(constant, StandIn(), ["fid"], allow_constant=True).count == 45
     np.savez(tmp_path / "dark.npz", IMAGES // 128)
     with pytest.raises(EvaluationError, match="no value above 1"):
-        tally_images(open_images(tmp_path / "dark.npz"), StandIn(), ["fid"])
+        extract_statistics(open_images(tmp_path / "dark.npz"), StandIn(), ["fid"])
 
 
 def test_broken_weights_are_noticed(samples):
@@ -139,4 +141,4 @@ def test_broken_weights_are_noticed(samples):
             return {name: x * np.nan if name == "pool" else x for name, x in found.items()}
 
     with pytest.raises(EvaluationError, match="features of row 0 are not finite"):
-        tally_images(samples, Broken(), ["fid"])
+        extract_statistics(samples, Broken(), ["fid"])

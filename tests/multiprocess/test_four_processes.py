@@ -117,11 +117,13 @@ def test_four_processes_draw_and_score_what_one_does(whole: Path, tmp_path: Path
         )
         finish(start("dsr_jax.sample", words, count, DEVICES))
         finish(
-            start("dsr_jax.evaluate", (str(out / "drawn.npz"), "--judge=digits"), count, DEVICES)
+            start(
+                "dsr_jax.evaluate", (str(out / "drawn.npz"), "--classifier=digits"), count, DEVICES
+            )
         )
         with np.load(out / "drawn.npz") as arrays:
             images.append((arrays["arr_0"].astype(int), arrays["labels"]))
-        scores.append(read_json(out / "drawn.judge-digits.json")["scores"])
+        scores.append(read_json(out / "drawn.classifier-digits.json")["scores"])
     (one, labels), (four, others) = images
     np.testing.assert_array_equal(labels, others)
     assert one.shape == (50, 8, 8, 1) and len(np.unique(one)) > 20

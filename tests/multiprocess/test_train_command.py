@@ -90,7 +90,7 @@ def close(workdir: Path, other: Path) -> None:
     np.testing.assert_array_equal(*(samples["labels"] for samples in drawn))
     summaries = [read_json(folder / "summary.json") for folder in (workdir, other)]
     assert summaries[0].keys() == summaries[1].keys()
-    for key in ("judge_accuracy_real", "frechet_distance_real", "steps"):
+    for key in ("classifier_accuracy_real", "frechet_distance_real", "steps"):
         assert summaries[0][key] == summaries[1][key]
     np.testing.assert_allclose(*(summary["frechet_distance"] for summary in summaries), rtol=1e-3)
 

@@ -55,7 +55,7 @@ def test_scores_are_logged_on_the_way(
         assert start(run, reference, "--config.eval.inception=x") == 0
     logged = {r["step"]: r for r in read_metrics(run) if "fid" in r}
     assert set(logged) == {4, STEPS} and logged[4]["fid"] != logged[STEPS]["fid"]
-    assert 0 <= logged[4]["judge_accuracy"] <= 1
+    assert 0 <= logged[4]["classifier_accuracy"] <= 1
     summary = read_json(run / "summary.json")
     assert summary["fid"] == logged[STEPS]["fid"] and summary["loss"] > 0
     files = sorted(path.name for path in (run / "scores").iterdir())
@@ -90,7 +90,7 @@ def test_settings_that_cannot_be(
 
 def test_nothing_to_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is nothing to score"):
-        start(tmp_path / "run", "", "--config.eval.judge=")
+        start(tmp_path / "run", "", "--config.eval.classifier=")
 
 
 def test_files_that_are_not_there_end_the_command_before_it_trains(

@@ -40,15 +40,15 @@ def test_cpu_time_of_idle_call_is_below_wall() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("registers", [True, False])
-def test_twin_gives_the_same_output(registers: bool) -> None:
+def test_reference_gives_the_same_output(registers: bool) -> None:
     config = benchmark_sides.make_config("tiny", 2, registers, "")
     ours = benchmark_sides.Ours(config)
     ours.start()
-    twin = benchmark_sides.make_twin(ours)
+    reference = benchmark_sides.make_torch_reference(ours)
     x, t, labels = ours.batch["image"], np.array([0.2, 0.9], np.float32), np.array([3, 10])
     got = jax.jit(build.make_denoise_fn(ours.model))(ours.state.params, x, t, labels)
     with torch.no_grad():
-        want = twin(
+        want = reference(
             benchmark_sides.channels_first(x), torch.from_numpy(t), torch.from_numpy(labels)
         )
     benchmark_sides.require_close("output", "outputs", benchmark_sides.channels_first(got), want)
@@ -57,17 +57,17 @@ def test_twin_gives_the_same_output(registers: bool) -> None:
 @pytest.mark.slow
 def test_perturbed_weight_is_refused() -> None:
     ours = _tiny()
-    twin = benchmark_sides.make_twin(ours)
+    reference = benchmark_sides.make_torch_reference(ours)
     with torch.no_grad():
-        twin.blocks[1].mlp.w3.weight[0, 0] += 0.1
+        reference.blocks[1].mlp.w3.weight[0, 0] += 0.1
     with pytest.raises(NumericsError, match="outputs differ"):
-        benchmark_sides.check_training(ours, benchmark_sides.make_trainer(ours, twin))
+        benchmark_sides.check_training(ours, benchmark_sides.make_trainer(ours, reference))
 
 
 @pytest.mark.slow
 def test_optimiser_of_other_rate_is_refused() -> None:
     ours = _tiny()
-    trainer = benchmark_sides.make_trainer(ours, benchmark_sides.make_twin(ours))
+    trainer = benchmark_sides.make_trainer(ours, benchmark_sides.make_torch_reference(ours))
     trainer.optimizer.param_groups[0]["lr"] *= 10
     with pytest.raises(NumericsError, match="parameters after a step"):
         benchmark_sides.check_training(ours, trainer)

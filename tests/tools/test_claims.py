@@ -13,7 +13,7 @@ from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.models.dit import LightningDiT
 from tools.claims.arms import ARMS, block_norms, to_digits
 from tools.claims.encoders import ENCODER, _patches, _unpatch
-from tools.claims.report import draw_claims, judge_claims, verdict, write_claims
+from tools.claims.report import check_claims, draw_claims, verdict, write_claims
 
 
 def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
@@ -22,8 +22,8 @@ def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
         arm: [
             {
                 "frechet_distance": distances.get(arm, 1.0) + 0.01 * seed,
-                "judge_accuracy": 0.9,
-                "judge_accuracy_real": 0.98,
+                "classifier_accuracy": 0.9,
+                "classifier_accuracy_real": 0.98,
                 "frechet_distance_real": 0.3,
                 "denoiser_outlier_share": 0.01,
                 "train_seconds": 10.0,
@@ -41,10 +41,10 @@ def test_a_claim_needs_more_than_the_spread() -> None:
     assert verdict([1.0], [2.0]).startswith("one seed only")
 
 
-def test_claims_are_judged_by_the_right_runs() -> None:
-    said = dict(judge_claims(runs(clean=1, outlier=3, masked=3, ttr=2, dsr=1)))
+def test_claims_compare_the_right_runs() -> None:
+    said = dict(check_claims(runs(clean=1, outlier=3, masked=3, ttr=2, dsr=1)))
     assert [text.split()[0] for text in said.values()] == ["holds", "holds:", *["holds"] * 3]
-    said = dict(judge_claims(runs(clean=3, outlier=1, masked=0.5, ttr=2, dsr=3)))
+    said = dict(check_claims(runs(clean=3, outlier=1, masked=0.5, ttr=2, dsr=3)))
     assert list(said.values())[0].startswith("the opposite")
     assert list(said.values())[1].startswith("does not hold")
 

@@ -75,8 +75,8 @@ def test_a_metric_that_one_file_lacks_is_no_difference(tmp_path, capsys):
 
 
 def test_other_files_are_refused(tmp_path):
-    write_json(tmp_path / "judge.json", {"scores": {"judge_accuracy": 1.0}})
+    write_json(tmp_path / "classifier.json", {"scores": {"classifier_accuracy": 1.0}})
     with pytest.raises(EvaluationError, match="no scores with their recipe"):
-        compare_scores.main([str(tmp_path / "judge.json")])
+        compare_scores.main([str(tmp_path / "classifier.json")])
     with pytest.raises(EvaluationError, match="cannot be read"):
         compare_scores.main([str(tmp_path / "none.json")])

@@ -12,7 +12,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.files import read_json, write_json
 from dsr_jax.core.typing import Array
 from dsr_jax.data.sources import make_source, read_all
-from dsr_jax.evaluation.judge import judge_samples
+from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.depth import cut_depth
@@ -54,7 +54,9 @@ def run_arm(
     """
     path = folder / "scores.json"
     if path.exists():
-        return read_json(path)
+        # Runs from before the scores had these names.
+        record = read_json(path)
+        return {key.replace("judge_", "classifier_"): value for key, value in record.items()}
     log(f"{arm}, seed {seed}: {ARMS[arm]}")
     overrides = [
         *space_of(stages, VARIANT_OF[arm]),
@@ -77,15 +79,15 @@ def run_arm(
             "--batch=100",
         ]
     )
-    scores = _judge(folder / "scored" / "samples.npz")
+    scores = _classify(folder / "scored" / "samples.npz")
     shares = denoiser_outliers(folder)
     record = {
         "arm": arm,
         "seed": seed,
-        "judge_accuracy": scores["judge_accuracy"],
+        "classifier_accuracy": scores["classifier_accuracy"],
         "frechet_distance": scores["frechet_distance"],
         "frechet_distance_real": scores["frechet_distance_real"],
-        "judge_accuracy_real": scores["judge_accuracy_real"],
+        "classifier_accuracy_real": scores["classifier_accuracy_real"],
         "denoiser_outlier_share": max(shares),
         "denoiser_outlier_shares": shares,
         "train_seconds": read_json(folder / "summary.json")["train_seconds"],
@@ -101,14 +103,14 @@ def to_digits(images: np.ndarray) -> np.ndarray:
     return np.round(grey).astype(np.uint8)[..., None]
 
 
-def _judge(path: Path) -> dict[str, Any]:
+def _classify(path: Path) -> dict[str, Any]:
     samples = open_samples(path)
     real = [
         read_all(make_source("digits", image_size=8, channels=1, split=split))
         for split in ("train", "heldout")
     ]
     images = to_digits(np.asarray(samples.images()))
-    return judge_samples(images, samples.require_labels("judge"), *real)
+    return classifier_scores(images, samples.require_labels("the classifier"), *real)
 
 
 def denoiser_outliers(folder: Path) -> list[float]:

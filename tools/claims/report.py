@@ -38,7 +38,7 @@ def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
     return f"{said or 'no clear difference'} ({difference:+.3g} +- {error:.2g})"
 
 
-def judge_claims(scores: Scores) -> list[tuple[str, str]]:
+def check_claims(scores: Scores) -> list[tuple[str, str]]:
     """Each claim, and what the Frechet distances say of it."""
 
     def distances(arm: str) -> list[float]:
@@ -80,24 +80,25 @@ def write_claims(out: Path, stages: Mapping[str, Any], scores: Scores) -> str:
         return f"{values.mean():.{digits}g}{spread}"
 
     lines = [
-        "| run | judge accuracy, % | Frechet distance | encoder outliers, % | "
+        "| run | classifier accuracy, % | Frechet distance | encoder outliers, % | "
         "denoiser outliers, % | training, s |",
         "|---|---|---|---|---|---|",
     ]
     for arm, title in ARMS.items():
         share = stages["encoders"][VARIANT_OF[arm]]["outlier_share"]
         lines.append(
-            f"| {title} | {cell(arm, 'judge_accuracy', 100)} | {cell(arm, 'frechet_distance')} | "
+            f"| {title} | {cell(arm, 'classifier_accuracy', 100)} | "
+            f"{cell(arm, 'frechet_distance')} | "
             f"{100 * share:.2g} | {cell(arm, 'denoiser_outlier_share', 100)} | "
             f"{cell(arm, 'train_seconds')} |"
         )
     first = next(iter(scores.values()))[0]
     lines += [
-        f"| real held-out digits | {100 * first['judge_accuracy_real']:.3g} | "
+        f"| real held-out digits | {100 * first['classifier_accuracy_real']:.3g} | "
         f"{first['frechet_distance_real']:.3g} | | | |",
         "",
     ]
-    claims = judge_claims(scores)
+    claims = check_claims(scores)
     lines += [f"- {claim}: {said}" for claim, said in claims]
     text = "\n".join(lines) + "\n"
     write_atomic(out / "claims.md", text)

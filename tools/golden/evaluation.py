@@ -10,8 +10,8 @@ import numpy as np
 from dsr_jax.evaluation import clip_score, dpg, geneval
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 from dsr_jax.evaluation.inception_score import InceptionScore, score_splits
-from dsr_jax.evaluation.kernel_distance import kernel_distance, squared_mmd
-from dsr_jax.evaluation.neighbours import neighbour_radii, precision_recall
+from dsr_jax.evaluation.kid import kernel_inception_distance, squared_mmd
+from dsr_jax.evaluation.precision_recall import neighbour_radii, precision_recall
 from tools.golden.compare import Case, Check
 
 
@@ -57,7 +57,7 @@ def run_inception_score(case: Case) -> list[Check]:
     return checks
 
 
-def run_neighbours(case: Case) -> list[Check]:
+def run_precision_recall(case: Case) -> list[Check]:
     """Radii, membership and shares."""
     checks, io = [], case.io
     for name, want in case.config["expected"].items():
@@ -97,7 +97,7 @@ def run_kid(case: Case) -> list[Check]:
         kernel, subsets = key.split("_subsets")
         count, size = (int(number) for number in subsets.split("_size"))
         sigma = float(kernel.removeprefix("rbf_sigma")) if kernel.startswith("rbf") else None
-        found = kernel_distance(
+        found = kernel_inception_distance(
             x, y, subsets=count, subset_size=size, sigma=sigma, seed=case.config["rng_seed"]
         )
         checks += [Check(f"{key} {n}", getattr(found, n), want[n], "kid") for n in ("mean", "std")]
@@ -132,7 +132,7 @@ def run_geneval(case: Case) -> list[Check]:
     images = json.loads(str(case.io["cases_json"]))
     tables = json.loads(str(case.io["functions_json"]))
     verdicts = [
-        geneval.judge_image(
+        geneval.is_correct(
             image["metadata"],
             image["detections"],
             lambda name, numbers, image=image: [image["colors"][name][n] for n in numbers],
@@ -213,7 +213,7 @@ RUNNERS = {
         run_inception_score,
         lambda config: any("split_size_" in key for key in config.get("expected", {})),
     ),
-    "eval_prec_recall*": (run_neighbours, _expects_rows("float64_exact")),
+    "eval_prec_recall*": (run_precision_recall, _expects_rows("float64_exact")),
     "eval_kid*": (run_kid, lambda config: "rng_seed" in config and "expected" in config),
     "eval_clipscore*": (run_clip_score, _expects("clip_s_mean", "ref_clip_s_mean")),
     "eval_geneval*": (run_geneval, lambda config: "expected_summary" in config),

@@ -12,7 +12,7 @@ from dsr_jax.convert.rules import RuleSet, shapes_of, torch_to_flax
 from dsr_jax.core.typing import Params
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 from dsr_jax.evaluation.inception_score import InceptionScore
-from dsr_jax.evaluation.neighbours import precision_recall
+from dsr_jax.evaluation.precision_recall import precision_recall
 from dsr_jax.models.inception import (
     Block,
     Branches,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation.kernel_distance import kernel_distance, squared_mmd
+from dsr_jax.evaluation.kid import kernel_inception_distance, squared_mmd
 
 X, Y = np.random.RandomState(0).randn(2, 40, 6).astype(np.float32)
 
@@ -26,14 +26,14 @@ def test_unbiased_distance_by_its_double_sum(sigma):
 
 
 def test_equal_distributions_are_near_zero_and_others_are_not():
-    near = kernel_distance(X, Y, subsets=10, subset_size=30)
-    far = kernel_distance(X, Y + 1, subsets=10, subset_size=30)
+    near = kernel_inception_distance(X, Y, subsets=10, subset_size=30)
+    far = kernel_inception_distance(X, Y + 1, subsets=10, subset_size=30)
     assert 5 * abs(near.mean) < far.mean and far.std > 0
-    assert kernel_distance(X, Y, subsets=10, subset_size=30) == near
+    assert kernel_inception_distance(X, Y, subsets=10, subset_size=30) == near
 
 
 def test_subsets_larger_than_the_set_are_refused():
     with pytest.raises(EvaluationError, match="subsets of 1000 from 40"):
-        kernel_distance(X, Y)
+        kernel_inception_distance(X, Y)
     with pytest.raises(EvaluationError, match="same network"):
-        kernel_distance(X, Y[:, :3])
+        kernel_inception_distance(X, Y[:, :3])

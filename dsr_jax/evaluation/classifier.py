@@ -1,7 +1,7 @@
-"""A classifier trained on real images that says whether samples show the class they were asked for.
+"""Classifier accuracy: the fraction of samples that are classified as their label.
 
-It stands in for Inception where images are 8x8 digits: the share of samples that it reads as their
-label, and the Frechet distance between its features of samples and of real images.
+It stands in for Inception where images are 8x8 digits: the classifier is trained on real ones. The
+Frechet distance between its features of samples and of real images comes with it.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ LabelledImages = tuple[np.ndarray, np.ndarray]
 """Images [N, H, W, C], uint8, and their classes [N]."""
 
 
-class Judge:
+class PixelClassifier:
     """A support vector machine with a Gaussian kernel on pixel values.
 
     Features are the one-against-one decision values, K (K - 1) / 2 margins that vary smoothly with
@@ -35,12 +35,12 @@ class Judge:
 
         _check_counts(images, labels)
         if len(np.unique(labels)) < 2:
-            raise EvaluationError("a judge needs training images of at least two classes")
+            raise EvaluationError("a classifier needs training images of at least two classes")
         self.image_shape = images.shape[1:]
         # scikit-learn's example takes 0.001 for 64 pixels from 0 to 16. Ours go from 0 to 1, and
         # squared distances grow with the number of pixels.
         gamma = 0.001 * 16**2 * 64 / int(np.prod(self.image_shape))
-        self.settings = {"classifier": "svc_rbf", "C": 10.0, "gamma": gamma}
+        self.settings = {"model": "svc_rbf", "C": 10.0, "gamma": gamma}
         self._svm = SVC(C=10.0, gamma=gamma, decision_function_shape="ovo")
         self._svm.fit(self._pixels(images), labels)
 
@@ -48,18 +48,18 @@ class Judge:
         """Flattens images to float64 rows in [0, 1]."""
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             raise EvaluationError(
-                f"images are {images.dtype}{images.shape}, the judge learned from "
+                f"images are {images.dtype}{images.shape}, the classifier was trained on "
                 f"uint8[N, {', '.join(map(str, self.image_shape))}]",
-                "score samples of the judge's own data set",
+                "score samples of the data set that the classifier was trained on",
             )
         return images.reshape(len(images), -1) / 255.0
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """Returns the class [N] that each image shows."""
+        """Returns the class predicted for each image [N]."""
         return self._svm.predict(self._pixels(images))
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Returns the share of images read as their label, 0 to 1."""
+        """Returns the fraction of images classified as their label, 0 to 1."""
         _check_counts(images, labels)
         return float(np.mean(self.predict(images) == labels))
 
@@ -74,21 +74,22 @@ def _check_counts(images: np.ndarray, labels: np.ndarray) -> None:
         raise EvaluationError(f"{len(images)} images, but {len(labels)} labels")
 
 
-def judge_samples(
+def classifier_scores(
     images: np.ndarray, labels: np.ndarray, train: LabelledImages, heldout: LabelledImages
 ) -> dict[str, Any]:
-    """Scores samples with a judge trained on `train`.
+    """Scores samples with a classifier trained on `train`.
 
     Args:
       images: Samples [N, H, W, C], uint8.
-      labels: The classes that were asked for [N].
-      train: Real images that the judge learns from, the reference of the Frechet distances.
-      heldout: Real images that it has not seen. Their scores say what perfect samples would get.
+      labels: The classes that were sampled [N].
+      train: Real images to train the classifier, also the reference of the Frechet distances.
+      heldout: Other real images. Their scores are what perfect samples would get.
 
     Returns:
-      judge_accuracy, judge_accuracy_real (0 to 1), frechet_distance, frechet_distance_real (both
-      against `train`), num_samples, num_real and the judge's settings. A Frechet distance of few
-      images is biased upwards: compare only values of about equal counts.
+      classifier_accuracy, classifier_accuracy_real (0 to 1), frechet_distance,
+      frechet_distance_real (both against `train`), num_samples, num_real and the classifier's
+      settings. A Frechet distance of few images is biased upwards: compare only values of about
+      equal counts.
 
     Raises:
       EvaluationError: If shapes, types, counts or classes do not fit.
@@ -96,22 +97,22 @@ def judge_samples(
     unknown = np.setdiff1d(labels, train[1])
     if len(unknown):
         raise EvaluationError(
-            f"samples are labelled {unknown.tolist()}, which the judge's images do not show",
-            "score samples of the judge's own data set",
+            f"samples are labelled {unknown.tolist()}, as no image of the data set is",
+            "score samples of the data set that the classifier was trained on",
         )
-    judge = Judge(*train)
-    reference = gaussian_moments(judge.features(train[0]))
+    classifier = PixelClassifier(*train)
+    reference = gaussian_moments(classifier.features(train[0]))
 
     def distance(some: np.ndarray) -> float:
-        moments = gaussian_moments(judge.features(some))
+        moments = gaussian_moments(classifier.features(some))
         return frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
 
     return {
-        "judge_accuracy": judge.accuracy(images, labels),
-        "judge_accuracy_real": judge.accuracy(*heldout),
+        "classifier_accuracy": classifier.accuracy(images, labels),
+        "classifier_accuracy_real": classifier.accuracy(*heldout),
         "frechet_distance": distance(images),
         "frechet_distance_real": distance(heldout[0]),
         "num_samples": len(images),
         "num_real": len(heldout[0]),
-        "judge": judge.settings,
+        "classifier": classifier.settings,
     }

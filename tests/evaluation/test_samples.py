@@ -86,8 +86,10 @@ def test_missing_file_and_missing_labels(tmp_path):
     with pytest.raises(EvaluationError, match="not found"):
         open_samples(tmp_path / "none.npz")
     np.savez(tmp_path / "samples.npz", IMAGES)
-    with pytest.raises(EvaluationError, match="holds no labels, and the judge needs") as caught:
-        open_samples(tmp_path / "samples.npz").require_labels("the judge")
+    with pytest.raises(
+        EvaluationError, match="holds no labels, and the classifier needs"
+    ) as caught:
+        open_samples(tmp_path / "samples.npz").require_labels("the classifier")
     assert "integer array 'labels'" in caught.value.remedy
 
 

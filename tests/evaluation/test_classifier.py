@@ -1,10 +1,10 @@
-"""The judge on easy made-up classes and on scikit-learn's real digits."""
+"""The classifier on easy made-up classes and on scikit-learn's real digits."""
 
 import numpy as np
 import pytest
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation.judge import Judge, judge_samples
+from dsr_jax.evaluation.classifier import PixelClassifier, classifier_scores
 
 pytest.importorskip("sklearn")
 
@@ -18,14 +18,14 @@ def stripes(num, seed):
     return images.astype(np.uint8), labels
 
 
-def test_judge_separates_easy_classes_and_chance_stays_chance():
+def test_it_separates_easy_classes_and_chance_stays_chance():
     train, heldout = stripes(120, 0), stripes(60, 1)
-    scores = judge_samples(*stripes(90, 2), train, heldout)
-    assert scores["judge_accuracy"] == scores["judge_accuracy_real"] == 1.0
+    scores = classifier_scores(*stripes(90, 2), train, heldout)
+    assert scores["classifier_accuracy"] == scores["classifier_accuracy_real"] == 1.0
     assert scores["num_samples"] == 90 and scores["num_real"] == 60
     images, labels = stripes(90, 2)
-    wrong = judge_samples(images, np.roll(labels, 1), train, heldout)
-    assert wrong["judge_accuracy"] == 0.0
+    wrong = classifier_scores(images, np.roll(labels, 1), train, heldout)
+    assert wrong["classifier_accuracy"] == 0.0
     assert wrong["frechet_distance"] == pytest.approx(scores["frechet_distance"])
 
 
@@ -35,48 +35,48 @@ def test_distance_is_small_for_real_images_and_grows_with_noise_and_lost_classes
     noise = np.random.RandomState(3).randint(0, 120, images.shape)
     noisy = np.clip(images.astype(int) + noise, 0, 255).astype(np.uint8)
     scores = [
-        judge_samples(some, labels, train, heldout)["frechet_distance"]
+        classifier_scores(some, labels, train, heldout)["frechet_distance"]
         for some in (images, noisy, np.repeat(images[:1], 150, axis=0))
     ]
-    real = judge_samples(images, labels, train, heldout)["frechet_distance_real"]
+    real = classifier_scores(images, labels, train, heldout)["frechet_distance_real"]
     assert max(scores[0], real) < 0.1 * scores[1] and scores[1] < scores[2]
 
 
 def test_features_are_the_pairwise_margins():
-    judge = Judge(*stripes(60, 0))
-    assert judge.features(stripes(7, 1)[0]).shape == (7, 3)
+    classifier = PixelClassifier(*stripes(60, 0))
+    assert classifier.features(stripes(7, 1)[0]).shape == (7, 3)
     two = stripes(60, 0)
     keep = two[1] < 2
-    assert Judge(two[0][keep], two[1][keep]).features(two[0][:5]).shape == (5, 1)
+    assert PixelClassifier(two[0][keep], two[1][keep]).features(two[0][:5]).shape == (5, 1)
 
 
-def test_judge_refuses_images_of_another_kind():
+def test_it_refuses_images_of_another_kind():
     images, labels = stripes(30, 0)
-    judge = Judge(images, labels)
+    classifier = PixelClassifier(images, labels)
     with pytest.raises(EvaluationError, match="float32"):
-        judge.predict(images.astype(np.float32))
+        classifier.predict(images.astype(np.float32))
     with pytest.raises(EvaluationError, match=r"\(30, 4, 2, 1\).*uint8\[N, 4, 4, 1\]"):
-        judge.features(images[:, :, :2])
+        classifier.features(images[:, :, :2])
     with pytest.raises(EvaluationError, match="30 images, but 29 labels"):
-        judge.accuracy(images, labels[:-1])
+        classifier.accuracy(images, labels[:-1])
     with pytest.raises(EvaluationError, match=r"labelled \[3\]"):
-        judge_samples(images, labels + 1, (images, labels), (images, labels))
+        classifier_scores(images, labels + 1, (images, labels), (images, labels))
     with pytest.raises(EvaluationError, match="at least two classes"):
-        Judge(images, np.zeros(30, int))
+        PixelClassifier(images, np.zeros(30, int))
 
 
-def test_judge_reads_real_digits():
+def test_it_reads_real_digits():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     order = np.random.RandomState(0).permutation(len(images))
     train, heldout = order[:1437], order[1437:]
-    scores = judge_samples(
+    scores = classifier_scores(
         images[heldout],
         digits.target[heldout],
         (images[train], digits.target[train]),
         (images[heldout], digits.target[heldout]),
     )
-    assert scores["judge_accuracy"] > 0.985
+    assert scores["classifier_accuracy"] > 0.985
     assert scores["frechet_distance"] == scores["frechet_distance_real"]

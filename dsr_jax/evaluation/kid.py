@@ -12,7 +12,7 @@ from dsr_jax.core.errors import EvaluationError
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020
 
 
-class KernelDistance(NamedTuple):
+class KID(NamedTuple):
     """Mean and population standard deviation over the subsets."""
 
     mean: float
@@ -21,10 +21,10 @@ class KernelDistance(NamedTuple):
 
 def _kernel(x: np.ndarray, y: np.ndarray, sigma: float | None) -> np.ndarray:
     """(x.y / D + 1)^3, or the Gaussian kernel of width `sigma`."""
-    products = x @ y.T
+    inner = x @ y.T
     if sigma is None:
-        return (products / x.shape[1] + 1) ** 3
-    squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * products
+        return (inner / x.shape[1] + 1) ** 3
+    squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * inner
     return np.exp(-squares / (2 * sigma**2))
 
 
@@ -44,7 +44,7 @@ def squared_mmd(x: np.ndarray, y: np.ndarray, sigma: float | None = None) -> flo
     return float(sum(means) - 2 * _kernel(x, y, sigma).mean())
 
 
-def kernel_distance(
+def kernel_inception_distance(
     samples: np.ndarray,
     reference: np.ndarray,
     *,
@@ -52,16 +52,16 @@ def kernel_distance(
     subset_size: int = SUBSET_SIZE,
     sigma: float | None = None,
     seed: int = SEED,
-) -> KernelDistance:
+) -> KID:
     """KID of samples [N, D] against a reference [M, D].
 
     Args:
       samples: Features of the samples.
       reference: Features of the reference images.
-      subsets: How many pairs of subsets are drawn.
+      subsets: Number of pairs of random subsets.
       subset_size: Rows of each, drawn without replacement.
       sigma: Width of a Gaussian kernel; None for the usual cubic polynomial.
-      seed: Of the draws; per pair first the samples', then the reference's.
+      seed: Of the random subsets; of each pair first the samples', then the reference's.
 
     Raises:
       EvaluationError: If widths differ, or a set is smaller than its subsets.
@@ -71,15 +71,15 @@ def kernel_distance(
             f"features are {samples.shape} and {reference.shape}",
             "compare features of the same network and layer",
         )
-    least = min(len(samples), len(reference))
-    if not 2 <= subset_size <= least:
+    fewer = min(len(samples), len(reference))
+    if not 2 <= subset_size <= fewer:
         raise EvaluationError(
-            f"KID draws subsets of {subset_size} from {least} features",
-            f"score more samples, or draw subsets of 2 to {least}",
+            f"KID takes subsets of {subset_size} from {fewer} features",
+            f"score more samples, or take subsets of 2 to {fewer}",
         )
-    draws = np.random.RandomState(seed)
+    random = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        x, y = (rows[draws.choice(len(rows), subset_size, False)] for rows in (samples, reference))
+        x, y = (rows[random.choice(len(rows), subset_size, False)] for rows in (samples, reference))
         values.append(squared_mmd(x, y, sigma))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+    return KID(float(np.mean(values)), float(np.std(values)))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation import neighbours
-from dsr_jax.evaluation.neighbours import precision_recall
+from dsr_jax.evaluation import precision_recall as module
+from dsr_jax.evaluation.precision_recall import precision_recall
 
 
 def by_definition(samples, reference):
@@ -20,7 +20,7 @@ def by_definition(samples, reference):
 
 @pytest.mark.parametrize("rows", [7, 64, 1024])
 def test_membership_in_blocks(monkeypatch, rows):
-    monkeypatch.setattr(neighbours, "ROWS", rows)
+    monkeypatch.setattr(module, "ROWS", rows)
     random = np.random.RandomState(1)
     # Far from the origin, where squared norms would eat the digits of float32.
     samples = (random.randn(90, 5) * 1.5 + 300).astype(np.float32)

@@ -37,7 +37,7 @@ def test_relations():
 def test_verdicts(prompt, verdict):
     boxes = {"cat": [LEFT, [0, 0, 5, 5, 0.3]], "dog": [RIGHT]}
     assert (
-        geneval.judge_image(prompt, boxes, lambda name, numbers: ["red"] * len(numbers)) == verdict
+        geneval.is_correct(prompt, boxes, lambda name, numbers: ["red"] * len(numbers)) == verdict
     )
 
 
@@ -46,8 +46,8 @@ def test_positions(relation, verdict):
     wanted = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]}]
     prompt = {"tag": "position", "include": wanted}
     boxes = {"cat": [LEFT], "dog": [RIGHT]}
-    assert geneval.judge_image(prompt, boxes, lambda *_: []) == verdict
-    assert not geneval.judge_image(prompt, {"dog": [RIGHT]}, lambda *_: [])
+    assert geneval.is_correct(prompt, boxes, lambda *_: []) == verdict
+    assert not geneval.is_correct(prompt, {"dog": [RIGHT]}, lambda *_: [])
 
 
 def test_summary():
