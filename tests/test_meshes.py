@@ -102,7 +102,7 @@ class Step:
             "label": random.integers(0, 10, 16).astype(np.int32),
             "index": np.arange(16, dtype=np.uint32),
         }
-        self.batch = host_to_global(batch, sharding)
+        self.batch = host_to_global(batch, sharding, 16)
 
     def noisy(self) -> TrainState:
         """The first state with noise on it: layers that start from zeros pass no gradient."""

@@ -101,7 +101,8 @@ def make_abstract_mesh(config: configs.ConfigDict, chips: int | None = None) -> 
     mesh: Any = AbstractMesh(
         shape.resolve(chips), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
-    check_batch(config.data.global_batch, mesh, accumulate=config.optim.accumulate)
+    rules, micro = build.make_rules(config), config.optim.accumulate
+    check_batch(config.data.global_batch, mesh, rules, accumulate=micro)
     return mesh
 
 

@@ -55,7 +55,8 @@ def set_precision(config: ConfigDict) -> None:
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `devices` (default: all there are); checks that the batch divides over it."""
     mesh = meshes.make_mesh(meshes.MeshShape(**config.mesh.to_dict()), devices)
-    meshes.check_batch(config.data.global_batch, mesh, accumulate=config.optim.accumulate)
+    section, rules = config.data, make_rules(config)
+    meshes.check_batch(section.global_batch, mesh, rules, accumulate=config.optim.accumulate)
     return mesh
 
 
@@ -170,8 +171,12 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
 def global_batches(
     config: ConfigDict, source: Source, sharding: NamedSharding
 ) -> Callable[[int], Iterator[Batch]]:
-    """Returns `batches(first step)`, which yields global batches for ever."""
+    """Returns `batches(first step)`, which yields global batches for ever.
+
+    Each process reads the rows that its devices hold.
+    """
     section = config.data
+    rows = shardings.process_rows(sharding, section.global_batch)
 
     def batches(start_step: int) -> Iterator[Batch]:
         for batch in make_batches(
@@ -179,15 +184,14 @@ def global_batches(
             config.seed,
             section.global_batch,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             flip=section.flip and not section.latents,
             crop=section.image_size if section.crop_from and not section.latents else 0,
             workers=section.workers,
         ):
             # Devices have no 64-bit integers; 32 unsigned bits last for four billion samples.
             indexed = {**batch, "index": batch["index"].astype(np.uint32)}
-            yield shardings.host_to_global(indexed, sharding)
+            yield shardings.host_to_global(indexed, sharding, section.global_batch)
 
     return batches
 

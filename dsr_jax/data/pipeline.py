@@ -4,10 +4,11 @@ Order of operations, and why:
 
     shuffle, repeat     position in the endless stream -> record; each epoch is a permutation
     index, crop, flip   still before the stream is divided, so both are keyed by global position
-    batch, [p + n*s::n] local batch number s*n + p is the p-th of n equal pieces of step s
+    batch               row r of step s is position s * global_batch + r
 
-So process p of n holds rows p*b .. (p+1)*b of the global batch, which is the same array on 1, 2 or
-4 hosts. A resumed run starts the slice at its step: there is no iterator state to save.
+A process reads the rows that its devices hold and no others; the global batch is the same on any
+number of processes and any mesh. A resumed run starts at its step: there is no iterator state to
+save.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -41,13 +43,12 @@ def make_batches(
     global_batch: int,
     *,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     flip: bool = False,
     crop: int = 0,
     workers: int = 0,
 ) -> Iterator[HostBatch]:
-    """Yields this process's part of the batches of steps start_step, start_step + 1, ... for ever.
+    """Yields rows of the batches of steps start_step, start_step + 1, ... for ever.
 
     Each record comes once per epoch; a batch may lie across the border of two epochs.
 
@@ -56,8 +57,8 @@ def make_batches(
       seed: Fixes order and flips, in [0, 2**32).
       global_batch: Samples per step over all processes.
       start_step: Steps done before: the step number of the restored state.
-      process_index: This process.
-      process_count: Processes that read together.
+      rows: Rows [b] of each global batch to read; None for all. A process of several reads those
+        that its devices hold (`parallel.shardings.process_rows`).
       flip: Mirror half of the images, left to right.
       crop: Side of a square to cut at a random place; 0 takes images as they are.
       workers: Reader processes; 0 reads with threads of this process, which is right unless
@@ -69,30 +70,30 @@ def make_batches(
       position in the run: step * global_batch + place in the global batch.
 
     Raises:
-      DataError: If the batch cannot be divided by the processes, the source is empty or the seed
-        out of range; later, if a record cannot be read.
+      DataError: If a row is outside the batch, the source is empty or the seed out of range; later,
+        if a record cannot be read.
     """
-    local_batch = _local_batch(global_batch, process_index, process_count)
-    _check_source(source, seed, global_batch, warn=process_index == 0)
+    rows = _check_rows(rows, global_batch)
+    _check_source(source, seed, global_batch, warn=0 in rows)
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     records = records.map_with_index(_add_index)
     if crop:
         records = records.random_map(functools.partial(_crop, crop))
     if flip:
         records = records.random_map(_flip)
-    first = process_index + process_count * start_step
-    # The stream has no remainder; Grain's length of an endless one overflows without this.
-    batches = records.batch(local_batch, drop_remainder=True)[first::process_count]
-    dataset = batches.to_iter_dataset(_read_options(source, local_batch, workers))
+    # As many steps as positions fit into the 64 bits that Grain counts with.
+    steps = grain.MapDataset.range(start_step, sys.maxsize // global_batch)
+    batches = steps.map(functools.partial(_read_rows, records, rows, global_batch))
+    dataset = batches.to_iter_dataset(_read_options(source, len(rows), workers))
     if workers:
         dataset = _in_processes(dataset, workers)
     return _closing(dataset)
 
 
 def iterate_once(
-    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    source: Source, batch_size: int, *, rows: Sequence[int] | np.ndarray | None = None
 ) -> Iterator[HostBatch]:
-    """Yields this process's part of one ordered pass over `source`.
+    """Yields rows of the batches of one ordered pass over `source`.
 
     The last batch is filled up with zeros, so that all batches have one shape and all processes
     take equally many.
@@ -100,21 +101,21 @@ def iterate_once(
     Args:
       source: Images and labels.
       batch_size: Records per batch over all processes.
-      process_index: This process.
-      process_count: Processes that read together.
+      rows: Rows [b] of each batch to read, as in `make_batches`.
 
     Returns:
       Iterator of "image" uint8 [b, H, W, C], "label" int32 [b], "index" int64 [b], the record's
       number, and "mask" bool [b], False for padding.
 
     Raises:
-      DataError: If the batch cannot be divided by the processes; later, if a record cannot be read.
+      DataError: If a row is outside the batch; later, if a record cannot be read.
     """
-    local_batch = _local_batch(batch_size, process_index, process_count)
+    rows = _check_rows(rows, batch_size)
     padded = math.ceil(len(source) / batch_size) * batch_size
     records = grain.MapDataset.range(padded).map(functools.partial(_read_or_pad, source))
-    batches = records.batch(local_batch)[process_index::process_count]
-    return _closing(batches.to_iter_dataset(_read_options(source, local_batch, workers=0)))
+    steps = grain.MapDataset.range(padded // batch_size)
+    batches = steps.map(functools.partial(_read_rows, records, rows, batch_size))
+    return _closing(batches.to_iter_dataset(_read_options(source, len(rows), workers=0)))
 
 
 def _check_source(source: Source, seed: int, global_batch: int, *, warn: bool) -> None:
@@ -141,15 +142,24 @@ def _in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
     return dataset.mp_prefetch(options)
 
 
-def _local_batch(batch: int, process_index: int, process_count: int) -> int:
-    if batch <= 0 or batch % process_count:
+def _check_rows(rows: Sequence[int] | np.ndarray | None, batch: int) -> np.ndarray:
+    """Returns the rows [b] of a batch that are wanted, which must exist."""
+    if batch <= 0:
+        raise DataError(f"a global batch of {batch}", "use a positive number of samples")
+    wanted = np.arange(batch) if rows is None else np.asarray(rows, np.int64)
+    if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= batch:
         raise DataError(
-            f"a global batch of {batch} cannot be divided by {process_count} processes",
-            f"use a multiple of {process_count}",
+            f"rows {wanted.tolist()[:8]} of a batch of {batch}", "ask for rows in [0, batch)"
         )
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process {process_index} of {process_count}", "count from 0")
-    return batch // process_count
+    return wanted
+
+
+def _read_rows(
+    records: grain.MapDataset, rows: np.ndarray, global_batch: int, step: int
+) -> HostBatch:
+    """Stacks the wanted rows of one step's batch."""
+    read = [records[step * global_batch + int(row)] for row in rows]
+    return {name: np.stack([record[name] for record in read]) for name in read[0]}
 
 
 def _add_index(position: int, record: Record) -> dict[str, Any]:

@@ -26,7 +26,14 @@ from dsr_jax.evaluation.inception_score import InceptionScore
 from dsr_jax.evaluation.networks import FeatureNetwork
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.processes import is_process_zero, log
-from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
+from dsr_jax.parallel.shardings import (
+    batch_sharding,
+    check_row_order,
+    fetch,
+    host_to_global,
+    process_rows,
+    replicated,
+)
 
 _NEEDS = {
     "fid": "moments",
@@ -76,12 +83,14 @@ class Extractor:
 
     Attributes:
       batch: Images at a time.
+      rows: Rows [n] of a batch that this process's devices hold.
       widths: Of every feature.
     """
 
     def __init__(self, networks: Sequence[FeatureNetwork], mesh: Mesh, batch: int = 64) -> None:
         self.batch = -(-batch // mesh.size) * mesh.size
         self._sharding = batch_sharding(mesh, make_rules("replicated"))
+        self.rows = process_rows(self._sharding, self.batch)
         self._networks = networks
         self._params = [jax.device_put(each.params, replicated(mesh)) for each in networks]
         self._compiled: dict[frozenset[str], Any] = {}
@@ -101,20 +110,25 @@ class Extractor:
         used = (each.recipe for each in self._networks if each.outputs & outputs)
         return {key: value for recipe in used for key, value in recipe.items()}
 
-    def __call__(self, images: np.ndarray, outputs: frozenset[str]) -> dict[str, Array]:
-        """Extracts features of this process's rows of a batch.
+    def __call__(
+        self, images: np.ndarray, outputs: frozenset[str], first: int = 0
+    ) -> dict[str, Array]:
+        """Extracts features of a batch, of which each process gives the rows that it holds.
 
         Args:
-          images: uint8 [batch / processes, H, W, C].
+          images: uint8 [n, H, W, C], this process's `rows` of the batch.
           outputs: Names in `widths`.
+          first: Index of the batch's first image.
 
         Returns:
-          The global arrays asked for, and "min" and "max", the extreme values of each image.
+          The global arrays asked for, by image in order; "min" and "max", the extreme values of
+          each image; and "index", each image's own index, which went along with it.
         """
         if outputs not in self._compiled:
             self._compiled[outputs] = jax.jit(lambda p, x: self._extract(p, x, outputs))
-        given = host_to_global({"images": images}, self._sharding)["images"]
-        return self._compiled[outputs](self._params, given)
+        local = {"images": images, "index": (first + self.rows).astype(np.int32)}
+        given = host_to_global(local, self._sharding, self.batch)
+        return {**self._compiled[outputs](self._params, given["images"]), "index": given["index"]}
 
     def _extract(
         self, params: Sequence[Params], images: Array, outputs: frozenset[str]
@@ -270,13 +284,14 @@ def extract_statistics(
     start = agree(statistics.count)
     if 0 < start < total:
         log(f"continuing after {start} of {total} images")
-    part = (jax.process_index(), jax.process_count())
     saved = start
     pending: tuple[int, dict[str, Array]] | None = None
 
     def finish(first: int, arrays: dict[str, Array]) -> None:
         nonlocal saved
         features = {name: x[: total - first] for name, x in fetch(arrays).items()}
+        wanted = first + np.arange(min(batch, total - first))
+        check_row_order(features.pop("index"), wanted, "features")
         _check_levels(first, features.pop("min"), features.pop("max"), allow_constant)
         done = min(first + batch, total)
         if not is_process_zero():
@@ -288,12 +303,13 @@ def extract_statistics(
         if report is not None:
             report(done, total)
 
-    for number, local in enumerate(images.batches(batch, start, part)):
+    for number, local in enumerate(images.batches(batch, start, extractor.rows)):
         # The devices work on one batch while the host reads the next and adds up the last.
-        current = extractor(_filled(local, batch // part[1]), statistics.outputs)
+        first = start + number * batch
+        current = extractor(_filled(local, len(extractor.rows)), statistics.outputs, first)
         if pending is not None:
             finish(*pending)
-        pending = (start + number * batch, current)
+        pending = (first, current)
     if pending is not None:
         finish(*pending)
     return statistics

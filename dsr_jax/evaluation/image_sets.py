@@ -1,6 +1,6 @@
 """Sets of images to be scored: `.npz` files, folders of image files, data sources.
 
-Each gives its images in one order, in batches, and this process's share of every batch.
+Each gives its images in one order, in batches, and of every batch the rows that are wanted.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.evaluation.samples import SampleFile, open_samples, range_of_part
+from dsr_jax.evaluation.samples import SampleFile, open_samples
 
 _THREADS = 8
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -34,9 +34,9 @@ class ImageSet(Protocol):
     def labels(self) -> np.ndarray | None: ...
 
     def batches(
-        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+        self, size: int, start: int = 0, rows: np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
-        """Yields uint8 [<= size / n, H, W, C]; see `SampleFile.batches`."""
+        """Yields uint8 [<= size, H, W, C] or the wanted rows of it; see `SampleFile.batches`."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -66,13 +66,14 @@ class _ByIndex:
         raise NotImplementedError
 
     def batches(
-        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+        self, size: int, start: int = 0, rows: np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
-        """Yields uint8 [<= size / n, H, W, C] in order; only this part's images are read."""
+        """Yields uint8 [<= size, H, W, C] in order; only the wanted rows are read."""
+        wanted = np.arange(size) if rows is None else rows
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(start, self.shape[0], size):
-                rows = range(first, min(first + size, self.shape[0]))[range_of_part(size, part)]
-                yield self._stack(list(pool.map(self._read, rows)))
+                numbers = first + wanted[wanted < self.shape[0] - first]
+                yield self._stack(list(pool.map(self._read, numbers.tolist())))
 
     def take(self, rows: Iterable[int]) -> np.ndarray:
         """Reads images by number, uint8 [n, H, W, C]."""

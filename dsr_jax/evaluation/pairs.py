@@ -19,7 +19,14 @@ from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.lpips import LPIPS
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.processes import is_process_zero
-from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
+from dsr_jax.parallel.shardings import (
+    batch_sharding,
+    check_row_order,
+    fetch,
+    host_to_global,
+    process_rows,
+    replicated,
+)
 
 _SAVE_EVERY = 5000
 
@@ -39,6 +46,7 @@ class PairScorer:
     ) -> None:
         self._batch = -(-batch // mesh.size) * mesh.size
         self._sharding = batch_sharding(mesh, make_rules("replicated"))
+        self._rows = process_rows(self._sharding, self._batch)
         self._names = ["psnr", "ssim"] + ["lpips"] * (lpips is not None)
         self._lpips = lpips
         self._params = jax.device_put(params, replicated(mesh))
@@ -72,10 +80,9 @@ class PairScorer:
         path, marks = folder / "pairs.npz", json.dumps({**identity, "scores": self._names})
         values = _restore(path, marks) if is_process_zero() else []
         saved = done = agree(sum(map(len, values)))
-        part = (jax.process_index(), jax.process_count())
-        both = (each.batches(self._batch, done, part) for each in (images, outputs))
+        both = (each.batches(self._batch, done, self._rows) for each in (images, outputs))
         for ours, theirs in zip(*both, strict=True):
-            rows = self._rows(ours, theirs)[: images.shape[0] - done]
+            rows = self._score_batch(done, ours, theirs)[: images.shape[0] - done]
             values.append(rows)
             done += len(rows)
             if is_process_zero() and done - saved >= _SAVE_EVERY:
@@ -87,9 +94,9 @@ class PairScorer:
         means = np.concatenate(values).mean(axis=0)
         return {name: float(mean) for name, mean in zip(self._names, means, strict=True)}
 
-    def _rows(self, images: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-        """Scores [B, 2 or 3] of a batch of all hosts, from this process's share, on every host."""
-        size = self._batch // jax.process_count()
+    def _score_batch(self, first: int, images: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        """Scores [B, 2 or 3] of the batch from pair `first` on, from this process's rows of it."""
+        size = len(self._rows)
         scores = np.zeros((size, 2))
         if count := len(images):
             scores[:count] = np.stack([psnr(images, outputs), ssim(images, outputs)], axis=1)
@@ -98,7 +105,9 @@ class PairScorer:
         # Devices have no 64-bit floats; two of 32 bits hold a score well enough.
         high = scores.astype(np.float32)
         given |= {"high": high, "low": (scores - high).astype(np.float32)}
-        arrays = host_to_global(given, self._sharding)
+        given["index"] = (first + self._rows).astype(np.int32)
+        arrays = host_to_global(given, self._sharding, self._batch)
+        check_row_order(fetch(arrays["index"]), first + np.arange(self._batch), "scores of pairs")
         rows: np.ndarray = fetch(arrays["high"]).astype(np.float64) + fetch(arrays["low"])
         if self._lpips is None:
             return rows

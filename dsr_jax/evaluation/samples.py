@@ -35,14 +35,15 @@ class SampleFile:
     labels: np.ndarray | None
 
     def batches(
-        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+        self, size: int, start: int = 0, rows: np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
         """Yields the images in order, uint8 [<= size, H, W, C], one batch in memory at a time.
 
         Args:
           size: Images per batch.
           start: Image to begin with.
-          part: (i, n) takes the i-th of n equal ranges of each batch alone, for one of n processes.
+          rows: Ascending rows [n] of each batch that are wanted, as a process of several holds them
+            (`parallel.shardings.process_rows`); of the last batch, those that it has. None for all.
 
         Raises:
           EvaluationError: If the stored bytes are damaged.
@@ -57,7 +58,7 @@ class SampleFile:
                     count = min(size, self.shape[0] - first)
                     raw = member.read(count * row)
                     images = np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
-                    yield images[range_of_part(size, part)]
+                    yield images if rows is None else images[rows[rows < count]]
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise _damaged(self.path, str(error)) from error
 
@@ -95,13 +96,6 @@ class SampleFile:
                 "add an integer array 'labels' [N] to the file, as python -m dsr_jax.sample does",
             )
         return self.labels
-
-
-def range_of_part(size: int, part: tuple[int, int]) -> slice:
-    """The i-th of n equal ranges of a batch of `size`."""
-    index, count = part
-    local = size // count
-    return slice(index * local, (index + 1) * local)
 
 
 def open_samples(path: str | os.PathLike[str]) -> SampleFile:

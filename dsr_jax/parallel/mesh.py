@@ -9,7 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsr_jax.core.errors import MeshError
-from dsr_jax.parallel.axes import MESH_AXES
+from dsr_jax.parallel.axes import MESH_AXES, Rules
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,25 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(array, MESH_AXES, axis_types=types)
 
 
-def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
+def check_batch(batch: int, mesh: Mesh, rules: Rules, *, accumulate: int = 1) -> None:
     """Checks that a global batch divides over the mesh, also per accumulated micro-batch.
+
+    Args:
+      batch: Samples per step.
+      mesh: The devices.
+      rules: Say which mesh axes split samples.
+      accumulate: Micro-batches per step.
 
     Raises:
       MeshError: If it does not, with the nearest batch that does.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    axes = dict(rules)["act_batch"]
+    shards = math.prod(mesh.shape[axis] for axis in axes) * accumulate
     if batch % shards:
         nearest = max(1, round(batch / shards)) * shards
+        sizes = " x ".join(str(mesh.shape[axis]) for axis in axes)
         raise MeshError(
-            f"global batch {batch} does not divide over data x fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} devices with {accumulate} accumulation steps",
+            f"global batch {batch} does not divide over {' x '.join(axes)} = {sizes} devices with "
+            f"{accumulate} accumulation steps",
             f"use a multiple of {shards}, for example config.data.global_batch={nearest}",
         )

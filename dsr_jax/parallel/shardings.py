@@ -86,12 +86,103 @@ def check_sharded(
     )
 
 
-def host_to_global(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, Array]:
-    """Assembles global arrays from each process's rows of the batch."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
+def process_rows(sharding: NamedSharding, size: int, process: int | None = None) -> np.ndarray:
+    """Returns the rows of a global batch that the devices of one process hold.
+
+    Rows follow the order of the mesh's devices. On a TPU slice that is not the order of the
+    processes, and a row that several processes hold (an axis that does not split the batch reaches
+    over processes) belongs to each of them. What a process loads, computes on the host or writes
+    of a batch is decided here and nowhere else.
+
+    Args:
+      sharding: Of the batch; only the leading dimension is split.
+      size: Rows of the global batch.
+      process: Index of a process; None for this one.
+
+    Returns:
+      int64 [n], ascending, each row once; empty for a process without a device in the mesh.
+
+    Raises:
+      MeshError: If the rows do not divide over the devices.
+    """
+    wanted = jax.process_index() if process is None else process
+    try:
+        pieces = sharding.devices_indices_map((size,))
+    except ValueError as error:
+        raise MeshError(
+            f"a batch of {size} rows does not divide over the devices of mesh "
+            f"{dict(sharding.mesh.shape)} split as {sharding.spec}",
+            "use a batch that is a multiple of the number of devices that split it",
+        ) from error
+    held = {
+        index[0].indices(size)[:2]
+        for device, index in pieces.items()
+        if device.process_index == wanted  # type: ignore[attr-defined]
     }
+    rows = [np.arange(first, stop) for first, stop in sorted(held)]
+    return np.concatenate([np.zeros(0, np.int64), *rows])
+
+
+def host_to_global(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, size: int
+) -> dict[str, Array]:
+    """Assembles a global batch from the rows that each process has loaded.
+
+    Args:
+      batch: Arrays [n, ...]: the rows `process_rows(sharding, size)` of this process, in that
+        order.
+      sharding: Of the batch; only the leading dimension is split.
+      size: Rows of the global batch.
+
+    Returns:
+      Arrays [size, ...]; row i is the one that was loaded as row i, on any mesh.
+
+    Raises:
+      MeshError: If an array has other than this process's number of rows.
+    """
+    rows = process_rows(sharding, size)
+
+    def assemble(name: str, value: np.ndarray) -> Array:
+        if len(value) != len(rows):
+            raise MeshError(
+                f"{name!r} has {len(value)} rows; process {jax.process_index()} holds {len(rows)} "
+                f"of a batch of {size}",
+                "load the rows that process_rows returns",
+            )
+
+        def piece(index: Any) -> np.ndarray:
+            first, stop, _ = index[0].indices(size)
+            # Pieces are sorted and whole, so a device's rows stand next to each other.
+            at = int(np.searchsorted(rows, first))
+            return value[at : at + stop - first]
+
+        return jax.make_array_from_callback((size, *value.shape[1:]), sharding, piece)
+
+    return {name: assemble(name, value) for name, value in batch.items()}
+
+
+def check_row_order(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
+    """Checks that results came back with the indices of the inputs that they are stored under.
+
+    Args:
+      found: Indices [n] that went through the devices beside the inputs.
+      wanted: Indices [n] that the results are about to be stored under.
+      what: What the results are, for the message.
+
+    Raises:
+      MeshError: Naming the first row that belongs to another input.
+    """
+    found, wanted = (np.asarray(x).astype(np.int64) for x in (found, wanted))
+    if found.shape != wanted.shape:
+        raise MeshError(f"{what}: {len(found)} results for {len(wanted)} inputs")
+    if len(wrong := np.flatnonzero(found != wanted)):
+        at = int(wrong[0])
+        raise MeshError(
+            f"{what}: row {at} is the result of input {found[at]}, not of input {wanted[at]} "
+            f"({len(wrong)} of {len(wanted)} rows are misplaced)",
+            "every process must load the rows that its devices hold: "
+            "dsr_jax.parallel.shardings.process_rows",
+        )
 
 
 def fetch(tree: PyTree) -> PyTree:

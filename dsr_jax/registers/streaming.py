@@ -11,7 +11,14 @@ from jax.sharding import Mesh
 
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.parallel.axes import make_rules
-from dsr_jax.parallel.shardings import batch_sharding, fetch, host_to_global, replicated
+from dsr_jax.parallel.shardings import (
+    batch_sharding,
+    check_row_order,
+    fetch,
+    host_to_global,
+    process_rows,
+    replicated,
+)
 
 REPORT_SECONDS = 10.0
 _READERS = 8
@@ -62,6 +69,7 @@ class ImageStream:
         self.images = images
         self.batch = -(-min(batch, len(images)) // mesh.size) * mesh.size
         self._sharding = batch_sharding(mesh, make_rules("replicated"))
+        self._rows = process_rows(self._sharding, self.batch)
         self._replicated = replicated(mesh)
         self._log = log if jax.process_index() == 0 else _silent
 
@@ -88,8 +96,10 @@ class ImageStream:
             for first in range(0, total, self.batch):
                 pixels = np.stack([future.result() for future in pending])
                 pending = self._read(pool, first + self.batch)
-                placed = host_to_global({"pixels": pixels}, self._sharding)
+                given = {"pixels": pixels, "index": (first + self._rows).astype(np.int32)}
+                placed = host_to_global(given, self._sharding, self.batch)
                 outputs = fetch(function(params, placed["pixels"]))
+                check_row_order(fetch(placed["index"]), first + np.arange(self.batch), what)
                 done = min(first + self.batch, total)
                 yield jax.tree.map(lambda rows, n=done - first: rows[:n], outputs)
                 if monotonic() - told > REPORT_SECONDS or done == total:
@@ -101,10 +111,9 @@ class ImageStream:
         """Starts to read this process's rows of the batch that begins at image `first`."""
         if first >= len(self.images):
             return []
-        share = self.batch // jax.process_count()
-        rows = first + jax.process_index() * share + np.arange(share)
         # The last batch is filled up by repetition, so that one program serves all of them.
-        return [pool.submit(self.images.__getitem__, int(row) % len(self.images)) for row in rows]
+        rows = (first + self._rows) % len(self.images)
+        return [pool.submit(self.images.__getitem__, int(row)) for row in rows]
 
 
 def _silent(line: str) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -19,7 +18,12 @@ from dsr_jax.data.pipeline import iterate_once
 from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.decoder import DecoderConfig
 from dsr_jax.parallel.processes import is_process_zero, log
-from dsr_jax.parallel.shardings import fetch, host_to_global
+from dsr_jax.parallel.shardings import (
+    check_row_order,
+    fetch,
+    host_to_global,
+    process_rows,
+)
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.loop import Summary
@@ -116,16 +120,14 @@ class Reconstructions:
         shards = self._sharding.mesh.size
         batch = -(-min(self.config.sample.batch, max(self._count, 1)) // shards) * shards
         found: list[list[np.ndarray]] = [[], []]
-        batches = iterate_once(
-            self._source,
-            batch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for _, rows in zip(range(-(-self._count // batch)), batches, strict=False):
-            images = host_to_global({"image": rows["image"]}, self._sharding)["image"]
-            decoded = self._reconstruct(params, self._variables, images)
-            for kept, array in zip(found, (images, decoded), strict=True):
+        batches = iterate_once(self._source, batch, rows=process_rows(self._sharding, batch))
+        for step, rows in zip(range(-(-self._count // batch)), batches, strict=False):
+            given = {"image": rows["image"], "index": rows["index"].astype(np.int32)}
+            placed = host_to_global(given, self._sharding, batch)
+            decoded = self._reconstruct(params, self._variables, placed["image"])
+            numbers = step * batch + np.arange(batch)
+            check_row_order(fetch(placed["index"]), numbers, "reconstructions")
+            for kept, array in zip(found, (placed["image"], decoded), strict=True):
                 kept.append(fetch(array))
         empty = np.zeros((0, *self._source.image_shape), np.uint8)
         inputs, outputs = (np.concatenate([empty, *arrays])[: self._count] for arrays in found)

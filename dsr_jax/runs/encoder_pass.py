@@ -81,6 +81,8 @@ class EncoderPass:
                 latents, batch = pending
                 if step + 1 in steps:
                     pending = self._start(batches)
+                wanted = (step * self.batch + np.arange(self.batch)) % 2**32
+                shardings.check_row_order(shardings.fetch(batch["index"]), wanted, "latents")
                 keep(step, shardings.fetch(latents), batch)
                 progress.update(step + 1, timing=clock.lap(step + 1))
         share = (batches.seconds - started) / max(time.monotonic() - begin, 1e-9)

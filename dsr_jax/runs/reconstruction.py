@@ -46,15 +46,16 @@ class Reconstruction:
         self._batch = batch
         rounding = config.sample.uint8
 
-        def reconstruct(variables: Any, images: jax.Array) -> Samples:
+        def reconstruct(variables: Any, images: jax.Array, index: jax.Array) -> Samples:
             latents = space.encode(variables, images.astype(jnp.float32) / 255)
             decoded = space.decode(variables, latents)
             finite = jnp.isfinite(decoded).all(axis=(1, 2, 3))
-            return Samples(to_uint8(decoded, rounding), finite)
+            return Samples(to_uint8(decoded, rounding), finite, index)
 
         self._reconstruct = jax.jit(reconstruct, out_shardings=self._sharding)
         given = jax.ShapeDtypeStruct((batch, *self.images.shape[1:]), np.uint8)
-        shape = jax.eval_shape(reconstruct, self._variables, given).images.shape[1:]
+        index = jax.ShapeDtypeStruct((batch,), np.uint32)
+        shape = jax.eval_shape(reconstruct, self._variables, given, index).images.shape[1:]
         if shape != self.images.shape[1:]:
             raise ConfigError(
                 f"the autoencoder makes images {shape} of images {self.images.shape[1:]}",
@@ -80,12 +81,12 @@ class Reconstruction:
         numbers = np.arange(self.images.shape[0], dtype=np.int32)
         shape = self.images.shape[1:]
         job = SampleJob(out, "reconstructions", numbers, shape, self.recipe)
-        part = (jax.process_index(), jax.process_count())
+        rows = shardings.process_rows(self._sharding, self._batch)
 
         def draw(indices: np.ndarray, _: np.ndarray) -> Samples:
-            rows = self.images.take(np.array_split(indices, part[1])[part[0]])
-            batch = shardings.host_to_global({"images": rows}, self._sharding)["images"]
-            return self._reconstruct(self._variables, batch)
+            given = {"images": self.images.take(indices[rows]), "index": indices[rows]}
+            batch = shardings.host_to_global(given, self._sharding, self._batch)
+            return self._reconstruct(self._variables, batch["images"], batch["index"])
 
         return job.run(draw, self._batch, report=log)
 

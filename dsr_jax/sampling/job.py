@@ -25,15 +25,23 @@ from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
 from dsr_jax.parallel.processes import is_process_zero, wait_for_all
-from dsr_jax.parallel.shardings import fetch
+from dsr_jax.parallel.shardings import check_row_order, fetch
 from dsr_jax.sampling.npz import write_npz
 
 
 class Samples(NamedTuple):
-    """A batch of images [B, H, W, C], uint8, and whether each was finite [B] before the cast."""
+    """A batch of images, with what the job checks before it writes them.
+
+    Attributes:
+      images: [B, H, W, C] uint8.
+      finite: [B] bool, whether each was finite before the cast.
+      indices: [B] uint32, the global index that each was made from; it went through the same
+        program, so that an image is never stored under another's index.
+    """
 
     images: Array
     finite: Array
+    indices: Array
 
 
 Draw = Callable[[np.ndarray, np.ndarray], Samples]
@@ -92,6 +100,7 @@ class SampleJob:
         Raises:
           CheckpointError: If the folder holds a job of another recipe, or a damaged part.
           NumericsError: If an image is not finite.
+          MeshError: If images come back in another order than their indices.
         """
         total = len(self.labels)
         log = report if is_process_zero() else _silent
@@ -207,6 +216,7 @@ class SampleJob:
                 "use another checkpoint, more points or less guidance; that batch was not written",
             )
         places, images = _local_rows(samples.images)
+        check_row_order(_local_rows(samples.indices)[1], indices[places], self.name)
         images, held = images[places < count], indices[places[places < count]]
         breaks = np.flatnonzero(np.diff(held.astype(np.int64)) != 1) + 1
         for run, piece in zip(np.split(held, breaks), np.split(images, breaks), strict=True):

@@ -163,10 +163,11 @@ def make_draw_fn(
         )
         pixels = to_uint8(images, settings.uint8)
         if sharding is None:
-            return Samples(pixels, finite)
+            return Samples(pixels, finite, indices)
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         constrain = jax.lax.with_sharding_constraint
-        return Samples(constrain(pixels, sharding), constrain(finite, whole))
+        pixels, indices = (constrain(x, sharding) for x in (pixels, indices))
+        return Samples(pixels, constrain(finite, whole), indices)
 
     return draw
 

@@ -59,14 +59,13 @@ def test_crops_are_random_squares_fixed_by_the_sample() -> None:
                     seed,
                     8,
                     start_step=start,
-                    process_index=host,
-                    process_count=hosts,
+                    rows=rows,
                     crop=4,
                 )
             )["image"]
-            for host in range(hosts)
+            for rows in split_rows(8, hosts)
         ]
-        return np.concatenate(parts)
+        return together(parts, split_rows(8, hosts))
 
     images = np.concatenate([crops(1, step) for step in range(20)])
     corners = images[:, 0, 0]
@@ -78,25 +77,39 @@ def test_crops_are_random_squares_fixed_by_the_sample() -> None:
         next(make_batches(Grounds(), 0, 8, crop=9))
 
 
-def global_batches(num: int, hosts: int, start_step: int = 0, **options: object) -> list[HostBatch]:
-    """`num` global batches of 8, put together from `hosts` processes in process order."""
+def split_rows(size: int, hosts: int, interleaved: bool = False) -> list[np.ndarray]:
+    """The rows of each of `hosts` processes: one stretch, or every n-th pair of rows."""
+    if interleaved:
+        return [np.flatnonzero(np.arange(size) // 2 % hosts == host) for host in range(hosts)]
+    return np.split(np.arange(size), hosts)
+
+
+def together(parts: list[np.ndarray], rows: list[np.ndarray]) -> np.ndarray:
+    """The global array whose rows the processes have read."""
+    return np.concatenate(parts)[np.argsort(np.concatenate(rows), kind="stable")]
+
+
+def global_batches(
+    num: int, hosts: int, start_step: int = 0, *, interleaved: bool = False, **options: object
+) -> list[HostBatch]:
+    """`num` global batches of 8, put together from the rows that `hosts` processes read."""
+    split = split_rows(8, hosts, interleaved)
     iterators: list[Iterator[HostBatch]] = [
         make_batches(
             Numbers(50),
             seed=3,
             global_batch=8,
             start_step=start_step,
-            process_index=host,
-            process_count=hosts,
+            rows=rows,
             **{"flip": True, **options},
         )
-        for host in range(hosts)
+        for rows in split
     ]
     result = []
     for _ in range(num):
         parts = [next(iterator) for iterator in iterators]
         assert all(len(part["image"]) == 8 // hosts for part in parts)
-        result.append({key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
+        result.append({key: together([p[key] for p in parts], split) for key in parts[0]})
     for iterator in iterators:
         iterator.close()
     return result
@@ -130,6 +143,16 @@ def test_the_same_on_1_2_and_4_hosts() -> None:
     one = global_batches(12, 1)
     assert_equal(one, global_batches(12, 2))
     assert_equal(one, global_batches(12, 4))
+    assert_equal(one, global_batches(12, 2, interleaved=True))
+
+
+def test_rows_that_two_processes_hold_are_read_by_both() -> None:
+    """As where a mesh axis that does not split the batch reaches over processes."""
+    both = [make_batches(Numbers(50), 3, 8, rows=range(2, 6), flip=True) for _ in range(2)]
+    for whole in global_batches(3, 1):
+        for batch in map(next, both):
+            for key, value in batch.items():
+                np.testing.assert_array_equal(value, whole[key][2:6], err_msg=key)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -175,9 +198,7 @@ def test_damaged_files_do_not_break_the_stream(tmp_path: Path) -> None:
         source = make_source(
             "folder", root=str(tmp_path), image_size=4, channels=3, on_corrupt=on_corrupt
         )
-        iterators = [
-            make_batches(source, 0, 4, process_index=i, process_count=hosts) for i in range(hosts)
-        ]
+        iterators = [make_batches(source, 0, 4, rows=rows) for rows in split_rows(4, hosts)]
         return [np.concatenate([next(it)["image"] for it in iterators]) for _ in range(3)]
 
     skipped = read("skip", 1)
@@ -189,10 +210,12 @@ def test_damaged_files_do_not_break_the_stream(tmp_path: Path) -> None:
 
 
 def test_batches_that_cannot_be_made() -> None:
-    with pytest.raises(DataError, match="batch of 6 cannot be divided by 4 processes"):
-        make_batches(Numbers(9), 0, 6, process_count=4)
-    with pytest.raises(DataError, match="process 2 of 2"):
-        make_batches(Numbers(9), 0, 6, process_index=2, process_count=2)
+    with pytest.raises(DataError, match=r"rows \[4, 5, 6\] of a batch of 6"):
+        make_batches(Numbers(9), 0, 6, rows=range(4, 7))
+    with pytest.raises(DataError, match="rows .* of a batch of 6"):
+        make_batches(Numbers(9), 0, 6, rows=[])
+    with pytest.raises(DataError, match="global batch of 0"):
+        make_batches(Numbers(9), 0, 0)
     with pytest.raises(DataError, match="numbers has no records"):
         make_batches(Numbers(0), 0, 6)
     with pytest.raises(DataError, match="seed -1"):
@@ -208,10 +231,7 @@ def test_batch_larger_than_the_data_set(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_one_ordered_pass(hosts: int) -> None:
-    passes = [
-        list(iterate_once(Numbers(13), 8, process_index=i, process_count=hosts))
-        for i in range(hosts)
-    ]
+    passes = [list(iterate_once(Numbers(13), 8, rows=rows)) for rows in split_rows(8, hosts)]
     batches = [
         {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
         for parts in zip(*passes, strict=True)

@@ -136,8 +136,8 @@ def test_images_that_cannot_be_meant(tmp_path):
 
 def test_broken_weights_are_noticed(samples):
     class Broken(StandIn):
-        def __call__(self, images, outputs):
-            found = super().__call__(images, outputs)
+        def __call__(self, images, outputs, first=0):
+            found = super().__call__(images, outputs, first)
             return {name: x * np.nan if name == "pool" else x for name, x in found.items()}
 
     with pytest.raises(EvaluationError, match="features of row 0 are not finite"):

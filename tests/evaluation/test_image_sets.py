@@ -34,11 +34,13 @@ def test_batches_from_anywhere(images):
     np.testing.assert_array_equal(np.concatenate(list(images.batches(4, start=8))), IMAGES[8:])
 
 
-def test_parts_make_up_the_whole(images):
-    parts = [list(images.batches(4, part=(i, 2))) for i in range(2)]
-    joined = [piece for pair in zip(*parts, strict=True) for piece in pair]
-    assert [len(piece) for piece in joined] == [2, 2, 2, 2, 2, 1]
-    np.testing.assert_array_equal(np.concatenate(joined), IMAGES)
+def test_the_wanted_rows_of_each_batch(images):
+    """As a process holds them whose devices alternate with those of another."""
+    found = list(images.batches(4, rows=np.array([0, 3])))
+    assert len(IMAGES) == 11 and [len(rows) for rows in found] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(found), IMAGES[[0, 3, 4, 7, 8]])
+    (last,) = images.batches(4, start=8, rows=np.array([3]))
+    assert last.shape == (0, *IMAGES.shape[1:])
 
 
 def test_digests_tell_contents_and_names_apart(tmp_path):

@@ -41,15 +41,15 @@ def test_a_stopped_pass_goes_on(sets, tmp_path, monkeypatch):
     scorer = PairScorer(make_mesh(MeshShape()), 8)
     want = scorer.score(*sets, tmp_path / "whole", {})
     assert set(want) == {"psnr", "ssim"}
-    folder, compare, seen = tmp_path / "parts", scorer._rows, []
+    folder, compare, seen = tmp_path / "parts", scorer._score_batch, []
 
-    def stop(images, outputs):
+    def stop(first, images, outputs):
         seen.append(len(images))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return compare(images, outputs)
+        return compare(first, images, outputs)
 
-    monkeypatch.setattr(scorer, "_rows", stop)
+    monkeypatch.setattr(scorer, "_score_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         scorer.score(*sets, folder, {})
     assert scorer.score(*sets, folder, {}) == want

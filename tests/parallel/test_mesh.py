@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import MeshError
+from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.mesh import MeshShape, check_batch, make_mesh
 
 
@@ -24,11 +25,19 @@ def test_sizes_that_do_not_fit_raise(sizes: tuple[int, int, int]) -> None:
 
 def test_batch_must_divide() -> None:
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
-    check_batch(8, mesh, accumulate=2)
+    rules = make_rules("fsdp")
+    check_batch(8, mesh, rules, accumulate=2)
     with pytest.raises(MeshError, match="global batch 10 .*\n.*multiple of 4.*global_batch=8"):
-        check_batch(10, mesh)
+        check_batch(10, mesh, rules)
     with pytest.raises(MeshError, match="2 accumulation"):
-        check_batch(12, mesh, accumulate=2)
+        check_batch(12, mesh, rules, accumulate=2)
+
+
+def test_replicated_rules_split_the_batch_over_tensor_too() -> None:
+    mesh, rules = make_mesh(MeshShape(data=2, fsdp=2, tensor=2)), make_rules("replicated")
+    check_batch(8, mesh, rules)
+    with pytest.raises(MeshError, match="batch 4 .* data x fsdp x tensor = 2 x 2 x 2.*\n.*of 8"):
+        check_batch(4, mesh, rules)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def main() -> None:
         return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
 
     def draw(indices: np.ndarray, labels: np.ndarray) -> Samples:
-        return Samples(place(picture(indices, labels)), place(np.ones(len(indices), bool)))
+        finite = np.ones(len(indices), bool)
+        return Samples(*map(place, (picture(indices, labels), finite, indices)))
 
     SampleJob(Path(folder), "samples", LABELS, SHAPE, {"seed": int(seed)}).run(draw, 8)
 

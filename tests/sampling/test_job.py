@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsr_jax.core.errors import CheckpointError, NumericsError
+from dsr_jax.core.errors import CheckpointError, MeshError, NumericsError
 from dsr_jax.core.files import file_digest, read_json
 from dsr_jax.sampling.job import SampleJob, Samples
 
@@ -25,7 +25,8 @@ def picture(indices, labels):
 
 def draw(indices, labels):
     """Draws on one device."""
-    return Samples(jnp.asarray(picture(indices, labels)), jnp.ones(len(indices), bool))
+    images = jnp.asarray(picture(indices, labels))
+    return Samples(images, jnp.ones(len(indices), bool), jnp.asarray(indices))
 
 
 class Killed(Exception):
@@ -176,7 +177,7 @@ def test_damaged_part_is_named_and_deleting_it_helps(tmp_path):
 
 def test_image_that_is_not_finite_stops_the_job(tmp_path):
     def diverged(indices, labels):
-        return Samples(jnp.asarray(picture(indices, labels)), jnp.asarray(indices != 13))
+        return draw(indices, labels)._replace(finite=jnp.asarray(indices != 13))
 
     job = make_job(tmp_path)
     with pytest.raises(NumericsError, match="sample 13 is not finite"):
@@ -195,6 +196,18 @@ def test_images_spread_over_devices(tmp_path, axes):
     job = make_job(tmp_path)
     with np.load(job.run(spread, 8, quiet)) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
+
+
+def test_images_under_other_indices_are_refused(tmp_path):
+    """A program that returns rows in another order than it was given stores nothing."""
+
+    def shuffled(indices, labels):
+        return draw(indices[::-1], labels[::-1])
+
+    job = make_job(tmp_path)
+    with pytest.raises(MeshError, match="row 0 is the result of input 7, not of input 0"):
+        job.run(shuffled, 8, quiet)
+    assert not list(job.parts.glob("*.npy"))
 
 
 def test_progress_names_what_is_done_and_what_is_left(tmp_path, monkeypatch):

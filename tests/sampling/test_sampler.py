@@ -160,7 +160,7 @@ def test_sampling_starts_with_noise_of_the_paths_scale():
         latent_shape=SHAPE,
         null_label=NULL,
     )
-    images, _ = make_sample_fn(draw)({}, {}, INDICES, LABELS)
+    images = make_sample_fn(draw)({}, {}, INDICES, LABELS).images
     keys = sample_keys(stream_key(0, "sample_noise"), INDICES)
     want = np.clip(0.5 + 0.1 * normal_per_sample(keys, SHAPE), 0, 1)
     np.testing.assert_array_equal(images, np.round(255 * want))

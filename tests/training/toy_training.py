@@ -38,6 +38,7 @@ from dsr_jax.parallel.shardings import (
     fetch,
     host_to_global,
     make_shardings,
+    process_rows,
     replicated,
 )
 from dsr_jax.parallel.watch import Limits, Watch, join_watch
@@ -117,7 +118,7 @@ def train_step(
     )
 
 
-def host_batch(step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+def host_batch(step: int, rows: Any = slice(None)) -> dict[str, np.ndarray]:
     """The rows of the global batch of one step."""
     rng = np.random.default_rng(step)
     batch = {
@@ -178,9 +179,8 @@ class Run:
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The global batch of one step."""
-        count, own = jax.process_count(), jax.process_index()
-        rows = slice(own * BATCH // count, (own + 1) * BATCH // count)
-        return host_to_global(host_batch(step, rows), self.batch_sharding)
+        rows = process_rows(self.batch_sharding, BATCH)
+        return host_to_global(host_batch(step, rows), self.batch_sharding, BATCH)
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Batches from one step on."""
