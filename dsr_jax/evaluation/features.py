@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import open_atomic, write_atomic
 from dsr_jax.core.typing import Array, Params
-from dsr_jax.evaluation.frechet import Gaussian, Moments
+from dsr_jax.evaluation.frechet import FeatureMoments, Gaussian
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.inception_score import InceptionScore
 from dsr_jax.evaluation.networks import FeatureNetwork
@@ -160,10 +160,10 @@ class FeatureStatistics:
         self.needs = needs
         self.outputs = frozenset(_OUTPUTS[need] for need in needs)
         self.count = 0
-        self.moments = Moments(widths["pool"]) if "moments" in needs else None
-        self.spatial = Moments(widths["spatial"]) if "spatial" in needs else None
+        self.moments = FeatureMoments(widths["pool"]) if "moments" in needs else None
+        self.spatial = FeatureMoments(widths["spatial"]) if "spatial" in needs else None
         self.score = InceptionScore(widths["logits"]) if "score" in needs else None
-        self.dinov2 = Moments(widths["class_token"]) if "dinov2" in needs else None
+        self.dinov2 = FeatureMoments(widths["class_token"]) if "dinov2" in needs else None
         self._rows: list[np.ndarray] = []
         self._width = widths.get("pool", 0)
         self._saved = 0
@@ -192,7 +192,7 @@ class FeatureStatistics:
         assert sums is not None
         return sums.gaussian()
 
-    def _sums(self) -> list[tuple[Moments | InceptionScore, str]]:
+    def _sums(self) -> list[tuple[FeatureMoments | InceptionScore, str]]:
         named = (
             (self.moments, "moments"),
             (self.spatial, "spatial"),

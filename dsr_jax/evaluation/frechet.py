@@ -3,16 +3,13 @@
 Source: ADM evaluator (guided-diffusion evaluations/evaluator.py); spec evaluation 6.1 and 9.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 
 from dsr_jax.core.errors import EvaluationError
-
-BLOCK = 1024
-"""Rows whose scatter is one matrix product."""
+from dsr_jax.core.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -24,90 +21,34 @@ class Gaussian:
     count: int
 
 
-class Moments:
-    """Moments of rows that arrive in batches, on one host or on several.
-
-    Mean and centred scatter of blocks of rows are merged pairwise (Chan, Golub and LeVeque 1979),
-    so that no large sums of squares cancel. Blocks are counted from the first row on, whatever the
-    batches were: the same rows in the same order give the same bits, and in another order, or
-    merged from several hosts, differ by float64 rounding.
+class FeatureMoments(Moments):
+    """Mean and covariance of features; see `core.moments.Moments`.
 
     Args:
-      dim: Width D of the rows.
+      dim: Width D of the features.
     """
 
     def __init__(self, dim: int) -> None:
-        self._count = 0
-        self._mean = np.zeros(dim)
-        self._scatter = np.zeros((dim, dim))
-        self._waiting = np.zeros((0, dim))
+        super().__init__((dim,), covariance=True)
 
-    @property
-    def count(self) -> int:
-        """Rows so far."""
-        return self._count + len(self._waiting)
-
-    def update(self, features: np.ndarray) -> None:
-        """Adds the rows of `features` [B, D], any float type.
+    def update(self, rows: np.ndarray) -> None:
+        """Adds features [B, D] of any float type.
 
         Raises:
           EvaluationError: If the width differs or a value is not finite.
         """
-        features = np.asarray(features)
-        if features.ndim != 2 or features.shape[1] != len(self._mean):
+        rows = np.asarray(rows)
+        if rows.ndim != 2 or rows.shape[1:] != self.shape:
             raise EvaluationError(
-                f"features have shape {features.shape}, expected [B, {len(self._mean)}]"
+                f"features have shape {rows.shape}, expected [B, {self.shape[0]}]"
             )
-        if not np.isfinite(features).all():
-            bad = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        if not np.isfinite(rows).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
             raise EvaluationError(
                 f"features of row {self.count + bad} are not finite",
                 "look at that sample, and at the feature network's weights",
             )
-        while len(features):
-            free = BLOCK - len(self._waiting)
-            rows = features[:free].astype(np.float64)
-            self._waiting = np.concatenate([self._waiting, rows])
-            features = features[free:]
-            if len(self._waiting) == BLOCK:
-                self._add_block()
-
-    def _add_block(self) -> None:
-        """Merges the waiting rows into the sums."""
-        if rows := len(self._waiting):
-            mean = self._waiting.mean(axis=0)
-            centred = self._waiting - mean
-            self._waiting = self._waiting[:0]
-            self._add(rows, mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> None:
-        """Adds the rows that `other` has seen, for example on another host."""
-        if other._count:
-            self._add(other._count, other._mean, other._scatter)
-        self.update(other._waiting)
-
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self._count + count
-        step = mean - self._mean
-        self._mean = self._mean + step * (count / total)
-        # In place: of 2048 features each copy of the matrix is 32 MiB.
-        self._scatter += scatter
-        self._scatter += np.outer(step * (self._count * count / total), step)
-        self._count = total
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays from which `restore` goes on."""
-        return {
-            "count": np.asarray(self._count),
-            "mean": self._mean,
-            "scatter": self._scatter,
-            "waiting": self._waiting,
-        }
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on from what `state` returned."""
-        self._count, self._waiting = int(state["count"]), np.array(state["waiting"])
-        self._mean, self._scatter = np.array(state["mean"]), np.array(state["scatter"])
+        super().update(rows)
 
     def gaussian(self) -> Gaussian:
         """Returns the moments of all rows so far.
@@ -119,16 +60,14 @@ class Moments:
             raise EvaluationError(
                 f"a covariance needs at least 2 rows, there are {self.count}", "score more samples"
             )
-        whole = Moments(len(self._mean))
-        whole.restore(self.state())
-        whole._add_block()
-        return Gaussian(whole._mean, whole._scatter / (whole._count - 1), whole._count)
+        mean, scatter = self.mean_and_scatter()
+        return Gaussian(mean, scatter / (self.count - 1), self.count)
 
 
 def gaussian_moments(features: np.ndarray) -> Gaussian:
-    """Returns the moments of `features` [N, D] in one go; errors as in `Moments`."""
+    """Returns the moments of `features` [N, D] in one go; errors as in `FeatureMoments`."""
     features = np.asarray(features)
-    moments = Moments(features.shape[-1])
+    moments = FeatureMoments(features.shape[-1])
     moments.update(features)
     return moments.gaussian()
 

@@ -138,7 +138,7 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
     stop = min(work.steps, start + stop_after if stop_after else work.steps)
 
     def keep(step: int, latents: np.ndarray, batch: Batch) -> None:
-        statistics.add(latents[: work.count - step * work.batch])
+        statistics.update(latents[: work.count - step * work.batch])
         if (step + 1) % save_every == 0 or step + 1 == stop:
             _save(out, work.recipe, statistics, step + 1)
 
@@ -291,7 +291,7 @@ def _restore(
     path = out / _PROGRESS
     if not path.exists():
         _refuse_foreign(out)
-        return LatentStatistics.empty(shape), 0
+        return LatentStatistics(shape), 0
     with np.load(path, allow_pickle=False) as state:
         _refuse_others(out, json.loads(str(state["recipe"])), recipe)
-        return LatentStatistics.from_state(state), int(state["step"])
+        return LatentStatistics.from_state(state, shape), int(state["step"])

@@ -174,11 +174,11 @@ def run_statistics(case: Case) -> list[Check]:
     """Statistics of batches, per position and per channel, and the file of the former."""
     io = case.io
     batches = [io[key] for key in sorted(io) if key.startswith("batch")]
-    whole = LatentStatistics.empty(nhwc(batches[0]).shape[1:])
-    channels = LatentStatistics.empty(batches[0].shape[1:2])
+    whole = LatentStatistics(nhwc(batches[0]).shape[1:])
+    channels = LatentStatistics(batches[0].shape[1:2])
     for batch in batches:
-        whole.add(nhwc(batch))
-        channels.add(nhwc(batch).reshape(-1, batch.shape[1]))
+        whole.update(nhwc(batch))
+        channels.update(nhwc(batch).reshape(-1, batch.shape[1]))
     found, flat = whole.finish(), channels.finish()
     checks = [Check("count", whole.count, io["count"], "exact")]
     file = load_statistics(case.path / "normalization_stats.pt")
