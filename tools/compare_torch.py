@@ -18,7 +18,7 @@ import numpy as np
 
 from dsr_jax.convert.hub import read_encoder
 from dsr_jax.core.cli import run_main
-from dsr_jax.data.photos import Photos
+from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT
 from dsr_jax.registers.streaming import NormalisedImages
 from dsr_jax.registers.trace import trace_encoder
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, _ = read_encoder(args.snapshot)
     size = args.image_size or 16 * config.patch_size
     if args.images:
-        photos = Photos(args.images, size, count=args.batch)
-        images = NormalisedImages(photos, config.pixel_mean, config.pixel_std)
+        source = UnlabeledImages(args.images, size, count=args.batch)
+        images = NormalisedImages(source, config.pixel_mean, config.pixel_std)
         pixels = np.stack([images[i] for i in range(len(images))])
     else:
         pixels = np.random.default_rng(0).standard_normal((args.batch, size, size, 3), np.float32)

@@ -20,8 +20,9 @@ from dsr_jax.convert.hub import load_encoder
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.base import Record, Source
-from dsr_jax.data.photos import Photos
+from dsr_jax.data.images import fit_name
 from dsr_jax.data.sources import make_source
+from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vit import ViT
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
@@ -70,7 +71,7 @@ def open_images(args: argparse.Namespace, image_size: int) -> Source:
       DataError: If they cannot be read.
     """
     if args.source == "folder":
-        photos = Photos(
+        images = UnlabeledImages(
             args.root,
             image_size,
             count=args.images,
@@ -78,9 +79,9 @@ def open_images(args: argparse.Namespace, image_size: int) -> Source:
             fit=args.fit,
             on_corrupt=args.on_corrupt,
         )
-        for path in photos.skipped:
+        for path in images.skipped:
             print(f"skipped: {path} cannot be decoded")
-        return photos
+        return images
     source = make_source(
         args.source,
         image_size=image_size,
@@ -160,7 +161,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add(
         "--fit",
         default="squash",
-        choices=["squash", "crop"],
+        type=fit_name,
+        choices=["squash", "center_crop"],
         help="how images of a folder become square; the other sources crop",
     )
 

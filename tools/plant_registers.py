@@ -19,7 +19,7 @@ import numpy as np
 
 from dsr_jax.convert.files import save_converted
 from dsr_jax.core.cli import run_main
-from dsr_jax.data.photos import Photos
+from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.registers.planting import plant_register_neurons
@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=64, help="how many to calibrate on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    photos = Photos(
+    source = UnlabeledImages(
         args.root, CONFIG.image_size, count=args.images, seed=args.seed, on_corrupt="skip"
     )
-    images = NormalisedImages(photos, CONFIG.pixel_mean, CONFIG.pixel_std)
+    images = NormalisedImages(source, CONFIG.pixel_mean, CONFIG.pixel_std)
     pixels = np.stack([images[i] for i in range(len(images))])
     model = ViT(CONFIG)
     boxed = model.init(jax.random.key(args.seed), jnp.asarray(pixels[:1]))

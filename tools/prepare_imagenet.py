@@ -26,10 +26,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsr_jax.core.cli import run_main
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.data.archives import ImageTar, read_classes
-from dsr_jax.data.base import UnreadableRecord
 from dsr_jax.data.folder import ImageFolder
 from dsr_jax.data.images import decode_image
 from dsr_jax.data.records import count_records, write_array_records

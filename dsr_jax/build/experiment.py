@@ -159,7 +159,7 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
     return open_source(
         section.source,
         image_size=larger or section.image_size,
-        fit="short_side" if larger else "crop",
+        fit="resize_shorter_side" if larger else "center_crop",
         channels=section.channels,
         root=section.root or None,
         split=split or section.split,

@@ -33,6 +33,10 @@ class DataError(DsrError):
     """A data set, image file or batch that cannot be read as asked."""
 
 
+class UnreadableRecord(DataError):
+    """A record whose content cannot be decoded, however often it is read."""
+
+
 class CheckpointError(DsrError):
     """A checkpoint or run folder that is missing, damaged or of another model."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.folder import EXTENSIONS
+from dsr_jax.core.images import EXTENSIONS
 
 
 class _Entry(NamedTuple):

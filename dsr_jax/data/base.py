@@ -36,10 +36,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-class UnreadableRecord(DataError):
-    """A record whose content cannot be decoded, however often it is read."""
-
-
 def split_indices(num_records: int, split: str, name: str) -> np.ndarray:
     """Indices of a split of a data set that has none of its own: every fifth record is held out.
 

@@ -8,11 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.images import (
+    EXTENSIONS,
+    find_folders,
+    find_image_files,
+    list_folder,
+    read_file,
+)
 from dsr_jax.data.base import Record
 from dsr_jax.data.classes import fingerprint
 from dsr_jax.data.images import decode_image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "heldout"}
 
 
@@ -20,8 +26,8 @@ class ImageFolder:
     """Images below `root/CLASS/`; class names in sorted order are the labels 0, 1, ...
 
     If `root/SPLIT` is a folder of folders, it takes the place of `root`, so that both
-    `imagenet` and `imagenet/train` may be named. Folders may be nested below a class. Names that
-    begin with a dot are ignored.
+    `imagenet` and `imagenet/train` may be named. Folders may be nested below a class.
+    `core.images.find_image_files` says which names are left out.
 
     Args:
       root: The folder.
@@ -35,12 +41,12 @@ class ImageFolder:
     """
 
     def __init__(
-        self, root: str, split: str, image_size: int, channels: int, fit: str = "crop"
+        self, root: str, split: str, image_size: int, channels: int, fit: str = "center_crop"
     ) -> None:
         self._root, self._fit = _resolve(Path(root), split), fit
         self.name = f"folder {self._root}"
         self.image_shape = (image_size, image_size, channels)
-        self.class_names = _subfolders(self._root)
+        self.class_names = find_folders(self._root)
         _check_classes(self._root, self.class_names)
         self.num_classes = len(self.class_names)
         self._files: list[str] = []
@@ -86,21 +92,6 @@ class ImageFolder:
         return {"image": image, "label": np.int32(label)}
 
 
-def read_file(path: Path) -> bytes:
-    """Reads a file.
-
-    Raises:
-      DataError: Naming it, if the operating system cannot.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"image {path} cannot be read: {error.strerror or error}",
-            "check that it was not moved during the run and that the disk is healthy",
-        ) from error
-
-
 def _resolve(root: Path, split: str) -> Path:
     """The folder that holds the class folders."""
     if not root.exists():
@@ -113,12 +104,7 @@ def _resolve(root: Path, split: str) -> Path:
     if not root.is_dir():
         raise DataError(f"data root {str(root)!r} is a file", "set config.data.root to a folder")
     inner = root / split
-    return inner if inner.is_dir() and _subfolders(inner) else root
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return inner if inner.is_dir() and find_folders(inner) else root
 
 
 def _check_classes(root: Path, names: list[str]) -> None:
@@ -129,7 +115,7 @@ def _check_classes(root: Path, names: list[str]) -> None:
     """
     layout = "images belong in one folder per class: ROOT/cat/1.jpg, ROOT/dog/2.jpg"
     if not names:
-        images = sum(e.suffix.lower() in EXTENSIONS for e in root.iterdir())
+        images = sum(e.name.lower().endswith(EXTENSIONS) for e in list_folder(root))
         if images:
             raise DataError(f"data folder {root} holds {images} images, no class folders", layout)
         raise DataError(f"data folder {root} is empty: no class folders, no images", layout)
@@ -141,11 +127,5 @@ def _check_classes(root: Path, names: list[str]) -> None:
 
 
 def _image_files(root: Path, class_name: str) -> list[str]:
-    """Sorted image files below a class folder, relative to `root`."""
-    found: list[str] = []
-    for folder, inner, files in os.walk(root / class_name, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        names = (n for n in files if not n.startswith(".") and n.lower().endswith(EXTENSIONS))
-        relative = os.path.relpath(folder, root)
-        found += (os.path.join(relative, name) for name in names)
-    return sorted(found)
+    """Image files below a class folder, relative to `root`, in the order of their whole paths."""
+    return sorted(os.path.join(class_name, path) for path in find_image_files(root / class_name))

@@ -1,111 +1,46 @@
-"""From the bytes of one image file to a square uint8 array."""
+"""How an image becomes one of a given size."""
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsr_jax.data.base import UnreadableRecord
+from dsr_jax.core.errors import DataError
+from dsr_jax.core.images import check_size, decode, to_array, unreadable
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
 def decode_image(
-    data: bytes, origin: str, image_size: int, channels: int, *, fit: str = "crop"
+    data: bytes, origin: str, image_size: int, channels: int, *, fit: str = "center_crop"
 ) -> np.ndarray:
-    """Decodes an image file and brings it to a square.
-
-    Orientation tags (EXIF) are not applied, as in the original.
+    """Decodes an image file by the rules of `core.images` and brings it to a size.
 
     Args:
       data: The file's content, in any format that Pillow reads.
       origin: What to call the file in an error: its path.
       image_size: Side of the result.
-      channels: 3 for colour, 1 for grey.
+      channels: 3 for RGB, 1 for grey.
       fit: A name in FITS.
 
     Returns:
-      uint8 [image_size, image_size, channels], or larger with "short_side".
+      uint8 [image_size, image_size, channels]; with "resize_shorter_side" the other side is longer.
 
     Raises:
-      UnreadableRecord: Naming `origin`, if the content is damaged or no image.
+      UnreadableRecord: Naming `origin`, if the content is damaged, no image or too large.
     """
-    from PIL import Image
-
+    image = decode(data, origin, channels)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return FITS[fit](image, image_size, channels)
-    # All of these are what Pillow's plugins raise on damaged files; none is a bug of ours.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise UnreadableRecord(
-            f"image {origin} cannot be decoded: {error}",
-            "repair or delete it, or set config.data.on_corrupt=skip",
-        ) from error
-
-
-def crop_image(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Converts an image to `channels` and crops it to a square.
-
-    Returns:
-      uint8 [image_size, image_size, channels].
-    """
-    return _as_array(center_crop(_to_mode(image, channels), image_size))
-
-
-def squash_image(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Converts an image to `channels` and resizes it to a square, whatever its proportions.
-
-    Returns:
-      uint8 [image_size, image_size, channels].
-
-    Source: transformers SiglipImageProcessor; spec encoder 6.
-    """
-    from PIL import Image
-
-    size = (image_size, image_size)
-    return _as_array(_to_mode(image, channels).resize(size, Image.Resampling.BILINEAR))
-
-
-def resize_short_side(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Converts an image to `channels` and resizes it, keeping its proportions.
-
-    Returns:
-      uint8 [H, W, channels], the smaller side being `image_size`.
-
-    Source: torchvision Resize; spec encoder 8.
-    """
-    from PIL import Image
-
-    short = min(image.size)
-    width, height = (int(image_size * side / short) for side in image.size)
-    return _as_array(_to_mode(image, channels).resize((width, height), Image.Resampling.BICUBIC))
-
-
-FITS = {"crop": crop_image, "squash": squash_image, "short_side": resize_short_side}
-"""How an image becomes one of a given size: its centre, all of it distorted, or all of it with the
-shorter side of that size."""
-
-
-def _as_array(image: Image.Image) -> np.ndarray:
-    array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
+        return to_array(FITS[fit](image, image_size))
+    except ValueError as error:
+        raise unreadable(origin, error) from error
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Crops the central square after shrinking the short side to `image_size`.
+    """Crops the central square after shrinking the shorter side to `image_size`.
 
     Halving with a box filter first keeps the bicubic filter's support small on large photographs;
     the result depends on it, so reference statistics fit only this recipe.
@@ -119,20 +54,53 @@ def center_crop(image: Image.Image, image_size: int) -> Image.Image:
         image = image.resize((width // 2, height // 2), resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
+    check_size(width, height)
     image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     return image.crop((left, top, left + image_size, top + image_size))
 
 
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Converts any mode to L or RGB; an alpha channel is dropped, as in the original."""
+def squash(image: Image.Image, image_size: int) -> Image.Image:
+    """Resizes an image to a square, whatever its proportions.
+
+    Source: transformers SiglipImageProcessor; spec encoder 6.
+    """
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255, which turns nearly all of the image white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixel mode {image.mode!r} has no defined range")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("L" if channels == 1 else "RGB")
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+
+
+def resize_shorter_side(image: Image.Image, image_size: int) -> Image.Image:
+    """Resizes an image to a shorter side of `image_size`, keeping its proportions.
+
+    Source: torchvision Resize; spec encoder 8.
+    """
+    from PIL import Image
+
+    shorter = min(image.size)
+    width, height = (int(image_size * side / shorter) for side in image.size)
+    check_size(width, height)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "center_crop": center_crop,
+    "squash": squash,
+    "resize_shorter_side": resize_shorter_side,
+}
+"""How an image becomes one of a given size: its center, all of it distorted, or all of it with the
+shorter side of that size."""
+
+_OLD_FITS = {"crop": "center_crop", "short_side": "resize_shorter_side"}
+
+
+def fit_name(name: str) -> str:
+    """Returns the name in FITS that `name` or its older form stands for.
+
+    Raises:
+      DataError: If there is none.
+    """
+    name = _OLD_FITS.get(name, name)
+    if name not in FITS:
+        raise DataError(f"no fit of images is called {name!r}", f"choose from {', '.join(FITS)}")
+    return name

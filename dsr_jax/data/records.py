@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.images import to_array, to_mode
 from dsr_jax.data.base import Record
 from dsr_jax.data.images import FITS, decode_image
 
@@ -38,7 +39,7 @@ class ArrayRecords:
         image_size: int,
         channels: int,
         num_classes: int | None,
-        fit: str = "crop",
+        fit: str = "center_crop",
     ) -> None:
         if num_classes is None:
             raise DataError("arrayrecord files do not tell their classes", "give num_classes")
@@ -140,7 +141,7 @@ class Tfds:
         split: str,
         image_size: int,
         channels: int,
-        fit: str = "crop",
+        fit: str = "center_crop",
     ) -> None:
         try:
             import tensorflow_datasets as tfds
@@ -181,4 +182,5 @@ class Tfds:
         pixels = record["image"]
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         size, _, channels = self.image_shape
-        return {"image": FITS[self._fit](image, size, channels), "label": np.int32(record["label"])}
+        fitted = FITS[self._fit](to_mode(image, channels), size)
+        return {"image": to_array(fitted), "label": np.int32(record["label"])}

@@ -6,10 +6,11 @@ import logging
 
 import numpy as np
 
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.data import bundled, folder, records
-from dsr_jax.data.base import Record, Source, UnreadableRecord
+from dsr_jax.data.base import Record, Source
 from dsr_jax.data.classes import describe
+from dsr_jax.data.images import fit_name
 
 MAX_SUBSTITUTIONS = 100
 
@@ -25,7 +26,7 @@ def make_source(
     split: str = "train",
     num_classes: int | None = None,
     on_corrupt: str = "error",
-    fit: str = "crop",
+    fit: str = "center_crop",
 ) -> Source:
     """Makes the source called `name`.
 
@@ -41,8 +42,8 @@ def make_source(
         "arrayrecord" requires it.
       on_corrupt: "error" raises on an unreadable image file; "skip" takes the next readable record
         in its place, so that the stream remains a function of (seed, step).
-      fit: How image files are brought to that size, see `images.FITS`; "short_side" gives images
-        of different shapes, to be cropped by `make_batches`. Bundled images are square anyway.
+      fit: How image files are brought to that size, see `images.FITS`; "resize_shorter_side"
+        gives images of different shapes, to be cropped by `make_batches`.
 
     Raises:
       DataError: If there is no such source, the files are not there, or there are more classes than
@@ -50,7 +51,7 @@ def make_source(
     """
     if on_corrupt not in ("error", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r}", "choose from error, skip")
-    source = _make(name, image_size, channels, root, split, num_classes, fit)
+    source = _make(name, image_size, channels, root, split, num_classes, fit_name(fit))
     if num_classes is not None and source.num_classes > num_classes:
         raise DataError(
             f"{source.name} has {source.num_classes} classes, the label table {num_classes}",

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.errors import DataError, EvaluationError
+from dsr_jax.core.images import EXTENSIONS, decode, find_image_files, read_file, to_array
 from dsr_jax.evaluation.samples import SampleFile, open_samples
 
 _THREADS = 8
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_LOSSY = {".jpg", ".jpeg", ".webp"}
 
 
 class ImageSet(Protocol):
@@ -85,40 +86,33 @@ class _ByIndex:
 
 
 class ImageFiles(_ByIndex):
-    """The image files of one folder, by name, in RGB.
+    """The image files of a folder or of its subfolders, by path, in RGB.
+
+    `core.images` says which files are images and how they are decoded.
 
     Args:
-      folder: Holds the files; others and sub-folders are left alone.
+      folder: Holds the files, or subfolders of them, such as one for each class.
 
     Raises:
-      EvaluationError: If there are none, or the first cannot be read.
+      EvaluationError: If there are none, if there are images both beside and in subfolders, or if
+        the first cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self._files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _EXTENSIONS)
-        if not self._files:
-            raise EvaluationError(
-                f"{folder} holds no image files",
-                f"name an .npz, or a folder of {', '.join(_EXTENSIONS)}",
-            )
+        self._names = _image_names(folder)
         self.labels: np.ndarray | None = None
         self._size: tuple[int, ...] = ()
         self._size = self._read(0).shape
         height, width, channels = self._size
-        self.shape = (len(self._files), height, width, channels)
+        self.shape = (len(self._names), height, width, channels)
 
     def _read(self, index: int) -> np.ndarray:
-        from PIL import Image
-
-        path = self._files[index]
+        path = self.path / self._names[index]
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise EvaluationError(
-                f"image {path} cannot be read: {error}", "draw or copy it again"
-            ) from error
+            pixels = to_array(decode(read_file(path), str(path)))
+        except DataError as error:
+            raise EvaluationError(error.problem, "draw or copy it again") from error
         if self._size and pixels.shape != self._size:
             raise EvaluationError(
                 f"image {path} has {pixels.shape[:2]} pixels, the first of the folder "
@@ -130,13 +124,14 @@ class ImageFiles(_ByIndex):
     def digest(self) -> str:
         """SHA-256 of all names and contents, in order."""
         total = hashlib.sha256()
-        for path in self._files:
-            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        for name in self._names:
+            content = read_file(self.path / name)
+            total.update(os.fsencode(name) + hashlib.sha256(content).digest())
         return "sha256:" + total.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Name, digest, and whether lossy files are among them."""
-        lossy = sorted({p.suffix for p in self._files} & {".jpg", ".jpeg", ".webp"})
+        lossy = sorted({Path(name).suffix.lower() for name in self._names} & _LOSSY)
         return {
             "file": self.path.name,
             "digest": self.digest(),
@@ -144,6 +139,28 @@ class ImageFiles(_ByIndex):
             "shape": list(self.shape),
             **({"lossy": lossy} if lossy else {}),
         }
+
+
+def _image_names(folder: Path) -> list[str]:
+    """Lists the image files below a folder, relative to it.
+
+    Raises:
+      EvaluationError: If there are none, or some both beside and in subfolders.
+    """
+    names = find_image_files(folder)
+    if not names:
+        raise EvaluationError(
+            f"{folder} holds no image files",
+            f"name an .npz, or a folder of {', '.join(EXTENSIONS)}",
+        )
+    beside = [name for name in names if os.sep not in name]
+    if beside and len(beside) < len(names):
+        raise EvaluationError(
+            f"{folder} holds {len(beside)} images ({beside[0]}, ...) beside subfolders with "
+            f"{len(names) - len(beside)}, and only one of both can be the set to be scored",
+            "move the others elsewhere",
+        )
+    return names
 
 
 class Indexed(Protocol):

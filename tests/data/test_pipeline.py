@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import Record, UnreadableRecord
+from dsr_jax.core.errors import DataError, UnreadableRecord
+from dsr_jax.data.base import Record
 from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches
 from dsr_jax.data.sources import make_source
 

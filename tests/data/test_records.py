@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import UnreadableRecord
+from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.data.pipeline import make_batches
 from dsr_jax.data.records import write_array_records
 from dsr_jax.data.sources import make_source

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import UnreadableRecord
+from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.data.folder import ImageFolder
 from dsr_jax.data.sources import SkipUnreadable, make_source
 
@@ -50,7 +49,9 @@ def test_every_fifth_digit_is_held_out() -> None:
 def test_images_keep_their_proportions_where_squares_are_cut_later(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     Image.fromarray(np.zeros((30, 45, 3), np.uint8)).save(tmp_path / "cat" / "wide.png")
-    source = make_source("folder", root=str(tmp_path), image_size=20, channels=3, fit="short_side")
+    source = make_source(
+        "folder", root=str(tmp_path), image_size=20, channels=3, fit="resize_shorter_side"
+    )
     assert source[0]["image"].shape == (20, 30, 3)
     square = make_source("folder", root=str(tmp_path), image_size=20, channels=3)
     assert square[0]["image"].shape == square.image_shape == (20, 20, 3)

@@ -61,8 +61,35 @@ def test_folders_that_cannot_be_scored(tmp_path):
     with pytest.raises(EvaluationError, match=r"000005.png has \(2, 5\) pixels"):
         list(open_images(folder).batches(4))
     (folder / "000002.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(EvaluationError, match="000002.png cannot be read"):
+    with pytest.raises(EvaluationError, match="000002.png cannot be decoded"):
         list(open_images(folder).batches(4))
+
+
+def test_folders_are_decoded_as_in_training(tmp_path):
+    (tmp_path / "a").mkdir()
+    grey = np.tile(np.arange(64, dtype=np.uint16) * 4, (64, 1)) * 257
+    palette = Image.fromarray(grey.astype(np.uint8)).convert("RGB").quantize(16)
+    Image.fromarray(grey).save(tmp_path / "a" / "0.png")
+    Image.fromarray(grey >> 8).convert("1").save(tmp_path / "a" / "1.png")
+    palette.save(tmp_path / "a" / "2.png", transparency=bytes(range(16)))
+    palette.convert("CMYK").save(tmp_path / "a" / "3.tif")
+    scored = next(open_images(tmp_path / "a").batches(4))
+    source = make_source("folder", image_size=64, channels=3, root=str(tmp_path))
+    np.testing.assert_array_equal(scored, [source[i]["image"] for i in range(4)])
+    np.testing.assert_array_equal(scored[0, ..., 0], grey >> 8)
+
+
+def test_subfolders_are_part_of_the_set(tmp_path):
+    for name in ("b", "a"):
+        write_pngs(tmp_path / name)
+    images = open_images(tmp_path)
+    assert images.shape == (22, 4, 5, 3)
+    np.testing.assert_array_equal(next(images.batches(22)), np.concatenate([IMAGES, IMAGES]))
+    Image.fromarray(IMAGES[0]).save(tmp_path / "grid.png")
+    with pytest.raises(
+        EvaluationError, match=r"holds 1 images \(grid.png, ...\) beside .* with 22"
+    ):
+        open_images(tmp_path)
 
 
 def test_sources_are_taken_whole_or_spread():

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import UnreadableRecord
-from dsr_jax.data.photos import Photos
+from dsr_jax.core.errors import DataError, UnreadableRecord
+from dsr_jax.data.unlabeled import UnlabeledImages
 
 
 def _fill(folder: Path) -> None:
@@ -28,9 +27,9 @@ def _fill(folder: Path) -> None:
 
 def test_every_mode_becomes_the_same_whole_picture(tmp_path: Path) -> None:
     _fill(tmp_path)
-    photos = Photos(str(tmp_path), 8)
-    assert len(photos) == 5
-    for record in (photos[i] for i in range(5)):
+    images = UnlabeledImages(str(tmp_path), 8)
+    assert len(images) == 5
+    for record in (images[i] for i in range(5)):
         image = record["image"]
         assert image.shape == (8, 8, 3) and image.dtype == np.uint8
         np.testing.assert_allclose(image[:, 0], 40, atol=6)
@@ -41,41 +40,47 @@ def test_cropping_keeps_proportions(tmp_path: Path) -> None:
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, :4] = 255
     Image.fromarray(pixels).save(tmp_path / "left.png")
-    assert Photos(str(tmp_path), 8, fit="squash")[0]["image"].max() > 200
-    assert Photos(str(tmp_path), 8, fit="crop")[0]["image"].max() == 0
+    assert UnlabeledImages(str(tmp_path), 8, fit="squash")[0]["image"].max() > 200
+    for name in ("center_crop", "crop"):
+        assert UnlabeledImages(str(tmp_path), 8, fit=name)[0]["image"].max() == 0
+    with pytest.raises(DataError, match="'stretch'.*\n.*center_crop, squash"):
+        UnlabeledImages(str(tmp_path), 8, fit="stretch")
 
 
 def test_a_sample_is_fixed_by_its_seed(tmp_path: Path) -> None:
     _fill(tmp_path)
-    drawn = [{Photos(str(tmp_path), 8, count=2, seed=s).path(i) for i in (0, 1)} for s in range(8)]
-    again = Photos(str(tmp_path), 8, count=2, seed=3)
-    assert drawn[3] == {again.path(0), again.path(1)}
-    assert len(set().union(*drawn)) > 2
+
+    def chosen(seed: int) -> set[Path]:
+        images = UnlabeledImages(str(tmp_path), 8, count=2, seed=seed)
+        return {images.path(0), images.path(1)}
+
+    assert chosen(3) == chosen(3)
+    assert len(set().union(*map(chosen, range(8)))) > 2
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     _fill(tmp_path)
     path = tmp_path / "deep" / "er" / "cmyk.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    photos = Photos(str(tmp_path), 8)
-    index = next(i for i in range(5) if photos.path(i) == path)
+    images = UnlabeledImages(str(tmp_path), 8)
+    index = next(i for i in range(5) if images.path(i) == path)
     with pytest.raises(UnreadableRecord, match="cmyk.jpg"):
-        photos[index]
+        images[index]
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images"):
-        Photos(str(tmp_path), 8)
+        UnlabeledImages(str(tmp_path), 8)
     with pytest.raises(DataError, match="does not exist"):
-        Photos(str(tmp_path / "none"), 8)
+        UnlabeledImages(str(tmp_path / "none"), 8)
 
 
 def test_files_that_cannot_be_decoded_are_left_out_on_request(tmp_path: Path) -> None:
     _fill(tmp_path)
     (tmp_path / "cut.png").write_bytes((tmp_path / "colour.png").read_bytes()[:60])
-    photos = Photos(str(tmp_path), 8, on_corrupt="skip")
-    assert len(photos) == 5 and photos.skipped == [tmp_path / "cut.png"]
+    images = UnlabeledImages(str(tmp_path), 8, on_corrupt="skip")
+    assert len(images) == 5 and images.skipped == [tmp_path / "cut.png"]
     (tmp_path / "only").mkdir()
     (tmp_path / "cut.png").rename(tmp_path / "only" / "cut.png")
     with pytest.raises(DataError, match="can be decoded"):
-        Photos(str(tmp_path / "only"), 8, on_corrupt="skip")
+        UnlabeledImages(str(tmp_path / "only"), 8, on_corrupt="skip")

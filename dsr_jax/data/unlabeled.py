@@ -1,28 +1,27 @@
-"""Images anywhere below a folder, without classes: what encoders are examined on."""
+"""Images anywhere below a folder, without classes: the input of encoder studies."""
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import Record, UnreadableRecord
-from dsr_jax.data.folder import EXTENSIONS, read_file
-from dsr_jax.data.images import decode_image
+from dsr_jax.core.errors import DataError, UnreadableRecord
+from dsr_jax.core.images import EXTENSIONS, find_image_files, read_file
+from dsr_jax.data.base import Record
+from dsr_jax.data.images import decode_image, fit_name
 
 
-class Photos:
+class UnlabeledImages:
     """A random sample of the image files below a folder, however they are nested.
 
     Args:
       root: The folder.
       image_size: Side of the square images.
-      count: Files to draw, without repetition; None, or more than there are, takes all.
+      count: Number of files, chosen at random; None, or more than there are, for all.
       seed: Fixes which.
-      fit: "squash" (as the encoders' own image processors do) or "crop"; see `images.decode_image`.
+      fit: A name in `images.FITS`; encoders' own image processors use "squash".
       on_corrupt: "error" raises when a file that cannot be decoded is read; "skip" tries all files
         at the start, which takes as long as reading them, and leaves such files out.
 
@@ -45,7 +44,7 @@ class Photos:
         folder = Path(root)
         if not folder.is_dir():
             raise DataError(f"image folder {root!r} does not exist", "name an existing folder")
-        files = _walk(folder)
+        files = [folder / path for path in find_image_files(folder)]
         if not files:
             raise DataError(
                 f"folder {root!r} holds no images", f"put {', '.join(EXTENSIONS)} there"
@@ -54,7 +53,7 @@ class Photos:
             chosen = np.random.default_rng(seed).choice(len(files), count, replace=False)
             files = [files[i] for i in sorted(chosen)]
         self._files = files
-        self._fit = fit
+        self._fit = fit_name(fit)
         self.name = f"folder {folder}"
         self.image_shape = (image_size, image_size, 3)
         self.skipped: list[Path] = []
@@ -95,13 +94,3 @@ class Photos:
         size = self.image_shape[0]
         image = decode_image(read_file(path), str(path), size, 3, fit=self._fit)
         return {"image": image, "label": np.int32(0)}
-
-
-def _walk(root: Path) -> list[Path]:
-    """Image files below `root` in sorted order; names that begin with a dot are ignored."""
-    found = []
-    for folder, inner, files in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        names = (n for n in files if not n.startswith(".") and n.lower().endswith(EXTENSIONS))
-        found += [Path(folder) / name for name in names]
-    return sorted(found)
