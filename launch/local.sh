@@ -14,7 +14,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ ${1:-} == --help ]] && { usage "$0"; exit 0; }
 parse_options processes cpu_devices port -- "$@"
 need processes
-[ ${#job[@]} -gt 0 ] || die "no command behind --"
+need_counts processes
+need_job
+[ ! "$cpu_devices" ] || need_counts cpu_devices
 
 free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'

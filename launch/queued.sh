@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Trains on a queued TPU slice, spot or not, and starts again after every preemption.
 #
-#   launch/queued.sh keep --name=dsr --project=P --zone=Z --type=v5litepod-64 --spot --bucket=B \
+#   launch/queued.sh keep --name=dsr --project=P --zone=Z --type=v5litepod-64 [--spot] --bucket=B \
+#       [--failures=3] [--poll=60] [--hold] \
 #       -- python -m dsr_jax.train --config=... --workdir=~/bucket/runs/x
 #   launch/queued.sh status | delete --name=dsr --project=P --zone=Z
 #
-# keep asks for the slice, waits for it, installs, runs the command on all workers, and looks after
-# it every --poll seconds (60): a slice that was taken away is asked for again, a run that was
-# stopped or lost continues from its last checkpoint, which must therefore lie in the bucket. It ends
-# with the run: after exit status 0, or with the log after --failures (3) failures in a row of the run
-# itself. Start it where it can stay: in tmux, or on a small virtual machine. Stopping it with Ctrl-C
-# leaves slice and run alone; the same command takes them up again.
+# keep asks for the slice, waits for it, installs the last commit, and runs the command on all workers.
+# It looks at the slice and at every worker each --poll seconds: a slice that was taken away is asked
+# for again, a run that ended before its time continues from its last checkpoint. The run's folder must
+# therefore be in the bucket, which the workers see at ~/bucket.
+#
+# keep ends with the run, and releases the slice (--hold keeps it). It also ends, with exit status 1,
+# after --failures ends of the run in a row without a new checkpoint between them, waiting longer
+# before each try. The workers' logs are copied to the bucket's logs/NAME first. Start keep where it
+# can stay: in tmux, or on a small virtual machine. Stopping it with Ctrl-C leaves slice and run alone;
+# the same command takes them up again.
 # --dry-run prints the commands of one round instead of running them.
 
 set -euo pipefail
@@ -22,9 +27,11 @@ case $action in
     keep | status | delete) shift ;;
     *) usage "$0"; [[ $action == --help ]] && exit 0; exit 2 ;;
 esac
-parse_options name project zone type version bucket spot 'poll 60' 'failures 3' -- "$@"
-need name project zone
+parse_options name project zone type version bucket 'spot?' 'hold?' 'poll 60' 'failures 3' -- "$@"
+need_place
 place=(--project="$project" --zone="$zone")
+# Polls in a row without an answer of the slice, or with workers in different states, to act after.
+patience=10
 
 request() {
     run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-id="$name" \
@@ -50,39 +57,132 @@ slice_state() {
     fi
 }
 
-# Prints the state of the job, "unreachable" where the slice does not answer.
+# own_state_command: prints the worker's command for its state; what is left of another job is "absent".
+own_state_command() {
+    printf '%s\n' "$job_runs_command
+if [ \"\$(cat ~/job.command 2> /dev/null)\" != $(printf '%q' "$(job_words)") ] && ! job_runs; then
+    echo \"\$(hostname) absent\"; exit
+fi
+$job_state_command"
+}
+
+# job_state: prints one state for all workers: "unreachable" where one does not answer, "running" where
+# no process has failed and one runs, "mixed" where some failed and others run. Where none runs, it is
+# "absent" (one has nothing installed), the exit status of a failure, 75 last, how the run was stopped,
+# or 0 where all are complete.
 job_state() {
-    on_workers 0 "$job_state_command" 2> /dev/null || echo unreachable
+    local answers states
+    answers=$(on_workers all "$(own_state_command)" 2> /dev/null) || { echo unreachable; return; }
+    states=" $(sed -nE 's/^[^ ]+ (absent|running|lost|[0-9]+)$/\1/p' <<< "$answers" | tr '\n' ' ')"
+    local state failed='' stopped=''
+    for state in $states; do
+        case $state in
+            0 | absent | running) ;;
+            lost | 130 | 143) stopped=$state ;;
+            75) failed=${failed:-75} ;;
+            *) failed=$state ;;
+        esac
+    done
+    case $states in
+        ' ') echo unreachable ;;
+        *' running '*)
+            [[ $states != *' absent '* ]] || failed=absent
+            if [[ $failed || $stopped ]]; then echo mixed; else echo running; fi
+            ;;
+        *' absent '*) echo absent ;;
+        *) echo "${failed:-${stopped:-0}}" ;;
+    esac
 }
 
-say() {
-    printf '%s %s\n' "$(date -u +%FT%TZ)" "$*" >&2
+# Prints the newest step that the run has saved in the bucket, 0 if there is none.
+saved_step() {
+    local workdir steps
+    workdir=$(job_option workdir)
+    # shellcheck disable=SC2088 # ~ of the workers
+    steps=$(gcloud storage ls "gs://$bucket/${workdir#'~/bucket/'}/checkpoints/" 2> /dev/null |
+        sed -nE 's|.*/([0-9]+)/$|\1|p' | sort -n | tail -n 1) || true
+    echo "${steps:-0}"
 }
 
-# Starts what the slice in state ACTIVE lacks; returns 0 when the run is complete.
+# end KEEP_STATUS: copies the logs to the bucket, releases the slice, and ends.
+end() {
+    # shellcheck disable=SC2016 # expanded on the workers
+    on_workers all 'mkdir -p ~/bucket/logs/'"$name"' && cp ~/job.log ~/bucket/logs/'"$name"'/$(hostname).log' ||
+        note "a worker's log could not be copied to the bucket"
+    if [ "$hold" ]; then
+        note "the slice is still rented; release it with: launch/queued.sh delete"
+    else
+        release || note "the slice could not be released, and is still rented"
+    fi
+    exit "$1"
+}
+
+# count_failure TEXT: counts an end of the run; enough in a row without a new checkpoint end keep.
+count_failure() {
+    local step
+    step=$(saved_step)
+    if [ "$step" -gt "$saved" ]; then
+        saved=$step
+        failed=0
+    fi
+    failed=$((failed + 1))
+    note "$1: $failed of at most $failures times since step $saved was saved"
+    if [ "$failed" -ge "$failures" ]; then
+        on_workers all 'tail -n 50 ~/job.log' >&2 || true
+        note "giving up"
+        end 1
+    fi
+    # Twice as long each time, up to 32 times --poll.
+    sleep $((poll << (failed < 6 ? failed - 1 : 5)))
+}
+
+# set_up: installs the last commit on all workers, and starts the run.
+set_up() {
+    note "installing and starting"
+    { on_workers all "$job_kill_command" && install_workers && mount_bucket && start_job; } ||
+        count_failure "installing or starting failed"
+}
+
+# start_again: continues the run on workers that have it installed.
+start_again() {
+    { mount_bucket && start_job; } || count_failure "starting failed"
+}
+
+# look_after_job: starts what the slice in state ACTIVE lacks; returns 0 when the run is complete.
 look_after_job() {
     local state
     state=$(job_state)
     case $state in
-        running) failed=0 ;;
+        unreachable | mixed) waited=$((waited + 1)) ;;
+        *) waited=0 ;;
+    esac
+    case $state in
+        running) ;;
         0) return 0 ;;
-        unreachable) say "the slice does not answer" ;;
-        absent)
-            say "installing and starting"
-            if ! { install_workers && start_job; }; then say "that failed; trying again"; fi
+        absent) set_up ;;
+        unreachable)
+            note "the slice does not answer"
+            if [ "$waited" -ge "$patience" ]; then
+                count_failure "the slice did not answer $waited times"
+                waited=0
+                release || note "the slice could not be released"
+            fi
+            ;;
+        mixed)
+            # The others end by themselves when they miss a process; these do not.
+            if [ "$waited" -ge "$patience" ]; then
+                count_failure "some workers run and others do not"
+                waited=0
+                set_up
+            fi
             ;;
         lost | 130 | 143)
-            say "the run was stopped ($state); continuing it"
-            start_job || say "that failed; trying again"
+            count_failure "the run was stopped ($state)"
+            start_again
             ;;
         *)
-            failed=$((failed + 1))
-            say "the run failed with status $state, $failed of at most $failures times"
-            if [ "$failed" -ge "$failures" ]; then
-                on_workers 0 'tail -n 50 ~/job.log' >&2
-                exit 1
-            fi
-            start_job || say "that failed; trying again"
+            count_failure "the run failed with status $state"
+            start_again
             ;;
     esac
     return 1
@@ -90,18 +190,21 @@ look_after_job() {
 
 keep() {
     local state before=''
-    failed=0
+    failed=0 waited=0 refused=0 saved=$(saved_step)
     while true; do
         state=$(slice_state)
-        [ "$state" = "$before" ] || say "slice: $state"
+        [ "$state" = "$before" ] || note "slice: $state"
         before=$state
         case $state in
-            NONE) request ;;
-            FAILED | SUSPENDED) release ;;
+            NONE)
+                if request; then refused=0; else refused=$((refused + 1)); fi
+                [ "$refused" -lt "$patience" ] || die "the request was refused $refused times"
+                ;;
+            FAILED | SUSPENDED) release || note "the slice could not be released" ;;
             ACTIVE)
                 if look_after_job; then
-                    say "the run is complete; release the slice with: launch/queued.sh delete"
-                    return 0
+                    note "the run is complete"
+                    end 0
                 fi
                 ;;
         esac
@@ -111,16 +214,26 @@ keep() {
 
 case $action in
     keep)
-        need type
-        [ ${#job[@]} -gt 0 ] || die "no command behind --"
+        need type bucket
+        check_checkout
+        check_type
+        check_bucket
+        need_counts failures
+        [[ $poll =~ ^[0-9]{1,5}$ ]] || die "--poll=$poll: must be a whole number of seconds"
+        need_job
+        # shellcheck disable=SC2088 # ~ of the workers
+        check_paths '~/bucket'
+        # shellcheck disable=SC2088
+        check_workdir '~/bucket'
         [ "$version" ] || version=$(runtime_version "$type")
         if [ "$dry_run" ]; then
             request
             run gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
                 --format='value(state.state)'
             install_workers
+            mount_bucket
             start_job
-            on_workers 0 "$job_state_command"
+            on_workers all "$job_state_command"
             echo '# after a preemption (SUSPENDED or FAILED), before all of this again:'
             release
         else
