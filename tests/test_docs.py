@@ -25,11 +25,12 @@ def blocks(language: str) -> list[tuple[Path, str]]:
 
 COMMANDS = sorted(
     {
-        part.split(" #")[0].strip()
+        # Variables of the environment may stand before a command.
+        re.sub(r"^(\w+=\S+ )+", "", part.split(" #")[0].strip())
         for _, code in blocks("bash")
         for line in code.splitlines()
         for part in line.split("&&")
-        if part.strip().startswith("python ")
+        if re.match(r"\s*(\w+=\S+ )*python ", part)
     }
 )
 
