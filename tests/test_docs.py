@@ -84,8 +84,26 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.fixture(scope="session")
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that pages show: blocks that begin with a comment `# name.py`."""
+    folder = tmp_path_factory.mktemp("own_modules")
+    for _, code in blocks("python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            (folder / name[1]).write_text(code)
+    return folder
+
+
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda x: getattr(x, "name", ""))
-def test_code_runs(page: Path, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(
+    page: Path,
+    code: str,
+    own_modules: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(own_modules)
     exec(compile(code, str(page), "exec"), {"__name__": "__docs__"})
     printed = capsys.readouterr().out.split("\n")
     promised = re.findall(r"print\(.*\)  # (.*)", code)

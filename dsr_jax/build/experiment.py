@@ -1,7 +1,6 @@
-"""From a config to the objects it names: mesh, space, data, objective, optimizer, step, sampler."""
+"""From a config to the objects it names: mesh, space, data, objective, optimizer, step."""
 
 import ast
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -11,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dsr_jax.build.rae import file_digests, make_rae
+from dsr_jax.build.rae import make_rae
 from dsr_jax.build.vae import make_vae
-from dsr_jax.config import ConfigDict, architecture
+from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.base import Source
@@ -31,13 +30,6 @@ from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
-from dsr_jax.sampling.sampler import (
-    DrawFn,
-    SampleFn,
-    SamplerSettings,
-    make_draw_fn,
-    make_sample_fn,
-)
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, make_reshard
@@ -47,7 +39,7 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 def set_precision(config: ConfigDict) -> None:
-    """Sets the arithmetic of float32 products for the whole process."""
+    """Sets the arithmetic of float32 matmuls for the whole process."""
     name = config.precision.matmul
     jax.config.update("jax_default_matmul_precision", None if name == "default" else name)
 
@@ -215,51 +207,6 @@ def make_denoise_fn(
         return network(x, t, labels, *dropout_keys)
 
     return apply
-
-
-def sampler_settings(config: ConfigDict) -> SamplerSettings:
-    """Solver and guidance, as config.sample says."""
-    section, times = config.sample, {"time_shift", "time_range"}
-    names = {field.name for field in dataclasses.fields(SamplerSettings)} - times
-    return SamplerSettings(
-        **{name: config.objective[name] for name in times},
-        **{name: section[name] for name in names},
-    )
-
-
-def make_sampler(
-    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, mesh: Mesh, rules: Rules
-) -> SampleFn:
-    """A compiled function from parameters, indices and labels to images."""
-    sharding = shardings.batch_sharding(mesh, rules)
-    return make_sample_fn(make_draw(config, model, space, sharding), sharding)
-
-
-def make_draw(
-    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, sharding: NamedSharding
-) -> DrawFn:
-    """What `make_sampler` runs, on arrays that lie on the devices as `sharding` says."""
-    return make_draw_fn(
-        make_denoise_fn(model, config.objective.prediction),
-        make_objective(config),
-        sampler_settings(config),
-        space.decode,
-        latent_shape=space.latent_shape,
-        null_label=config.data.num_classes,
-        sharding=sharding,
-    )
-
-
-def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> dict[str, Any]:
-    """What decides the images that a checkpoint gives, besides their indices and labels."""
-    return {
-        "step": step,
-        "ema": ema,
-        "sampler": sampler_settings(config).recipe(),
-        "objective": {key: config.objective[key] for key in ("path", "prediction", "noise_scale")},
-        "precision": config.precision.to_dict(),
-        "architecture": architecture(config) | file_digests(config),
-    }
 
 
 def make_step(

@@ -88,7 +88,25 @@ def check(config: ConfigDict) -> None:
         f"config.eval.classifier={config.eval.classifier!r}",
         "choose digits, or leave it empty for no classifier",
     )
+    _check_guidance(config, require)
     _check_scores(config, require)
+
+
+def _check_guidance(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    """Checks that guidance has a prediction to lead away from."""
+    section, dropout = config.sample, config.objective.label_dropout
+    require(
+        section.guidance == 1 or bool(section.autoguidance) or dropout > 0,
+        f"config.sample.guidance={section.guidance} with config.objective.label_dropout={dropout}: "
+        "the null class, which classifier-free guidance leads away from, is never trained",
+        "set config.sample.guidance=1.0, train with config.objective.label_dropout=0.1, or name a "
+        "weaker model in config.sample.autoguidance",
+    )
+    require(
+        not (section.autoguidance and section.guidance_channels),
+        f"config.sample.guidance_channels={section.guidance_channels} with autoguidance",
+        "set config.sample.guidance_channels=0: autoguidance moves all channels",
+    )
 
 
 def _check_scores(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:

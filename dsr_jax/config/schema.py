@@ -150,7 +150,10 @@ def base_config() -> ConfigDict:
                 "ema": "0.9999",
                 "method": "euler",
                 "num_points": 50,
+                # The scale of classifier-free guidance, or of autoguidance where the next key
+                # names the folder of a weaker denoiser: a run's, or a converted one.
                 "guidance": 1.0,
+                "autoguidance": "",
                 "guidance_channels": 0,
                 "interval": (0.0, 1.0),
                 "open_interval": False,

@@ -3,13 +3,17 @@
 Source: DSR stage2/transport/{transport,integrators}.py; spec denoiser 6.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.plugins import is_reference, load_object
 from dsr_jax.core.typing import Array
 from dsr_jax.diffusion import solvers
 from dsr_jax.diffusion.objectives import Objective
@@ -21,6 +25,84 @@ HEUN_THEN_EULER = "heun-euler"
 ODE_METHODS = (*solvers.FIXED_STEP, HEUN_THEN_EULER, "dopri5")
 SDE_METHODS = ("euler", "heun")
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
+
+
+class SolverOptions(NamedTuple):
+    """What solvers can be set to; see `sample_ode` and `sample_sde`."""
+
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    sde_form: str = "sigma"
+    sde_norm: float = 1.0
+    last_step: str = "mean"
+    last_step_size: float = 0.04
+
+
+@dataclass(frozen=True)
+class SamplingProblem:
+    """What a sampler solves: from noise at grid[0] to a sample at grid[-1].
+
+    Attributes:
+      predict: The network with its guidance, `(x [B, ...], t [B]) -> out`.
+      objective: Turns its output into velocities, scores and data.
+      noise: State [B, ...] at grid[0].
+      grid: Decreasing times [n], 1 is noise and 0 data.
+      step_noise: Standard normals [B, ...] for a step's index 0..n-2, the same for a sample in
+        whatever batch it is.
+      options: Settings of the solvers.
+    """
+
+    predict: Velocity
+    objective: Objective
+    noise: Array
+    grid: Array
+    step_noise: Callable[[Array], Array]
+    options: SolverOptions = field(default_factory=SolverOptions)
+
+    def velocity(self, x: Array, t: Array) -> Array:
+        """The probability flow's dx/dt at (x [B, ...], t [B])."""
+        return self.objective.velocity(self.predict(x, t), x, t)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to solve a `SamplingProblem`, as config.sample.method names it.
+
+    Attributes:
+      run: Returns the sample [B, ...].
+      options: Fields of SolverOptions that it reads: those that a recipe has to hold.
+      stochastic: It adds noise, and its grid ends `last_step_size` before the data.
+    """
+
+    run: Callable[[SamplingProblem], Array]
+    options: tuple[str, ...] = SolverOptions._fields
+    stochastic: bool = False
+
+
+def find_sampler(name: str) -> Sampler:
+    """Returns a sampler of SAMPLERS, or one from outside the package.
+
+    Args:
+      name: Its name, or "package.module:name" of a `Sampler` or of a function from a
+        `SamplingProblem` to the sample [B, ...].
+
+    Raises:
+      ConfigError: If there is no such sampler.
+    """
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    if not is_reference(name):
+        raise ConfigError(
+            f"config.sample.method={name!r}",
+            f"choose from {', '.join(SAMPLERS)}, or name your own as package.module:function",
+        )
+    found = load_object("config.sample.method", name)
+    if not callable(found) and not isinstance(found, Sampler):
+        raise ConfigError(
+            f"config.sample.method={name!r} is a {type(found).__name__}",
+            "name a function from a SamplingProblem to the sample, or a Sampler",
+        )
+    return found if isinstance(found, Sampler) else Sampler(found)
 
 
 def time_grid(
@@ -134,7 +216,7 @@ def sample_sde(
     """Integrates the reverse SDE along the grid, then takes one noiseless last step.
 
     Args:
-      predict: The network, `(x [B, ...], t [B]) -> out`, guided or not.
+      predict: The network, `(x [B, ...], t [B]) -> out`, with or without guidance.
       objective: Turns predictions into velocities and scores.
       noise: State [B, ...] at grid[0].
       grid: Decreasing times [n], from `time_grid(last_step=...)`.
@@ -166,8 +248,8 @@ def sample_sde(
 
     def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         start, end, index = inputs
-        kick = jnp.sqrt(2 * diffusion(x, start) * (start - end)) * step_noise(index)
-        x = (_euler_maruyama if method == "euler" else _heun)(drift, x, start, end, kick)
+        increment = jnp.sqrt(2 * diffusion(x, start) * (start - end)) * step_noise(index)
+        x = (_euler_maruyama if method == "euler" else _heun)(drift, x, start, end, increment)
         return x, x if return_trajectory else None
 
     steps = (grid[:-1], grid[1:], jnp.arange(grid.shape[0] - 1))
@@ -178,17 +260,45 @@ def sample_sde(
     return jnp.concatenate([states, final[None]]) if return_trajectory else final
 
 
+def _solve_ode(problem: SamplingProblem, method: str) -> Array:
+    options = problem.options
+    return sample_ode(
+        problem.velocity,
+        problem.noise,
+        problem.grid,
+        method,
+        rtol=options.rtol,
+        atol=options.atol,
+    )
+
+
+def _solve_sde(problem: SamplingProblem, method: str) -> Array:
+    options = problem.options
+    return sample_sde(
+        problem.predict,
+        problem.objective,
+        problem.noise,
+        problem.grid,
+        problem.step_noise,
+        method=method,
+        form=options.sde_form,
+        norm=options.sde_norm,
+        last_step=options.last_step,
+        last_step_size=options.last_step_size,
+    )
+
+
 def _euler_maruyama(
-    drift: Callable[[Array, Array], Array], x: Array, start: Array, end: Array, kick: Array
+    drift: Callable[[Array, Array], Array], x: Array, start: Array, end: Array, increment: Array
 ) -> Array:
-    return x - drift(x, start) * (start - end) + kick
+    return x - drift(x, start) * (start - end) + increment
 
 
 def _heun(
-    drift: Callable[[Array, Array], Array], x: Array, start: Array, end: Array, kick: Array
+    drift: Callable[[Array, Array], Array], x: Array, start: Array, end: Array, increment: Array
 ) -> Array:
     dt = start - end
-    x = x + kick
+    x = x + increment
     first = drift(x, start)
     return x - 0.5 * dt * (first + drift(x - dt * first, end))
 
@@ -229,3 +339,18 @@ def _check_sde(method: str, form: str, last_step: str) -> None:
             "stochastic Heun without a last step evaluates the score at t = 0, where it diverges",
             "use last step 'mean', 'euler' or 'tweedie'",
         )
+
+
+_ODE_OPTIONS = {"dopri5": ("rtol", "atol")}
+_SDE_OPTIONS = ("sde_form", "sde_norm", "last_step", "last_step_size")
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        method: Sampler(partial(_solve_ode, method=method), _ODE_OPTIONS.get(method, ()))
+        for method in ("heun", *ODE_METHODS)
+    }
+    | {
+        f"sde-{method}": Sampler(partial(_solve_sde, method=method), _SDE_OPTIONS, stochastic=True)
+        for method in SDE_METHODS
+    }
+)
+"""The samplers of this package by name."""

@@ -69,6 +69,9 @@ _DOPRI5_MIDDLE = (
 )
 _SAFETY, _GROW, _SHRINK, _ORDER = 0.9, 10.0, 0.2, 5
 
+MAX_ATTEMPTS = 4096
+"""Steps, accepted or not, after which dopri5 gives a sample up."""
+
 
 def _combine(weights: tuple[float, ...], stages: list[Array]) -> Array:
     """Weighted sum of stages, without the terms whose weight is zero."""
@@ -94,18 +97,25 @@ def fixed_step(f: Velocity, x: Array, t0: Array, t1: Array, method: str) -> Arra
 
 
 class _AdaptiveState(NamedTuple):
-    """One accepted step per sample, and what the next needs; times run forward from 0."""
+    """One accepted step per sample, and what the next needs; times run forward from 0.
+
+    A sample that was given up has `end` = infinity and a state that is NaN.
+    """
 
     x: Array  # [B, ...] at `end`
     slope: Array  # dx/ds at `end`
     start: Array  # [B]
     end: Array  # [B]
     step: Array  # [B] size of the next attempt
+    attempts: Array  # [B] steps so far, accepted or not
     curve: tuple[Array, ...]  # quartic through the last accepted step
 
 
 def dopri5(f: Velocity, x: Array, grid: Array, rtol: float, atol: float, error_norm: str) -> Array:
     """Adaptive Dormand-Prince 5(4), interpolated at the grid points.
+
+    A sample whose step size falls below what its time can resolve, as after a velocity that is not
+    finite, or that needs more than MAX_ATTEMPTS steps, becomes NaN from there on.
 
     Args:
       f: Velocity field.
@@ -114,7 +124,7 @@ def dopri5(f: Velocity, x: Array, grid: Array, rtol: float, atol: float, error_n
       rtol: Relative tolerance.
       atol: Absolute tolerance.
       error_norm: "batch" measures errors over the whole batch, as torchdiffeq does, so that a
-        sample's path depends on its neighbours; "sample" gives each sample steps of its own.
+        sample's path depends on the others; "sample" gives each sample steps of its own.
 
     Returns:
       States [n, B, ...].
@@ -131,7 +141,8 @@ def dopri5(f: Velocity, x: Array, grid: Array, rtol: float, atol: float, error_n
     zeros = jnp.zeros(x.shape[:1])
     slope = g(x, zeros)
     first = _first_step(g, x, slope, rtol, atol, rms)
-    state = _AdaptiveState(x, slope, zeros, zeros, first, (x,) * 5)
+    attempts = jnp.zeros(x.shape[:1], jnp.int32)
+    state = _AdaptiveState(x, slope, zeros, zeros, first, attempts, (x,) * 5)
 
     def advance(state: _AdaptiveState, target: Array) -> tuple[_AdaptiveState, Array]:
         state = jax.lax.while_loop(
@@ -167,12 +178,14 @@ def _adaptive_step(
     atol: float,
     rms: Callable[[Array], Array],
 ) -> _AdaptiveState:
-    """Attempts one step for every sample that has not reached the target."""
+    """Attempts one step for every sample that has not reached the target, or gives it up."""
+    state = _give_up(state, target)
     x, h = state.x, expand(state.step, state.x)
     stages = _stages(g, x, state.end, state.step, _DOPRI5, state.slope)
     proposed = x + h * _combine(_DOPRI5.weights, stages)
     tolerance = atol + rtol * jnp.maximum(jnp.abs(x), jnp.abs(proposed))
     error = rms(h * _combine(_DOPRI5_ERROR, stages) / tolerance)
+    error = jnp.where(jnp.isnan(error), jnp.inf, error)
     active = target > state.end
     accept = active & (error <= 1)
 
@@ -191,7 +204,20 @@ def _adaptive_step(
         choose(state.end, state.start),
         choose(state.end + state.step, state.end),
         jnp.where(active, state.step * factor, state.step),
+        state.attempts + active,
         tuple(choose(new, old) for new, old in zip(curve, state.curve, strict=True)),
+    )
+
+
+def _give_up(state: _AdaptiveState, target: Array) -> _AdaptiveState:
+    """Ends the samples that will never reach the target, with a state that is NaN."""
+    stuck = ~(state.end + state.step > state.end) | (state.attempts >= MAX_ATTEMPTS)
+    stuck &= target > state.end
+    nan = jnp.where(expand(stuck, state.x), jnp.nan, state.x)
+    return state._replace(
+        x=nan,
+        end=jnp.where(stuck, jnp.inf, state.end),
+        curve=tuple(jnp.where(expand(stuck, c), jnp.nan, c) for c in state.curve),
     )
 
 
@@ -209,8 +235,8 @@ def _quartic(y0: Array, middle: Array, y1: Array, d0: Array, d1: Array) -> tuple
 def _interpolate(state: _AdaptiveState, target: Array) -> Array:
     """The last step's quartic at the target time."""
     span = jnp.where(state.end > state.start, state.end - state.start, 1.0)
-    place = expand((target - state.start) / span, state.x)
+    fraction = expand((target - state.start) / span, state.x)
     value = state.curve[0]
     for coefficient in state.curve[1:]:
-        value = value * place + coefficient
+        value = value * fraction + coefficient
     return value

@@ -100,13 +100,16 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
 
 
 def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahead:
-    """The program of `python -m dsr_jax.sample` that draws a batch; arguments as `train_step`'s."""
+    """The program of `python -m dsr_jax.sample` for one batch; arguments as `train_step`'s."""
     rules = build.make_rules(config)
     space, variables = abstract_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
     params = build.abstract_params(model, space, mesh, rules)
     sharding = shardings.batch_sharding(mesh, rules)
-    draw: Any = build.make_draw(config, model, space, sharding)
+    guide = build.find_guide(config, space, mesh, rules)
+    sample: Any = build.compile_sampler(config, model, space, sharding, guide)
+    guide_params = guide.abstract if guide else None
+    weights = {"parameters": params} | ({"guide": guide_params} if guide else {})
     images = -(-config.sample.batch // mesh.size) * mesh.size
     indices, labels = (
         jax.ShapeDtypeStruct((images,), dtype, sharding=sharding)
@@ -114,8 +117,8 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahe
     )
     return Ahead(
         "sampler",
-        lambda: draw.lower(params, variables, indices, labels),
-        {"parameters": params, "frozen networks": variables},
+        lambda: sample.lower(params, guide_params, variables, indices, labels),
+        {**weights, "frozen networks": variables},
         images,
         -(-config.eval.num_samples // images) or 1,
         None,
@@ -125,7 +128,7 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahe
             remat="full",  # Nothing is kept for a backward pass.
             batch_per_chip=images / mesh.size,
             accumulate=0,
-            state_bytes=bytes_per_chip(params),
+            state_bytes=bytes_per_chip(weights),
             slices=slices,
         ),
     )

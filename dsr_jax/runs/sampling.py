@@ -1,7 +1,5 @@
 """Samples from the weights of a run or of a converted folder, as files that say what made them."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import jax
@@ -9,12 +7,11 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
-from dsr_jax.core.typing import Params
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import log
 from dsr_jax.sampling.job import SampleJob
-from dsr_jax.training.checkpoints import checksums, restore_params
+from dsr_jax.training.checkpoints import restore_params
 
 
 def draw_samples(
@@ -60,7 +57,7 @@ def draw_samples(
         name or f"{settings}-seed{section.seed}-n{section.num}",
         labels,
         jax.eval_shape(space.decode, variables, latents).shape[1:],
-        {"weights": weights_digest(params), **recipe},
+        {"weights": build.weights_digest(params), **recipe},
     )
     # The batch does not decide the images, so it may grow to divide over the devices.
     batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size
@@ -68,9 +65,3 @@ def draw_samples(
     return job.run(
         lambda indices, labels: sample(params, variables, indices, labels), batch, report=log
     )
-
-
-def weights_digest(params: Params) -> str:
-    """Names the weights themselves, whichever checkpoint or file they came from."""
-    sums = json.dumps(checksums(params), sort_keys=True)
-    return "sha256:" + hashlib.sha256(sums.encode()).hexdigest()

@@ -15,34 +15,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key
-from dsr_jax.core.typing import Array, Params, PyTree
-from dsr_jax.diffusion.guidance import classifier_free
+from dsr_jax.core.typing import Array, Denoiser, Params, PyTree
+from dsr_jax.diffusion.guidance import autoguidance, check_interval, classifier_free, strength_in
 from dsr_jax.diffusion.objectives import Objective
-from dsr_jax.diffusion.samplers import ODE_METHODS, SDE_METHODS, sample_ode, sample_sde, time_grid
+from dsr_jax.diffusion.samplers import SamplingProblem, SolverOptions, find_sampler, time_grid
 from dsr_jax.sampling.images import UINT8_MODES, to_uint8
 from dsr_jax.sampling.job import Samples
-
-_SDE = "sde-"
-METHODS = ("heun", *ODE_METHODS, *(_SDE + method for method in SDE_METHODS))
 
 ApplyFn = Callable[[Params, Array, Array, Array], Array]
 """`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`."""
 
-DrawFn = Callable[[Params, PyTree, Array, Array], Samples]
-"""`(params, space variables, global indices [B], labels [B]) -> Samples`, of arrays on devices."""
+DeviceSampleFn = Callable[[Params, Params | None, PyTree, Array, Array], Samples]
+"""`(params, guide's params, space variables, global indices [B], labels [B]) -> Samples`, of arrays
+on devices."""
 
 SampleFn = Callable[[Params, PyTree, np.ndarray, np.ndarray], Samples]
-"""`(params, space variables, global indices [B], labels [B]) -> Samples`; same on every host."""
+"""`(params, space variables, global indices [B], labels [B]) -> Samples`, of NumPy arrays that are
+the same on every host."""
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How samples are drawn; all of it belongs into their recipe.
+    """Solver, guidance and cast of one file of samples; all of it belongs into their recipe.
 
     Attributes:
-      method: One of METHODS: an ODE solver, or "sde-euler", "sde-heun".
+      method: Name in `samplers.SAMPLERS`, or "package.module:function".
       num_points: Points of the time grid, one more than solver steps.
-      guidance: Scale of classifier-free guidance, 1 for none.
+      guidance: Scale of classifier-free guidance or autoguidance, 1 for none.
       guidance_channels: Guides only the first so many channels of the latent, 0 for all of them.
       interval: Times (t = 0 data, 1 noise) in which guidance is on.
       open_interval: Leaves out the interval's ends, but never t = 1.
@@ -76,31 +75,25 @@ class SamplerSettings:
     last_step_size: float = 0.04
 
     def __post_init__(self) -> None:
-        for value, known, name in (
-            (self.method, METHODS, "method"),
-            (self.uint8, UINT8_MODES, "uint8 mode"),
-        ):
-            if value not in known:
-                raise ConfigError(
-                    f"unknown sampling {name} {value!r}", f"choose from {', '.join(known)}"
-                )
+        find_sampler(self.method)
+        check_interval(self.interval)
+        if self.uint8 not in UINT8_MODES:
+            raise ConfigError(
+                f"config.sample.uint8={self.uint8!r}", f"choose from {', '.join(UINT8_MODES)}"
+            )
 
     @property
-    def is_sde(self) -> bool:
-        """Whether noise is added along the way."""
-        return self.method.startswith(_SDE)
+    def options(self) -> SolverOptions:
+        """The settings of the solver alone."""
+        return SolverOptions(**{name: getattr(self, name) for name in SolverOptions._fields})
 
     def recipe(self) -> dict[str, Any]:
         """The settings that have an effect, as JSON values."""
         values = dataclasses.asdict(self)
-        unused = set()
-        if not self.is_sde:
-            unused |= {"sde_form", "sde_norm", "last_step", "last_step_size"}
-        if self.method != "dopri5":
-            unused |= {"rtol", "atol"}
+        unused = set(SolverOptions._fields) - set(find_sampler(self.method).options)
         if self.guidance == 1:
             unused |= {"interval", "open_interval", "guidance_channels"}
-        # Younger settings: left out where they change nothing, as recipes were before them.
+        # Settings that older recipes do not have are left out where they change nothing.
         unused |= {
             name
             for name in ("time_range", "open_interval", "guidance_channels")
@@ -109,7 +102,7 @@ class SamplerSettings:
         return {name: value for name, value in values.items() if name not in unused}
 
 
-def make_draw_fn(
+def make_device_sampler(
     apply_fn: ApplyFn,
     objective: Objective,
     settings: SamplerSettings,
@@ -117,46 +110,67 @@ def make_draw_fn(
     *,
     latent_shape: tuple[int, int, int],
     null_label: int,
+    guide_fn: ApplyFn | None = None,
     sharding: NamedSharding | None = None,
-) -> DrawFn:
-    """Builds the jitted function that draws one batch; it compiles once per batch size.
+) -> DeviceSampleFn:
+    """Builds the jitted function that samples one batch; it compiles once per batch size.
 
     Noise is keyed by each sample's global index (streams "sample_noise" and "sample_sde"), so a
     sample does not depend on its batch, the mesh or the number of hosts, up to the rounding of
-    products of other shapes.
+    matmuls of other shapes.
 
     Args:
       apply_fn: The denoiser.
       objective: Turns its output into velocities and scores.
-      settings: How to draw.
+      settings: Solver and guidance.
       decode: `(space variables, latents [B, h, w, C]) -> images [B, H, W, c]` in [0, 1].
       latent_shape: Height, width and channels of one latent.
       null_label: Label of "no class".
+      guide_fn: The weaker denoiser of autoguidance; None for classifier-free guidance.
       sharding: Splits the batch over devices; None for one device.
 
     Raises:
       ConfigError: If the settings cannot work.
     """
-    grid = _grid(objective, settings)
+    sampler = find_sampler(settings.method)
+    grid = _grid(objective, settings, sampler.stochastic)
+    strength = strength_in(settings.guidance, settings.interval, settings.open_interval)
+
+    def guided(params: Params, guide: Params | None) -> Denoiser:
+        def network(x: Array, t: Array, labels: Array) -> Array:
+            return apply_fn(params, x, t, labels)
+
+        def weaker(x: Array, t: Array, labels: Array) -> Array:
+            assert guide is not None and guide_fn is not None
+            return guide_fn(guide, x, t, labels)
+
+        if settings.guidance == 1:
+            return network
+        if guide_fn is not None:
+            return autoguidance(network, weaker, strength)
+        return classifier_free(network, strength, null_label, settings.guidance_channels or None)
 
     @jax.jit
-    def draw(params: Params, variables: PyTree, indices: Array, labels: Array) -> Samples:
+    def sample(
+        params: Params, guide: Params | None, variables: PyTree, indices: Array, labels: Array
+    ) -> Samples:
         noise_key = stream_key(settings.seed, "sample_noise")
         noise = normal_per_sample(sample_keys(noise_key, indices), latent_shape)
-        noise = objective.path.noise_scale * noise
-        guided = classifier_free(
-            lambda x, t, y: apply_fn(params, x, t, y),
-            settings.guidance,
-            null_label,
-            settings.interval,
-            settings.guidance_channels or None,
-            settings.open_interval,
+        predict = guided(params, guide)
+
+        def step_noise(step: Array) -> Array:
+            keys = sample_keys(stream_key(settings.seed, "sample_sde", step), indices)
+            return normal_per_sample(keys, latent_shape)
+
+        problem = SamplingProblem(
+            lambda x, t: predict(x, t, labels),
+            objective,
+            objective.path.noise_scale * noise,
+            jnp.asarray(grid),
+            step_noise,
+            settings.options,
         )
-
-        def predict(x: Array, t: Array) -> Array:
-            return guided(x, t, labels)
-
-        latents = _integrate(predict, objective, settings, noise, grid, indices)
+        latents = sampler.run(problem)
         images = decode(variables, latents)
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3)) & jnp.isfinite(images).all(
             axis=(1, 2, 3)
@@ -169,24 +183,33 @@ def make_draw_fn(
         pixels, indices = (constrain(x, sharding) for x in (pixels, indices))
         return Samples(pixels, constrain(finite, whole), indices)
 
-    return draw
-
-
-def make_sample_fn(draw: DrawFn, sharding: NamedSharding | None = None) -> SampleFn:
-    """Puts `draw`, with the sharding of its batch, before arrays that every host holds whole."""
-
-    def sample(
-        params: Params, variables: PyTree, indices: np.ndarray, labels: np.ndarray
-    ) -> Samples:
-        return draw(params, variables, _place(indices, sharding), _place(labels, sharding))
-
     return sample
 
 
-def _grid(objective: Objective, settings: SamplerSettings) -> np.ndarray:
+def make_sample_fn(
+    sample: DeviceSampleFn, guide: Params | None = None, sharding: NamedSharding | None = None
+) -> SampleFn:
+    """Returns a sampler of NumPy arrays.
+
+    Args:
+      sample: From `make_device_sampler`.
+      guide: Parameters of its guide, on the devices.
+      sharding: Of its batch.
+    """
+
+    def sample_arrays(
+        params: Params, variables: PyTree, indices: np.ndarray, labels: np.ndarray
+    ) -> Samples:
+        placed = _place(indices, sharding), _place(labels, sharding)
+        return sample(params, guide, variables, *placed)
+
+    return sample_arrays
+
+
+def _grid(objective: Objective, settings: SamplerSettings, stochastic: bool) -> np.ndarray:
     """The times that the solver passes, on the host: a constant of the program."""
     last_step = None
-    if settings.is_sde:
+    if stochastic:
         last_step = 0.0 if settings.last_step == "none" else settings.last_step_size
     times = time_grid(
         settings.num_points,
@@ -197,44 +220,6 @@ def _grid(objective: Objective, settings: SamplerSettings) -> np.ndarray:
         time_range=settings.time_range,
     )
     return np.asarray(times)
-
-
-def _integrate(
-    predict: Callable[[Array, Array], Array],
-    objective: Objective,
-    settings: SamplerSettings,
-    noise: Array,
-    times: np.ndarray,
-    indices: Array,
-) -> Array:
-    """Runs the solver from noise [B, ...] to latents [B, ...]."""
-    grid = jnp.asarray(times)
-    if not settings.is_sde:
-        return sample_ode(
-            lambda x, t: objective.velocity(predict(x, t), x, t),
-            noise,
-            grid,
-            settings.method,
-            rtol=settings.rtol,
-            atol=settings.atol,
-        )
-
-    def step_noise(step: Array) -> Array:
-        keys = sample_keys(stream_key(settings.seed, "sample_sde", step), indices)
-        return normal_per_sample(keys, noise.shape[1:])
-
-    return sample_sde(
-        predict,
-        objective,
-        noise,
-        grid,
-        step_noise,
-        method=settings.method.removeprefix(_SDE),
-        form=settings.sde_form,
-        norm=settings.sde_norm,
-        last_step=settings.last_step,
-        last_step_size=settings.last_step_size,
-    )
 
 
 def _place(array: np.ndarray, sharding: NamedSharding | None) -> Array:

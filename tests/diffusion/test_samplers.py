@@ -53,7 +53,7 @@ def test_dopri5_meets_its_tolerance_at_every_grid_point() -> None:
 
 
 def test_dopri5_steps_are_a_samples_own() -> None:
-    """With a norm per sample, a difficult neighbour changes nothing; with the batch's it does."""
+    """With a norm per sample, a difficult one changes no other; with the batch's it does."""
 
     def field(x: jax.Array, t: jax.Array) -> jax.Array:
         rate = jnp.where(jnp.arange(x.shape[0]) == 0, 1.0, 20.0).reshape(-1, 1, 1, 1)
@@ -64,6 +64,30 @@ def test_dopri5_steps_are_a_samples_own() -> None:
     for norm, same in (("sample", True), ("batch", False)):
         mixed = sample_ode(field, start(2).at[:1].set(start(1)), grid, "dopri5", error_norm=norm)
         assert bool(jnp.all(mixed[:1] == alone)) is same
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_dopri5_ends_where_the_velocity_is_not_finite(norm: str) -> None:
+    """Sample 0 meets a NaN half way; with steps of their own, the others are not touched."""
+
+    def field(x: jax.Array, t: jax.Array) -> jax.Array:
+        broken = (jnp.arange(x.shape[0]) == 0) & (t < 0.5)
+        return jnp.where(broken.reshape(-1, 1, 1, 1), jnp.nan, velocity(x, t))
+
+    grid = 1 - jnp.linspace(0.0, 1.0, 5)
+    states = sample_ode(field, start(), grid, "dopri5", error_norm=norm, return_trajectory=True)
+    finite = np.isfinite(states).all(axis=(2, 3, 4))
+    assert finite[:2].all() and not finite[-1, 0]
+    assert finite[:, 1:].all() == (norm == "sample")
+    everywhere = sample_ode(lambda x, t: jnp.full_like(x, jnp.nan), start(), grid, "dopri5")
+    assert np.isnan(everywhere).all()
+
+
+def test_dopri5_does_not_step_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsr_jax.diffusion.solvers.MAX_ATTEMPTS", 3)
+    grid = jnp.array([1.0, 0.0])
+    assert np.isnan(sample_ode(velocity, start(), grid, "dopri5", rtol=1e-6, atol=1e-7)).all()
+    assert np.isfinite(sample_ode(velocity, start(), grid, "euler")).all()
 
 
 @pytest.mark.parametrize("points", [2, 3, 6])

@@ -1,6 +1,6 @@
 """Golden cases of the denoisers: forward passes, gradients, guidance, tables, start."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -205,14 +205,16 @@ def run_head_network(case: Case) -> list[Check]:
     intervals = {"full": (0.0, 1.0), "interval": tuple(config["cfg_interval"])}
     checks = run_network(case)
     for name, interval in intervals.items():
-        guided = guidance.classifier_free(plain, config["cfg_scale"], null, interval)
+        strength = guidance.strength_in(config["cfg_scale"], interval)
+        guided = guidance.classifier_free(plain, strength, null)
         out = nchw(guided(x[:half], t[:half], labels[:half]))
         want = io[f"cfg_out_{name}"]
         checks.append(Check(f"cfg_out_{name}", np.concatenate([out, out]), want, "forward"))
     if config["guide_params"]:
         weak = _compiled(*case_network(case, "guide_params", "guide"))
         for name, interval in intervals.items():
-            guided = guidance.autoguidance(plain, weak, config["ag_scale"], interval)
+            strength = guidance.strength_in(config["ag_scale"], interval)
+            guided = guidance.autoguidance(plain, weak, strength)
             out = nchw(guided(x, t, labels))
             checks.append(Check(f"ag_out_{name}", out, io[f"ag_out_{name}"], "forward"))
     return checks
@@ -222,6 +224,24 @@ def _compiled(
     model: DiffusionTransformer, params: Params
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     return jax.jit(lambda x, t, labels: model.apply({"params": params}, x, t, labels))
+
+
+def strength_off(
+    scale: float, off_intervals: Sequence[guidance.Interval] = (), off_scale: float = 0.0
+) -> guidance.Strength:
+    """Returns the official LightningDiT's guidance scale, whose intervals switch guidance off.
+
+    The half-open intervals are tested on the first sample's time only, and inside them the
+    prediction is conditional, or guided by `off_scale` if that exceeds 1 (spec denoiser 1.14).
+    """
+
+    def strength(t: jax.Array) -> jax.Array:
+        inside = jnp.zeros((), bool)
+        for low, high in off_intervals:
+            inside |= (t[0] >= low) & (t[0] < high)
+        return jnp.where(inside, off_scale if off_scale > 1 else 1.0, scale)
+
+    return strength
 
 
 def run_guidance(case: Case) -> list[Check]:
@@ -236,11 +256,15 @@ def run_guidance(case: Case) -> list[Check]:
     plain = _compiled(*case_network(case))
     guided_by = _compiled(*case_network(case, "guide_params", "guide"))
     functions = {
-        "always": guidance.classifier_free_off(plain, scale, null),
-        "interval_condonly": guidance.classifier_free_off(plain, scale, null, off),
-        "interval_scaled": guidance.classifier_free_off(plain, scale, null, off, off_scale),
-        "ag_always": guidance.autoguidance_off(plain, guided_by, config["ag_scale"]),
-        "ag_interval": guidance.autoguidance_off(plain, guided_by, config["ag_scale"], off),
+        "always": guidance.classifier_free(plain, strength_off(scale), null),
+        "interval_condonly": guidance.classifier_free(plain, strength_off(scale, off), null),
+        "interval_scaled": guidance.classifier_free(
+            plain, strength_off(scale, off, off_scale), null
+        ),
+        "ag_always": guidance.autoguidance(plain, guided_by, strength_off(config["ag_scale"])),
+        "ag_interval": guidance.autoguidance(
+            plain, guided_by, strength_off(config["ag_scale"], off)
+        ),
     }
     checks = []
     for when in ("tin", "tout"):

@@ -13,7 +13,7 @@ from dsr_jax.diffusion.paths import get_path
 from dsr_jax.diffusion.time_sampling import make_time_sampler
 from dsr_jax.diffusion.token_weights import TokenWeights
 from tools.golden.compare import Case, Check
-from tools.golden.denoiser import case_network, is_denoiser, nchw, nhwc
+from tools.golden.denoiser import case_network, is_denoiser, nchw, nhwc, strength_off
 
 Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -156,7 +156,8 @@ def run_ode(case: Case) -> list[Check]:
     if "data/cfg_euler5" in io:
         off = [tuple(config["cfg"]["off_interval"])]
         null = config["params"]["num_classes"]
-        guided = guidance.classifier_free_off(network, config["cfg"]["scale"], null, off)
+        strength = strength_off(config["cfg"]["scale"], off)
+        guided = guidance.classifier_free(network, strength, null)
         got = trajectory(guided, "data", grid, "euler")
         want = io["data/cfg_euler5"]
         checks.append(Check("data/cfg_euler5", np.concatenate([got, got], 1), want, "trajectory"))

@@ -91,10 +91,8 @@ def _samples(case: Case, model: JiT, params: Params) -> list[Check]:
     objective, (low, high) = _objective(case), config.get("cfg_interval", (0.0, 1.0))
     guided = guidance.classifier_free(
         flip_time(_bound(model, params), "data"),
-        config.get("cfg", 1.0),
+        guidance.strength_in(config.get("cfg", 1.0), (1 - high, 1 - low), open_ends=True),
         model.num_classes,
-        (1 - high, 1 - low),
-        open_ends=True,
     )
     labels = _labels(case, "sample_y") if "sample_y" in io else None
     grid = samplers.time_grid(config.get("sampling_steps", 50) + 1, "linear", "data")

@@ -64,7 +64,10 @@ def _guided(case: Case, network: Network) -> list[Check]:
     x, t = nhwc(io["x"])[:half], io["t_cfg"][:half]
     labels = io["y"][:half].astype(np.int32)
     guide = guidance.classifier_free(
-        network, case.config["cfg_scale"], null, channels=GUIDED_CHANNELS
+        network,
+        guidance.strength_in(case.config["cfg_scale"]),
+        null,
+        channels=GUIDED_CHANNELS,
     )
     guided = np.asarray(guide(x, t, labels))
     twice = np.concatenate([labels, np.full_like(labels, null)])

@@ -1,0 +1,80 @@
+"""From `config.sample` to the compiled sampler, and the recipe that names what it makes."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding
+
+from dsr_jax.build.experiment import make_denoise_fn, make_objective
+from dsr_jax.build.guide import Guide, find_guide, guide_recipe
+from dsr_jax.build.rae import file_digests
+from dsr_jax.config import ConfigDict, architecture
+from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.parallel import shardings
+from dsr_jax.parallel.axes import Rules
+from dsr_jax.sampling.sampler import (
+    DeviceSampleFn,
+    SampleFn,
+    SamplerSettings,
+    make_device_sampler,
+    make_sample_fn,
+)
+from dsr_jax.spaces import InputSpace
+
+
+def sampler_settings(config: ConfigDict) -> SamplerSettings:
+    """Solver and guidance of `config.sample`."""
+    section, times = config.sample, {"time_shift", "time_range"}
+    names = {field.name for field in dataclasses.fields(SamplerSettings)} - times
+    return SamplerSettings(
+        **{name: config.objective[name] for name in times},
+        **{name: section[name] for name in names},
+    )
+
+
+def make_sampler(
+    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, mesh: Mesh, rules: Rules
+) -> SampleFn:
+    """Builds a compiled function from parameters, indices and labels to images.
+
+    The weights of an autoguidance's guide are read here.
+    """
+    sharding = shardings.batch_sharding(mesh, rules)
+    guide = find_guide(config, space, mesh, rules)
+    sample = compile_sampler(config, model, space, sharding, guide)
+    return make_sample_fn(sample, guide.restore() if guide else None, sharding)
+
+
+def compile_sampler(
+    config: ConfigDict,
+    model: DiffusionTransformer,
+    space: InputSpace,
+    sharding: NamedSharding,
+    guide: Guide | None,
+) -> DeviceSampleFn:
+    """Builds what `make_sampler` runs: a jitted function of arrays with the batch's `sharding`."""
+    prediction = config.objective.prediction
+    return make_device_sampler(
+        make_denoise_fn(model, prediction),
+        make_objective(config),
+        sampler_settings(config),
+        space.decode,
+        latent_shape=space.latent_shape,
+        null_label=config.data.num_classes,
+        guide_fn=make_denoise_fn(guide.model, prediction) if guide else None,
+        sharding=sharding,
+    )
+
+
+def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> dict[str, Any]:
+    """What decides the images that a checkpoint gives, besides their indices and labels."""
+    guide = guide_recipe(config)
+    return {
+        "step": step,
+        "ema": ema,
+        "sampler": sampler_settings(config).recipe(),
+        **({"autoguidance": guide} if guide else {}),
+        "objective": {key: config.objective[key] for key in ("path", "prediction", "noise_scale")},
+        "precision": config.precision.to_dict(),
+        "architecture": architecture(config) | file_digests(config),
+    }
