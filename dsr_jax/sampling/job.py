@@ -1,8 +1,9 @@
 """Resumable sampling jobs: images by global index into parts, parts into one `.npz`.
 
-What makes image i is the recipe and i; nothing depends on which batch, device or host draws it. A
-part is a file named by the range of indices it holds and written atomically, so what is missing
-after a kill is read off the folder, and any batch size or number of hosts can finish the job.
+What makes image i is the recipe and i; nothing depends on the batch, device or host that samples
+it. A part is a file named by the range of indices that it holds and a checksum, and written
+atomically, so what is missing after a kill is read off the folder, and any batch size or number of
+hosts can finish the job. Damaged parts and files are noticed, and their images made again.
 """
 
 import datetime
@@ -10,8 +11,9 @@ import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -27,6 +29,17 @@ from dsr_jax.core.typing import Array
 from dsr_jax.parallel.processes import is_process_zero, wait_for_all
 from dsr_jax.parallel.shardings import check_row_order, fetch
 from dsr_jax.sampling.npz import write_npz
+
+_PART_NAME = re.compile(r"(\d{8,})-(\d{8,})-([0-9a-f]{8})\.npy")
+
+
+class _Part(NamedTuple):
+    """A file of images first..end-1, with the checksum that its name carries."""
+
+    first: int
+    end: int
+    checksum: int
+    path: Path
 
 
 class Samples(NamedTuple):
@@ -44,7 +57,7 @@ class Samples(NamedTuple):
     indices: Array
 
 
-Draw = Callable[[np.ndarray, np.ndarray], Samples]
+SampleBatchFn = Callable[[np.ndarray, np.ndarray], Samples]
 """`(global indices [B], labels [B]) -> Samples`; the same arrays on every host."""
 
 
@@ -52,8 +65,8 @@ Draw = Callable[[np.ndarray, np.ndarray], Samples]
 class SampleJob:
     """One file of samples: `<folder>/<name>.npz` and `.json`, parts in `<name>.parts/` until then.
 
-    On several hosts every process runs the same job and `folder` lies on storage that all of them
-    see: each writes the rows that its devices hold, the primary process assembles.
+    On several hosts every process runs the same job and `folder` is on storage that all of them
+    see: each writes the rows that its devices hold, process 0 assembles.
 
     Attributes:
       folder: Where the files go.
@@ -63,6 +76,7 @@ class SampleJob:
       recipe: What decides the images, as JSON values (checkpoint, EMA, sampler, seed, ...). A job
         resumes only under an equal recipe. What does not decide them (batch, devices, revision)
         is recorded for every start instead.
+      notes: What else the `.json` says of the samples, such as the names of their classes.
     """
 
     folder: Path
@@ -70,6 +84,7 @@ class SampleJob:
     labels: np.ndarray
     image_shape: tuple[int, ...]
     recipe: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def npz_path(self) -> Path:
@@ -86,25 +101,27 @@ class SampleJob:
         """The folder of an unfinished job."""
         return self.folder / f"{self.name}.parts"
 
-    def run(self, draw: Draw, batch: int, report: Callable[[str], None] = print) -> Path:
-        """Draws what is missing and assembles the file.
+    def run(self, sample: SampleBatchFn, batch: int, report: Callable[[str], None] = print) -> Path:
+        """Samples what is missing and assembles the file.
 
         Args:
-          draw: Draws one batch of exactly `batch` samples.
-          batch: Samples at a time over all devices; it does not change which image is whose.
-          report: Takes lines about progress, on the primary process.
+          sample: Samples one batch of exactly `batch` images.
+          batch: Images at a time over all devices; it changes no image.
+          report: Takes lines about progress, on process 0.
 
         Returns:
           The path of the `.npz`.
 
         Raises:
-          CheckpointError: If the folder holds a job of another recipe, or a damaged part.
+          CheckpointError: If the folder holds a job of another recipe.
           NumericsError: If an image is not finite.
           MeshError: If images come back in another order than their indices.
         """
         total = len(self.labels)
         log = report if is_process_zero() else _silent
-        missing = np.flatnonzero(_by_primary(lambda: self._plan(batch), np.zeros(total, bool)))
+        missing = np.flatnonzero(
+            _on_process_zero(lambda: self._plan(batch, log), np.zeros(total, bool))
+        )
         if len(missing) < total:
             log(f"{self.name}: {total - len(missing)} of {total} images are there already")
         progress = _Progress(total, total - len(missing), log)
@@ -112,22 +129,27 @@ class SampleJob:
             rows = missing[start : start + batch].astype(np.uint32)
             # The last batch is filled up by repetition, so that one program serves all of them.
             indices = np.resize(rows, batch)
-            self._write(draw(indices, self.labels[indices]), indices, len(rows))
+            self._write(sample(indices, self.labels[indices]), indices, len(rows))
             progress.add(len(rows))
-        wait_for_all(f"{self.name} drawn")
-        _by_primary(self._assemble, np.zeros(0, bool))
+        wait_for_all(f"{self.name} sampled")
+        _on_process_zero(self._assemble, np.zeros(0, bool))
         log(f"samples: {self.npz_path}")
         return self.npz_path
 
-    def _plan(self, batch: int) -> np.ndarray:
+    def _plan(self, batch: int, log: Callable[[str], None]) -> np.ndarray:
         """Looks at what is there and returns which images are missing [N]."""
-        if self._finished():
+        if self._finished(log):
             return np.zeros(len(self.labels), bool)
         self._start(batch)
         missing = np.ones(len(self.labels), bool)
-        for first, end, path in self._part_files():
-            self._load_part(first, end, path)
-            missing[first:end] = False
+        for part in self._part_files():
+            try:
+                self._load_part(part)
+            except CheckpointError as error:
+                log(f"{str(error).splitlines()[0]}; its images are made again")
+                part.path.unlink()
+                continue
+            missing[part.first : part.end] = False
         return missing
 
     def _identity(self) -> dict[str, Any]:
@@ -140,11 +162,18 @@ class SampleJob:
         }
         return json.loads(json.dumps({**self.recipe, **own}))
 
-    def _finished(self) -> bool:
-        """Whether the `.json`, which is written last, is there and of this recipe."""
+    def _finished(self, log: Callable[[str], None]) -> bool:
+        """Whether the `.json`, which is written last, is there, of this recipe and file."""
         if self.json_path.is_file():
-            self._compare(read_json(self.json_path), self.json_path)
-            return self.npz_path.is_file()
+            record = read_json(self.json_path)
+            self._compare(record, self.json_path)
+            if not self.npz_path.is_file():
+                return False
+            if file_digest(self.npz_path) == record.get("samples_digest"):
+                return True
+            log(f"{self.npz_path} is damaged: it is not what was written; it is made again")
+            self.npz_path.unlink()
+            return False
         if self.npz_path.exists() and not self.parts.exists():
             raise CheckpointError(
                 f"{self.npz_path} exists, but neither its recipe {self.json_path.name} nor its "
@@ -179,32 +208,31 @@ class SampleJob:
         else:
             write_json(record_path, {"recipe": self._identity(), "starts": [start]})
 
-    def _part_files(self) -> list[tuple[int, int, Path]]:
-        """Lists (first index, end, path) of the parts, sorted."""
+    def _part_files(self) -> list[_Part]:
+        """Lists the parts, sorted by their first index."""
         found = []
         for path in self.parts.glob("*.npy"):
-            if match := re.fullmatch(r"(\d{8,})-(\d{8,})\.npy", path.name):
-                found.append((int(match[1]), int(match[2]), path))
+            if match := _PART_NAME.fullmatch(path.name):
+                found.append(_Part(int(match[1]), int(match[2]), int(match[3], 16), path))
         return sorted(found)
 
-    def _load_part(self, first: int, end: int, path: Path) -> np.ndarray:
+    def _load_part(self, part: _Part) -> np.ndarray:
         """Maps one part into memory.
 
         Raises:
           CheckpointError: If the file is damaged.
         """
-        want = (end - first, *self.image_shape)
+        want = (part.end - part.first, *self.image_shape)
         try:
-            part = np.load(path, mmap_mode="r", allow_pickle=False)
+            images = np.load(part.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise self._damaged(path, str(error)) from error
-        if part.shape != want or part.dtype != np.uint8:
-            raise self._damaged(path, f"it holds {part.dtype}{part.shape}, expected uint8{want}")
-        return part
-
-    def _damaged(self, path: Path, problem: str) -> CheckpointError:
-        remedy = "delete that file and run again: only its images are drawn again"
-        return CheckpointError(f"part {path} is damaged: {problem}", remedy)
+            raise _damaged(part.path, str(error)) from error
+        if images.shape != want or images.dtype != np.uint8:
+            found = f"{images.dtype}{images.shape}"
+            raise _damaged(part.path, f"it holds {found}, expected uint8{want}")
+        if _checksum(images) != part.checksum:
+            raise _damaged(part.path, "its checksum does not agree")
+        return images
 
     def _write(self, samples: Samples, indices: np.ndarray, count: int) -> None:
         """Writes the rows that this process holds, one file per unbroken range of indices."""
@@ -215,25 +243,27 @@ class SampleJob:
                 f"sample {int(bad[0])} is not finite ({len(bad)} of {len(indices)} in its batch)",
                 "use another checkpoint, more points or less guidance; that batch was not written",
             )
-        places, images = _local_rows(samples.images)
-        check_row_order(_local_rows(samples.indices)[1], indices[places], self.name)
-        images, held = images[places < count], indices[places[places < count]]
+        rows, images = _local_rows(samples.images)
+        check_row_order(_local_rows(samples.indices)[1], indices[rows], self.name)
+        images, held = images[rows < count], indices[rows[rows < count]]
         breaks = np.flatnonzero(np.diff(held.astype(np.int64)) != 1) + 1
         for run, piece in zip(np.split(held, breaks), np.split(images, breaks), strict=True):
             if len(run):
-                name = f"{int(run[0]):08d}-{int(run[-1]) + 1:08d}.npy"
+                ends = f"{int(run[0]):08d}-{int(run[-1]) + 1:08d}"
+                name = f"{ends}-{_checksum(piece):08x}.npy"
                 with open_atomic(self.parts / name) as file:
                     np.save(file, piece, allow_pickle=False)
 
     def _pieces(self) -> Iterator[np.ndarray]:
         """Yields all images in order; indices that two parts hold are taken once."""
         position = 0
-        for first, end, path in self._part_files():
-            if first > position:
-                raise self._damaged(path, f"images {position} to {first - 1} are missing before it")
-            if end > position:
-                yield self._load_part(first, end, path)[position - first :]
-                position = end
+        for part in self._part_files():
+            if part.first > position:
+                gap = f"images {position} to {part.first - 1} are missing before it"
+                raise _damaged(part.path, gap)
+            if part.end > position:
+                yield self._load_part(part)[position - part.first :]
+                position = part.end
 
     def _assemble(self) -> np.ndarray:
         """Streams the parts into the `.npz`, writes the record beside it, removes the parts."""
@@ -244,18 +274,19 @@ class SampleJob:
                 labels = self.labels.astype(np.int32)
                 write_npz(self.npz_path, shape, self._pieces(), {"labels": labels})
                 digest = file_digest(self.npz_path)
-                write_json(self.json_path, {**record, "samples_digest": digest})
+                done = {**self.notes, **record, "samples_digest": digest}
+                write_json(self.json_path, done)
             shutil.rmtree(self.parts)
         return np.zeros(0, bool)
 
 
 class _Progress:
-    """Says every few seconds how far a job is and how long the rest will take."""
+    """Logs every few seconds how far a job is and how long the rest will take."""
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
         self.total, self.done, self.log = total, done, log
         self.timed = 0
-        self.began = self.said = 0.0
+        self.began = self.logged = 0.0
 
     def add(self, count: int) -> None:
         """Counts one batch; the first one, which compiles, is left out of the rate."""
@@ -263,9 +294,9 @@ class _Progress:
         self.done += count
         self.timed += count if self.began else 0
         self.began = self.began or now
-        if self.done < self.total and now - self.said < 5:
+        if self.done < self.total and now - self.logged < 5:
             return
-        self.said = now
+        self.logged = now
         line = f"sampled {self.done}/{self.total}"
         if self.timed and now > self.began:
             rate = self.timed / (now - self.began)
@@ -275,7 +306,7 @@ class _Progress:
 
 
 def _local_rows(array: Array) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places [n] in the batch of the rows that this process owns, and the rows.
+    """Returns the row numbers [n] in the batch that this process owns, and the rows.
 
     Where several devices hold the same rows, the first replica's process owns them.
     """
@@ -283,19 +314,28 @@ def _local_rows(array: Array) -> tuple[np.ndarray, np.ndarray]:
     shards.sort(key=lambda shard: shard.index[0].start or 0)
     if not shards:
         return np.zeros(0, int), np.zeros((0, *array.shape[1:]), array.dtype)
-    places = [np.arange(array.shape[0])[shard.index[0]] for shard in shards]
-    return np.concatenate(places), np.concatenate([np.asarray(shard.data) for shard in shards])
+    numbers = [np.arange(array.shape[0])[shard.index[0]] for shard in shards]
+    return np.concatenate(numbers), np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def _checksum(images: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(images).data)
+
+
+def _damaged(path: Path, problem: str) -> CheckpointError:
+    remedy = "run the same command again: its images are made again"
+    return CheckpointError(f"part {path} is damaged: {problem}", remedy)
 
 
 def _silent(line: str) -> None:
     del line
 
 
-def _by_primary(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
-    """Runs `action` on the primary process; every process returns its result, or raises.
+def _on_process_zero(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+    """Runs `action` on process 0; every process returns its result, or raises.
 
-    Hosts may see a shared folder at different moments, so the primary's view counts; and an error
-    that only one process raised would leave the others waiting for it.
+    Hosts may see a shared folder at different moments, so the view of process 0 counts; and an
+    error that only one process raised would leave the others waiting for it.
     """
     error, result, failed = None, like, np.zeros((), bool)
     if is_process_zero():
@@ -308,5 +348,5 @@ def _by_primary(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarra
     if error is not None:
         raise error
     if failed:
-        raise CheckpointError("the primary process stopped this job", "read its message")
+        raise CheckpointError("process 0 stopped this job", "read its message")
     return result

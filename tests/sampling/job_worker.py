@@ -25,7 +25,7 @@ def picture(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Draws LABELS over all devices of all processes."""
+    """Samples LABELS over all devices of all processes."""
     port, count, rank, folder, seed = sys.argv[1:]
     os.environ["DSR_COORDINATOR"] = f"localhost:{port}"
     os.environ["DSR_NUM_PROCESSES"], os.environ["DSR_PROCESS_ID"] = count, rank
@@ -36,11 +36,11 @@ def main() -> None:
     def place(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
 
-    def draw(indices: np.ndarray, labels: np.ndarray) -> Samples:
+    def sample(indices: np.ndarray, labels: np.ndarray) -> Samples:
         finite = np.ones(len(indices), bool)
         return Samples(*map(place, (picture(indices, labels), finite, indices)))
 
-    SampleJob(Path(folder), "samples", LABELS, SHAPE, {"seed": int(seed)}).run(draw, 8)
+    SampleJob(Path(folder), "samples", LABELS, SHAPE, {"seed": int(seed)}).run(sample, 8)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Jobs: every image once, whatever the batch, also after a kill; foreign recipes refused."""
 
+import dataclasses
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,8 @@ def picture(indices, labels):
     return images
 
 
-def draw(indices, labels):
-    """Draws on one device."""
+def sample(indices, labels):
+    """Samples on one device."""
     images = jnp.asarray(picture(indices, labels))
     return Samples(images, jnp.ones(len(indices), bool), jnp.asarray(indices))
 
@@ -34,14 +36,14 @@ class Killed(Exception):
 
 
 def killed_after(batches):
-    """Draws `batches` batches, then dies."""
-    drawn = []
+    """Samples `batches` batches, then dies."""
+    sampled = []
 
     def mortal(indices, labels):
-        if len(drawn) == batches:
+        if len(sampled) == batches:
             raise Killed
-        drawn.append(indices)
-        return draw(indices, labels)
+        sampled.append(indices)
+        return sample(indices, labels)
 
     return mortal
 
@@ -58,7 +60,7 @@ def quiet(line):
 @pytest.mark.parametrize("batch", [1, 5, 23, 64])
 def test_npz_holds_every_image_once_whatever_the_batch(tmp_path, batch):
     job = make_job(tmp_path)
-    path = job.run(draw, batch, quiet)
+    path = job.run(sample, batch, quiet)
     with np.load(path) as arrays:
         assert sorted(arrays) == ["arr_0", "labels"]
         assert arrays["arr_0"].dtype == np.uint8 and arrays["labels"].dtype == np.int32
@@ -68,7 +70,7 @@ def test_npz_holds_every_image_once_whatever_the_batch(tmp_path, batch):
 
 
 def test_npz_can_be_streamed_as_the_adm_evaluator_does(tmp_path):
-    path = make_job(tmp_path).run(draw, 8, quiet)
+    path = make_job(tmp_path).run(sample, 8, quiet)
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
         with archive.open("arr_0.npy") as member:
@@ -78,7 +80,7 @@ def test_npz_can_be_streamed_as_the_adm_evaluator_does(tmp_path):
 
 
 def test_killed_job_resumes_without_losing_or_repeating_an_image(tmp_path):
-    whole = make_job(tmp_path / "whole").run(draw, 4, quiet)
+    whole = make_job(tmp_path / "whole").run(sample, 4, quiet)
     job = make_job(tmp_path / "killed")
     with pytest.raises(Killed):
         job.run(killed_after(2), 4, quiet)
@@ -89,7 +91,7 @@ def test_killed_job_resumes_without_losing_or_repeating_an_image(tmp_path):
 
     def recording(indices, labels):
         asked.append(indices)
-        return draw(indices, labels)
+        return sample(indices, labels)
 
     path = job.run(recording, 6, lines.append)
     assert lines[0] == "samples: 11 of 23 images are there already"
@@ -104,9 +106,10 @@ def test_gaps_are_filled_from_whatever_parts_there_are(tmp_path):
     job = make_job(tmp_path)
     with pytest.raises(Killed):
         job.run(killed_after(5), 4, quiet)
-    (job.parts / "00000004-00000008.npy").unlink()
-    np.save(job.parts / "00000006-00000014.npy", picture(np.arange(6, 14), job.labels[6:14]))
-    with np.load(job.run(draw, 4, quiet)) as arrays:
+    next(job.parts.glob("00000004-00000008-*.npy")).unlink()
+    images = picture(np.arange(6, 14), job.labels[6:14])
+    np.save(job.parts / f"00000006-00000014-{zlib.crc32(images.data):08x}.npy", images)
+    with np.load(job.run(sample, 4, quiet)) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
 
 
@@ -119,39 +122,39 @@ def test_kill_between_the_npz_and_its_record(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dsr_jax.sampling.job.file_digest", dies)
         with pytest.raises(Killed):
-            job.run(draw, 8, quiet)
+            job.run(sample, 8, quiet)
     assert job.npz_path.exists() and not job.json_path.exists()
     path = job.run(killed_after(0), 8, quiet)
     assert read_json(job.json_path)["samples_digest"] == file_digest(path)
     assert not job.parts.exists()
 
 
-def test_finished_job_draws_nothing(tmp_path):
-    digest = file_digest(make_job(tmp_path).run(draw, 8, quiet))
+def test_finished_job_samples_nothing(tmp_path):
+    digest = file_digest(make_job(tmp_path).run(sample, 8, quiet))
     assert file_digest(make_job(tmp_path).run(killed_after(0), 5, quiet)) == digest
 
 
-def test_deleted_npz_is_drawn_again(tmp_path):
+def test_deleted_npz_is_sampled_again(tmp_path):
     job = make_job(tmp_path)
-    digest = file_digest(job.run(draw, 8, quiet))
+    digest = file_digest(job.run(sample, 8, quiet))
     job.npz_path.unlink()
-    assert file_digest(job.run(draw, 8, quiet)) == digest
+    assert file_digest(job.run(sample, 8, quiet)) == digest
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_recipe_is_refused_and_the_key_named(tmp_path, finished):
     if finished:
-        make_job(tmp_path).run(draw, 8, quiet)
+        make_job(tmp_path).run(sample, 8, quiet)
     else:
         with pytest.raises(Killed):
             make_job(tmp_path).run(killed_after(1), 8, quiet)
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     with pytest.raises(CheckpointError, match="method: euler -> heun2"):
-        make_job(tmp_path, method="heun2").run(draw, 8, quiet)
+        make_job(tmp_path, method="heun2").run(sample, 8, quiet)
     with pytest.raises(CheckpointError, match="guidance: absent -> 1.5"):
-        make_job(tmp_path, guidance=1.5).run(draw, 8, quiet)
+        make_job(tmp_path, guidance=1.5).run(sample, 8, quiet)
     with pytest.raises(CheckpointError, match="num_samples: 23 -> 24"):
-        make_job(tmp_path, num=24).run(draw, 8, quiet)
+        make_job(tmp_path, num=24).run(sample, 8, quiet)
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
 
@@ -159,42 +162,72 @@ def test_foreign_npz_is_not_overwritten(tmp_path):
     job = make_job(tmp_path)
     np.savez(job.npz_path, arr_0=np.zeros(3))
     with pytest.raises(CheckpointError, match="what it holds is unknown"):
-        job.run(draw, 8, quiet)
+        job.run(sample, 8, quiet)
 
 
-def test_damaged_part_is_named_and_deleting_it_helps(tmp_path):
-    job = make_job(tmp_path)
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def flip(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_images_of_a_damaged_part_are_made_again(tmp_path, damage):
+    job, lines, asked = make_job(tmp_path), [], []
     with pytest.raises(Killed):
         job.run(killed_after(2), 8, quiet)
-    part = job.parts / "00000000-00000008.npy"
-    part.write_bytes(part.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match="00000000-00000008.npy is damaged"):
-        job.run(draw, 8, quiet)
-    part.unlink()
-    with np.load(job.run(draw, 8, quiet)) as arrays:
+    part = next(job.parts.glob("00000000-00000008-*.npy"))
+    part.write_bytes(damage(part.read_bytes()))
+
+    def recording(indices, labels):
+        asked.append(indices)
+        return sample(indices, labels)
+
+    with np.load(job.run(recording, 8, lines.append)) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
+    assert f"part {part} is damaged" in lines[0]
+    assert lines[1] == "samples: 8 of 23 images are there already"
+    assert np.unique(np.concatenate(asked)).tolist() == [*range(8), *range(16, 23)]
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    job, lines = make_job(tmp_path), []
+    digest = file_digest(job.run(sample, 8, quiet))
+    job.npz_path.write_bytes(damage(job.npz_path.read_bytes()))
+    assert file_digest(job.run(sample, 8, lines.append)) == digest
+    assert f"{job.npz_path} is damaged" in lines[0]
+
+
+def test_notes_stand_in_the_record_and_change_nothing_else(tmp_path):
+    job = dataclasses.replace(make_job(tmp_path), notes={"class_names": {"0": "cat"}})
+    digest = file_digest(job.run(sample, 8, quiet))
+    assert read_json(job.json_path)["class_names"] == {"0": "cat"}
+    assert file_digest(make_job(tmp_path).run(killed_after(0), 8, quiet)) == digest
 
 
 def test_image_that_is_not_finite_stops_the_job(tmp_path):
     def diverged(indices, labels):
-        return draw(indices, labels)._replace(finite=jnp.asarray(indices != 13))
+        return sample(indices, labels)._replace(finite=jnp.asarray(indices != 13))
 
     job = make_job(tmp_path)
     with pytest.raises(NumericsError, match="sample 13 is not finite"):
         job.run(diverged, 8, quiet)
-    assert sorted(p.name for p in job.parts.glob("*.npy")) == ["00000000-00000008.npy"]
+    assert [p.name[:17] for p in job.parts.glob("*.npy")] == ["00000000-00000008"]
 
 
 @pytest.mark.parametrize("axes", ["data", None], ids=["split", "replicated"])
-def test_images_spread_over_devices(tmp_path, axes):
+def test_images_on_several_devices(tmp_path, axes):
     devices = np.array(jax.devices()[:4])
     sharding = NamedSharding(Mesh(devices, ("data",)), PartitionSpec(axes))
 
-    def spread(indices, labels):
-        return Samples(*(jax.device_put(part, sharding) for part in draw(indices, labels)))
+    def on_devices(indices, labels):
+        return Samples(*(jax.device_put(part, sharding) for part in sample(indices, labels)))
 
     job = make_job(tmp_path)
-    with np.load(job.run(spread, 8, quiet)) as arrays:
+    with np.load(job.run(on_devices, 8, quiet)) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], picture(np.arange(23), job.labels))
 
 
@@ -202,7 +235,7 @@ def test_images_under_other_indices_are_refused(tmp_path):
     """A program that returns rows in another order than it was given stores nothing."""
 
     def shuffled(indices, labels):
-        return draw(indices[::-1], labels[::-1])
+        return sample(indices[::-1], labels[::-1])
 
     job = make_job(tmp_path)
     with pytest.raises(MeshError, match="row 0 is the result of input 7, not of input 0"):
@@ -214,7 +247,7 @@ def test_progress_names_what_is_done_and_what_is_left(tmp_path, monkeypatch):
     seconds = iter([100.0, 110.0, 120.0])
     monkeypatch.setattr("dsr_jax.sampling.job.monotonic", lambda: next(seconds))
     lines = []
-    make_job(tmp_path, num=24).run(draw, 8, lines.append)
+    make_job(tmp_path, num=24).run(sample, 8, lines.append)
     assert lines[0] == "sampled 8/24"
     assert lines[1] == "sampled 16/24, 0.8 images/s, 0:00:10 left"
     assert lines[2] == "sampled 24/24, 0.8 images/s, 0:00:00 left"
