@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dsr_jax.convert.tensors import LazyArray, write_safetensors
+from dsr_jax.convert.torch_files import save_torch
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import file_digest, open_atomic, read_json, write_atomic, write_json
+from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
 from dsr_jax.core.trees import flatten_names, unflatten_names
 
 _PARAMS, _RECORD = "params.safetensors", "conversion.json"
@@ -21,24 +23,34 @@ def save_converted(
 
     Args:
       folder: A new or empty folder.
-      params: The tree.
+      params: The tree, of arrays or `LazyArray`s, which are written piece by piece.
       record: JSON values: family, model sizes, source and its digest.
 
     Raises:
       ConversionError: If the folder is not empty.
     """
-    from safetensors.numpy import save
+    folder = Path(folder)
+    check_new_folder(folder)
+    flat = {
+        name: leaf if isinstance(leaf, LazyArray) else np.asarray(leaf)
+        for name, leaf in flatten_names(params).items()
+    }
+    with open_atomic(folder / _PARAMS) as file:
+        write_safetensors(file, flat)
+    write_json(folder / _RECORD, {**record, "params_digest": file_digest(folder / _PARAMS)})
 
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Checks that a folder for a converted model is new or empty.
+
+    Raises:
+      ConversionError: If it is not.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConversionError(
             f"{folder} is not an empty folder", "name a new folder; nothing was written"
         )
-    flat = {
-        name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in flatten_names(params).items()
-    }
-    write_atomic(folder / _PARAMS, save(flat))
-    write_json(folder / _RECORD, {**record, "params_digest": file_digest(folder / _PARAMS)})
 
 
 def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,25 +89,22 @@ def save_state(
       ConversionError: If the file is there, or torch is needed and missing.
     """
     out = Path(out)
-    if out.exists():
-        raise ConversionError(f"{out} exists", "name a new file; nothing was written")
+    check_new_file(out)
     if out.suffix == ".safetensors":
-        from safetensors.numpy import save
+        with open_atomic(out) as file:
+            write_safetensors(file, state)
+    else:
+        save_torch(out, state, entries)
 
-        write_atomic(out, save(dict(state)))
-        return
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"writing {out} needs torch",
-            "pip install 'dsr_jax[torch]', or name a .safetensors file",
-        ) from error
-    with open_atomic(out) as file:
-        tensors = {
-            name: torch.from_numpy(np.require(x, requirements="W")) for name, x in state.items()
-        }
-        torch.save(dict.fromkeys(entries, tensors) if entries else tensors, file)
+
+def check_new_file(out: str | os.PathLike[str]) -> None:
+    """Checks that a file does not exist.
+
+    Raises:
+      ConversionError: If it does.
+    """
+    if Path(out).exists():
+        raise ConversionError(f"{out} exists", "name a new file; nothing was written")
 
 
 def source_record(source: str) -> dict[str, Any]:

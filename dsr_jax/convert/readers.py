@@ -1,31 +1,65 @@
-"""State dicts from files: safetensors without torch, `.pt` files without pickled code."""
+"""State dicts from the files that users bring: safetensors, torch files, folders of either."""
 
-import argparse
 import json
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsr_jax.convert.names import drop, split_networks, unwrap
+from dsr_jax.convert.tensors import map_safetensors
+from dsr_jax.convert.torch_files import describe_text, load_torch, to_numpy
 from dsr_jax.core.errors import ConversionError
 
-_WRAPPERS = ("module.", "_orig_mod.")
+_ENTRIES = (
+    "ema",
+    "model_ema1",
+    "model_ema",
+    "ema_model",
+    "ema_state_dict",
+    "state_dict_ema",
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+)
+"""State dicts of a torch file in the order in which they are looked for; EMA weights first."""
+
+_INDEX = ".index.json"
+_MAIN_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
+"""Names that transformers and diffusers give to a folder's weights."""
+
+
+class Source(NamedTuple):
+    """A state dict that was opened.
+
+    Attributes:
+      state: Arrays by name, read-only, mapped from the file where its format allows.
+      entry: Which of the file's state dicts it is; None for the only one.
+    """
+
+    state: dict[str, np.ndarray]
+    entry: str | None
 
 
 def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict[str, np.ndarray]:
-    """Reads a state dict.
+    """Returns the arrays that `open_source` opens."""
+    return open_source(source, entry).state
+
+
+def open_source(
+    source: str | os.PathLike[str], entry: str | None = None, dropped: Sequence[str] = ()
+) -> Source:
+    """Opens a state dict, under names without those that training wrappers add.
 
     Args:
-      source: A `.safetensors` file, a snapshot folder that holds one (or several with an index),
-        or a torch file.
-      entry: Of a torch file that holds several state dicts ("ema", "model"); None takes "ema" if
-        there is one, or JiT's "model_ema1", else "model", else the file itself.
-
-    Returns:
-      Arrays by name, without the prefixes that DDP and torch.compile add.
+      source: A `.safetensors` file, a torch file, an index of shards, or a folder that holds one of
+        them.
+      entry: Which state dict of a file that holds several ("ema", "model"); None takes the EMA
+        weights where there are any.
+      dropped: Patterns of names to leave out.
 
     Raises:
       ConversionError: If the source is missing, damaged, would run code, or lacks the entry.
@@ -33,22 +67,38 @@ def read_state(source: str | os.PathLike[str], entry: str | None = None) -> dict
     path = Path(source)
     if not path.exists():
         raise ConversionError(f"{path} does not exist", "give a file or a snapshot folder")
-    if path.is_dir() or path.suffix == ".safetensors":
-        if entry is not None:
-            raise ConversionError(
-                f"{path} has no entry {entry!r}: safetensors files hold one state dict",
-                "leave the entry out",
-            )
-        state = _read_snapshot(path) if path.is_dir() else _read_safetensors(path)
+    found = _read_folder(path) if path.is_dir() else _read_file(path)
+    order = (entry, *_ENTRIES) if entry else _ENTRIES
+    chosen = next((name for name in order if name in found), None)
+    arrays = _to_arrays(found[chosen])
+    if not arrays:
+        names = [name for name in found if name is not None and name != chosen]
+        raise ConversionError(
+            f"{path} holds no tensors"
+            + (f" at its top, but entries {', '.join(names)}" * bool(names)),
+            "name one with --entry" if names else "give a file of weights",
+        )
+    state = unwrap(str(path), arrays)
+    networks = split_networks(state)
+    if entry is not None and entry != chosen and entry not in networks:
+        raise _no_entry(path, entry, [*(name for name in found if name), *networks])
+    if networks:
+        attribute = entry if entry in networks else next(iter(networks))
+        state = networks[attribute]
+        chosen = f"{chosen}.{attribute}" if chosen else attribute
+    return Source(drop(state, dropped, str(path)), chosen)
+
+
+def _no_entry(path: Path, entry: str, names: Sequence[str]) -> ConversionError:
+    if names:
+        remedy = f"entries are {', '.join(names)}"
     else:
-        state = _read_torch(path, entry)
-    if not state:
-        raise ConversionError(f"{path} holds no tensors", "give a file of weights")
-    return _strip(path, state)
+        remedy = "leave the entry out: it is a bare state dict"
+    return ConversionError(f"{path} has no entry {entry!r}", remedy)
 
 
 def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int, remedy: str) -> tuple[int, ...]:
-    """Returns the shape of a tensor that tells a size.
+    """Returns the shape of a tensor that a size is read off.
 
     Args:
       state: Arrays by name.
@@ -65,111 +115,78 @@ def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int, remedy: str)
     return state[name].shape
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _read_file(path: Path) -> dict[str | None, Mapping[Any, Any]]:
+    """Returns the state dicts of a file by entry, under None what stands at its top."""
+    if path.name.endswith(_INDEX):
+        return {None: _read_shards(path)}
+    if text := describe_text(path):
+        raise ConversionError(f"{path} is {text}", _DOWNLOAD)
+    if path.suffix == ".safetensors":
+        return {None: map_safetensors(path)}
+    content = load_torch(path)
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{path} holds a {type(content).__name__}", "give a state dict")
+    found: dict[str | None, Mapping[Any, Any]] = {None: content}
+    return found | {str(key): value for key, value in content.items() if isinstance(value, Mapping)}
 
+
+_DOWNLOAD = (
+    "the download did not fetch the file: use `hf download`, `git lfs pull` or the link that the "
+    "page itself offers, and look at the file's size"
+)
+
+
+def _read_folder(folder: Path) -> dict[str | None, Mapping[Any, Any]]:
+    """Returns the state dicts of a folder's one file of weights."""
+    for suffix in (".safetensors", ".bin"):
+        indices = _main_first(folder, f"{suffix}{_INDEX}")
+        names = _main_first(folder, suffix)
+        if indices and not any(f"{stem}{suffix}" in names for stem in _MAIN_FILES):
+            return _read_file(folder / _only(folder, indices))
+        if names:
+            return _read_file(folder / _only(folder, names))
+    raise ConversionError(
+        f"{folder} holds no .safetensors or .bin file", "name the file of weights itself"
+    )
+
+
+def _main_first(folder: Path, ending: str) -> list[str]:
+    """Returns the names of files with this ending; the only one where it has a standard name."""
+    names = sorted(path.name for path in folder.glob(f"*{ending}"))
+    standard = [name for name in names if name.removesuffix(ending) in _MAIN_FILES]
+    return standard or names
+
+
+def _only(folder: Path, names: Sequence[str]) -> str:
+    if len(names) != 1:
+        raise ConversionError(f"{folder} holds {list(names)}", "name the one file to read")
+    return names[0]
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Returns the tensors of all files that an index names."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(
-            f"{path} cannot be read as safetensors: {error}", "it is incomplete; copy it again"
-        ) from error
-
-
-def _read_snapshot(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-        torch_files = sorted(path.name for path in folder.glob("*.bin"))
-        if not names and len(torch_files) == 1:
-            return _read_torch(folder / torch_files[0], None)
-        if len(names) != 1:
-            raise ConversionError(
-                f"{folder} holds {names or 'no .safetensors file'}", "name the one file to read"
-            )
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise ConversionError(f"{folder} lacks {absent}, which its index names", "copy them, too")
-    state: dict[str, np.ndarray] = {}
-    for name in names:
-        state |= _read_safetensors(folder / name)
-    return state
-
-
-def _read_torch(path: Path, entry: str | None) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise ConversionError(
-            f"reading {path} needs torch", "pip install 'dsr_jax[torch]', or use safetensors"
+            f"{index} is no index of shards: {type(error).__name__} {error}", "copy it again"
         ) from error
-    try:
-        # SiT and JiT store their command line beside the weights; a Namespace runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise ConversionError(
-            f"{path} is refused: {str(error).splitlines()[0]}",
-            "only tensors and plain values are read, never pickled code; save it again without the "
-            "other objects",
-        ) from error
-    except Exception as error:  # noqa: BLE001  torch meets a damaged file with any of a dozen
-        raise ConversionError(
-            f"{path} cannot be read: {type(error).__name__} {error}".splitlines()[0],
-            "it is incomplete; copy it again",
-        ) from error
-    tensors = {
-        name: _to_numpy(value)
-        for name, value in _choose_entry(path, content, entry).items()
-        if isinstance(value, torch.Tensor)
-    }
-    if not tensors and (names := _entries(content)):
-        raise ConversionError(
-            f"{path} holds no tensors at its top, but entries {', '.join(names)}",
-            "name one with --entry",
+            f"{index.parent} lacks {absent}, which its index names", "copy them, too"
         )
+    tensors: dict[str, Any] = {}
+    for name in names:
+        tensors |= _read_file(index.parent / name)[None]
     return tensors
 
 
-def _choose_entry(path: Path, content: Any, entry: str | None) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise ConversionError(f"{path} holds a {type(content).__name__}", "give a state dict")
-    entries = _entries(content)
-    if entry is None:
-        entry = next((name for name in ("ema", "model_ema1", "model") if name in entries), None)
-        return content if entry is None else content[entry]
-    if entry not in entries:
-        raise ConversionError(
-            f"{path} has no entry {entry!r}",
-            f"entries are {', '.join(entries) or 'none: it is a bare state dict'}",
-        )
-    return content[entry]
-
-
-def _entries(content: Mapping[Any, Any]) -> list[str]:
-    return [str(key) for key, value in content.items() if isinstance(value, Mapping)]
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """A CPU tensor's values; NumPy has no bfloat16, and float32 holds it exactly."""
-    tensor = tensor.detach()
-    if str(tensor.dtype) == "torch.bfloat16":
-        tensor = tensor.float()
-    return tensor.numpy()
-
-
-def _strip(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    stripped: dict[str, np.ndarray] = {}
-    for full_name, value in state.items():
-        name = full_name
-        while name.startswith(_WRAPPERS):
-            name = name.split(".", 1)[1]
-        if name in stripped:
-            raise ConversionError(
-                f"{path} holds {name} twice, with and without a prefix of {', '.join(_WRAPPERS)}",
-                "save the weights of one model only",
-            )
-        stripped[name] = value
-    return stripped
+def _to_arrays(tensors: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """Returns the tensors of a mapping as arrays; its other values are left out."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        if isinstance(value, np.ndarray):
+            arrays[str(name)] = value
+        elif hasattr(value, "detach"):
+            arrays[str(name)] = to_numpy(str(name), value)
+    return arrays

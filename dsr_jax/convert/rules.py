@@ -12,14 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from dsr_jax.convert.names import drop_flags
+from dsr_jax.convert.tensors import LazyArray
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names, unflatten_names
 from dsr_jax.models.depth import Stack as Stack
 from dsr_jax.models.depth import cut_depth
 
 _SHOWN = 10
+_OTHER_MODEL = (
+    "check that the file is of the model you named, and its sizes (heads, register start, "
+    "registers), and that you chose the right entry of the file"
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,17 @@ def shapes_of(abstract: Any) -> dict[str, tuple[int, ...]]:
 
 
 def torch_to_flax(state: Mapping[str, np.ndarray], rules: RuleSet) -> dict[str, Any]:
-    """Converts a state dict.
+    """Converts a state dict; arguments and errors are those of `lazy_params`.
+
+    Returns:
+      The parameter tree, of new arrays.
+    """
+    flat = flatten_names(lazy_params(state, rules))
+    return unflatten_names({name: leaf.read() for name, leaf in flat.items()})
+
+
+def lazy_params(state: Mapping[str, np.ndarray], rules: RuleSet) -> dict[str, Any]:
+    """Checks a state dict against a model; what `files.save_converted` writes tensor by tensor.
 
     Half-precision floats become float32, which holds them exactly.
 
@@ -157,12 +174,13 @@ def torch_to_flax(state: Mapping[str, np.ndarray], rules: RuleSet) -> dict[str, 
       rules: The model's table.
 
     Returns:
-      The parameter tree, of new arrays.
+      The parameter tree, of `LazyArray`s.
 
     Raises:
-      ConversionError: Listing all keys that are missing, left over or of another shape.
+      ConversionError: Listing all keys that are missing, left over or of another shape; or all
+        tensors that are not floats, or hold numbers that are not finite.
     """
-    flat: dict[str, np.ndarray] = {}
+    flat: dict[str, LazyArray] = {}
     used: set[str] = set()
     missing: list[str] = []
     misshaped: list[str] = []
@@ -181,22 +199,74 @@ def torch_to_flax(state: Mapping[str, np.ndarray], rules: RuleSet) -> dict[str, 
         ]
         misshaped += wrong
         if not wrong:
-            layers = [rule.layout.to_flax(_widened(state[name])) for name in names]
-            flat[target] = np.stack(layers) if rule.stacks else np.array(layers[0])
+            flat[target] = _lazy(rule, rules.shapes[target], [state[name] for name in names])
     targets = {target for _, target, _ in pieces}
+    unknown = [key for key in state if key not in used and not rules.is_dropped(key)]
+    flags = drop_flags(unknown, used)
     _raise_unless_empty(
         "the state dict does not fit the model",
         {
             "missing from the state dict": missing,
-            "not known to the model": [
-                key for key in state if key not in used and not rules.is_dropped(key)
-            ],
+            "not known to the model": unknown,
             "of another shape": misshaped,
             "parameters that no rule sets": [name for name in rules.shapes if name not in targets],
             "rules for parameters that the model lacks": sorted(targets - set(rules.shapes)),
         },
+        f"leave out what only training needed: {flags}; or {_OTHER_MODEL}" if flags else "",
     )
+    check_values({name: state[name] for name in state if name in used})
     return unflatten_names(flat)
+
+
+def _lazy(rule: Rule, shape: tuple[int, ...], layers: Sequence[np.ndarray]) -> LazyArray:
+    def pieces() -> Iterator[np.ndarray]:
+        for layer in layers:
+            yield rule.layout.to_flax(layer.astype(dtype, copy=False))
+
+    dtype = np.result_type(*(_stored_dtype(layer) for layer in layers))
+    return LazyArray(shape, dtype, pieces)
+
+
+def check_values(state: Mapping[str, np.ndarray]) -> None:
+    """Checks that all tensors are floats of at least 16 bits and finite.
+
+    Raises:
+      ConversionError: Naming those that are not.
+    """
+    types = {name: x.dtype for name, x in state.items() if not _is_float(x.dtype)}
+    _raise_unless_empty(
+        "weights of types that are not converted, since they hold quantized values",
+        {"tensors": [f"{name} is {dtype}" for name, dtype in types.items()]},
+        "use the file in float32, bfloat16 or float16",
+    )
+    wrong = {
+        name: x.size - finite
+        for name, x in state.items()
+        if (finite := int(np.count_nonzero(np.isfinite(x)))) < x.size
+    }
+    overflow = any(state[name].dtype == np.float16 for name in wrong)
+    _raise_unless_empty(
+        "weights that are NaN or infinite",
+        {
+            "tensors": [
+                f"{name}: {count} of {state[name].size} numbers ({state[name].dtype})"
+                for name, count in wrong.items()
+            ]
+        },
+        "float16 ends at 65504, above which numbers became infinite: use the file in float32 or "
+        "bfloat16"
+        if overflow
+        else "the training had diverged, or the file is damaged: use an earlier checkpoint",
+    )
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+
+
+def _stored_dtype(x: np.ndarray) -> np.dtype:
+    """Float32 for half-precision floats; others stay."""
+    return np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
 
 
 def flax_to_torch(params: Any, rules: RuleSet) -> dict[str, np.ndarray]:
@@ -243,12 +313,7 @@ def flax_to_torch(params: Any, rules: RuleSet) -> dict[str, np.ndarray]:
     return state
 
 
-def _widened(x: np.ndarray) -> np.ndarray:
-    """Float32 for half-precision floats (bfloat16 is a void type to NumPy's own checks)."""
-    return x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind in "fV" else x
-
-
-def _raise_unless_empty(problem: str, lists: Mapping[str, Sequence[str]]) -> None:
+def _raise_unless_empty(problem: str, lists: Mapping[str, Sequence[str]], remedy: str = "") -> None:
     lines = []
     for title, names in lists.items():
         if names:
@@ -257,11 +322,7 @@ def _raise_unless_empty(problem: str, lists: Mapping[str, Sequence[str]]) -> Non
             if len(names) > _SHOWN:
                 lines.append(f"    ... and {len(names) - _SHOWN} more")
     if lines:
-        raise ConversionError(
-            "\n".join([problem, *lines]),
-            "check that the file is of the model you named, and its sizes (heads, register start, "
-            "registers), and that you chose the right entry of the file",
-        )
+        raise ConversionError("\n".join([problem, *lines]), remedy or _OTHER_MODEL)
 
 
 def unstack_layers(tree: Mapping[str, Any], stacks: Sequence[Stack]) -> list[dict[str, Any]]:

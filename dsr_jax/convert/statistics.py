@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from dsr_jax.convert.files import check_new_file
 from dsr_jax.convert.readers import read_state
+from dsr_jax.convert.tensors import write_safetensors
+from dsr_jax.convert.torch_files import save_torch
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import open_atomic, write_atomic
+from dsr_jax.core.files import open_atomic
 
 FILE = "statistics.safetensors"
 _NAMES = ("mean", "var")
@@ -66,31 +69,20 @@ def save_statistics(path: str | Path, statistics: Mapping[str, np.ndarray]) -> N
     path = Path(path)
     arrays = {name: np.asarray(statistics[name], np.float32) for name in _NAMES}
     if path.suffix == ".safetensors":
-        from safetensors.numpy import save
-
-        write_atomic(path, save({k: np.ascontiguousarray(x) for k, x in arrays.items()}))
-        return
-    if path.suffix not in _TORCH:
+        with open_atomic(path) as file:
+            write_safetensors(file, arrays)
+    elif path.suffix in _TORCH:
+        save_torch(path, {name: np.moveaxis(x, -1, 0) for name, x in arrays.items()})
+    else:
         raise ConversionError(
             f"statistics cannot be written to {path}", "name a .safetensors or .pt file"
         )
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"writing {path} needs torch",
-            "pip install 'dsr_jax[torch]', or name a .safetensors file",
-        ) from error
-    official = {k: np.ascontiguousarray(np.moveaxis(x, -1, 0)) for k, x in arrays.items()}
-    with open_atomic(path) as file:
-        torch.save({k: torch.from_numpy(x) for k, x in official.items()}, file)
 
 
 def convert_statistics(args: argparse.Namespace) -> None:
     """Copies statistics from one form to the other."""
     out = Path(args.out)
-    if out.exists():
-        raise ConversionError(f"{out} exists", "name a new file; nothing was written")
+    check_new_file(out)
     statistics = load_statistics(args.source)
     save_statistics(out, statistics)
     print(f"{args.source}: statistics of latents {statistics['mean'].shape} -> {out}")

@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -29,11 +30,11 @@ def tensors(torch, factor=1.0):
     return {name: torch.from_numpy(x * np.float32(factor)) for name, x in ARRAYS.items()}
 
 
-def check_equal(state, factor=1.0):
+def check_equal(state, factor=1.0, dtype=np.float32):
     assert list(state) == list(ARRAYS)
     for name, value in ARRAYS.items():
-        assert state[name].dtype == np.float32
-        np.testing.assert_array_equal(state[name], value * np.float32(factor))
+        assert state[name].dtype == dtype
+        np.testing.assert_array_equal(state[name].astype(np.float32), value * np.float32(factor))
 
 
 def test_safetensors_file(tmp_path):
@@ -57,7 +58,7 @@ def test_snapshot_folder_in_one_file_or_in_parts(tmp_path):
 
 
 def test_snapshot_folder_that_does_not_say_which_file(tmp_path):
-    with pytest.raises(ConversionError, match=f"{tmp_path} holds no .safetensors file"):
+    with pytest.raises(ConversionError, match=f"{tmp_path} holds no .safetensors or .bin file"):
         read_state(tmp_path)
     for name in ("one", "two"):
         save_file(ARRAYS, tmp_path / f"{name}.safetensors")
@@ -99,7 +100,7 @@ def test_wrapper_prefixes_and_bfloat16(torch, tmp_path):
     path = tmp_path / "wrapped.pt"
     half = {f"module._orig_mod.{name}": x.bfloat16() for name, x in tensors(torch).items()}
     torch.save({"model": half}, path)
-    check_equal(read_state(path))
+    check_equal(read_state(path), dtype=ml_dtypes.bfloat16)
     torch.save({**half, **tensors(torch)}, path)
     with pytest.raises(ConversionError, match="a.weight twice"):
         read_state(path)
