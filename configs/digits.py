@@ -15,9 +15,8 @@ the rate falls to its end by then), `runlocal` (a smoke run of a few steps).
 from ml_collections import ConfigDict
 
 from dsr_jax.config import base_config, choose, parse_arg
-from dsr_jax.models.variants import SIT
-
-FAMILIES = {name: name for name in ("lightningdit", "ditdh", "sit", "jit")}
+from dsr_jax.models.registry import DENOISERS
+from dsr_jax.models.sit import SIT
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -68,7 +67,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _use_family(config: ConfigDict, family: str) -> None:
     """Sets the denoiser and what its own recipe has otherwise; sizes and rate stay."""
-    config.model.name = choose(FAMILIES, "family", family)
+    choose(DENOISERS, "family", family)
+    config.model.name = family
     if family == "ditdh":
         config.model.update(decoder_hidden_size=128, decoder_depth=1, decoder_num_heads=8)
     elif family == "sit":

@@ -23,7 +23,7 @@ digits).
 from ml_collections import ConfigDict
 
 from dsr_jax.config import base_config, choose, parse_arg, recipes
-from dsr_jax.models.variants import JIT
+from dsr_jax.models.jit import JIT
 
 GUIDANCE = {"B": 2.9, "L": 2.4, "H": 2.2}
 

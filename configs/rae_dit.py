@@ -49,7 +49,7 @@ smoke run of a few steps on scikit-learn's digits, with a tiny autoencoder of ra
 from ml_collections import ConfigDict
 
 from dsr_jax.config import base_config, choose, parse_arg, recipes
-from dsr_jax.models.variants import DIT, REGISTER_START
+from dsr_jax.models.dit import DIT, REGISTER_START
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

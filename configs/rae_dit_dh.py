@@ -24,7 +24,8 @@ of random weights).
 from ml_collections import ConfigDict
 
 from dsr_jax.config import base_config, choose, parse_arg, recipes
-from dsr_jax.models.variants import DIT_DH, REGISTER_START
+from dsr_jax.models.dit import REGISTER_START
+from dsr_jax.models.dit_dh import DIT_DH
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

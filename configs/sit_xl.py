@@ -19,7 +19,8 @@ XL), `runlocal` (a smoke run of a few steps on drawn shapes, in pixels, for want
 from ml_collections import ConfigDict
 
 from dsr_jax.config import base_config, choose, parse_arg, recipes
-from dsr_jax.models.variants import REGISTER_START, SIT
+from dsr_jax.models.dit import REGISTER_START
+from dsr_jax.models.sit import SIT
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

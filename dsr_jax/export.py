@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsr_jax.build.from_run import load_denoiser
-from dsr_jax.convert.families import DENOISERS, export_denoiser
+from dsr_jax.convert.converter import require_converter
+from dsr_jax.convert.families import export_denoiser
 from dsr_jax.convert.files import save_converted, save_state
 from dsr_jax.core.cli import run_main
 
@@ -32,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint-step", type=int, help="which one; default: the newest")
     parser.add_argument("--ema", help="decay of the averaged weights, or none for those themselves")
     args = parser.parse_args(argv)
-    _, params, record, _ = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
+    model, params, record, _ = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
     if Path(args.out).suffix in _FILES:
         state = export_denoiser(params, record)
-        save_state(args.out, state, DENOISERS[record["family"]].entries)
+        save_state(args.out, state, require_converter(type(model)).entries)
     else:
         save_converted(args.out, params, record)
     print(f"{record['source']}, {record['entry']} -> {args.out}")

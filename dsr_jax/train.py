@@ -18,7 +18,7 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
 from dsr_jax.data.classes import DataDescription, describe, trained_labels
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.runs.runner import TrainingJob, run_command
@@ -76,31 +76,26 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         ],
         finish=results.finish,
         data=data,
-        forward_flops=build.forward_flops(model),
+        forward_flops=model.forward_flops(),
     )
 
 
 def _run_summary(
-    config: ConfigDict,
-    model: DiffusionTransformer,
-    params: Params,
-    data: DataDescription,
-    mesh: Mesh,
+    config: ConfigDict, model: Denoiser, params: Params, data: DataDescription, mesh: Mesh
 ) -> str:
     """What is about to run, in two lines."""
-    registers = (
-        f"{model.num_registers} registers from block {model.register_start}"
-        if model.num_registers
-        else "no registers"
-    )
     rows, trained = model.num_classes, len(trained_labels(data, model.num_classes))
     classes = (
         f"{rows} classes" if trained == rows else f"{trained} classes of a label table of {rows}"
     )
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    network = [
+        f"{config.model.name}: {count_params(params):,} parameters",
+        *filter(None, [model.summary()]),
+        f"{model.forward_flops() / 1e9:.3g} GFLOPs per image",
+    ]
     return (
-        f"{config.model.name}: {count_params(params):,} parameters, depth {model.depth}, "
-        f"{registers}, {build.forward_flops(model) / 1e9:.3g} GFLOPs per image\n"
+        f"{', '.join(network)}\n"
         f"data: {data['source']}, {data['images']:,} images, {classes}; mesh: {sizes}"
     )
 

@@ -155,7 +155,7 @@ def test_a_row_of_the_paper_has_its_size_and_cost_and_is_sharded(row: str) -> No
     count, gflops = PUBLISHED[row]
     assert count_params(params) == count
     decimals = len(str(gflops).partition(".")[2])
-    assert round(build.forward_flops(model) / 1e9, decimals) == gflops
+    assert round(model.forward_flops() / 1e9, decimals) == gflops
     layout = jax.tree.map(lambda leaf: leaf.sharding, params)
     assert sharded_fraction(params, layout) > 0.95
 

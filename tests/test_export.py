@@ -14,12 +14,14 @@ from dsr_jax import export
 from dsr_jax.build import make_optimizer
 from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.config import base_config
-from dsr_jax.convert.families import DENOISERS, family_of, model_sizes
+from dsr_jax.convert.converter import require_converter
+from dsr_jax.convert.families import converters
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.registry import denoiser_name, model_sizes
 from dsr_jax.runs.folder import write_run_files
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.state import create_state
@@ -43,7 +45,7 @@ EMA = 0.9999
 def save_run(workdir: Path, model: DiffusionTransformer, params: Any) -> None:
     """Writes a run of one step, whose averages are `params` and whose weights are 1 more."""
     config = base_config()
-    config.model.name = next(name for name in DENOISERS if DENOISERS[name] is family_of(model))
+    config.model.name = denoiser_name(type(model))
     sizes = model_sizes(model)
     config.model.update({key: sizes[key] for key in sizes if key in config.model})
     config.registers.update(num=model.num_registers, start=model.register_start)
@@ -63,8 +65,9 @@ def read_golden(case: str) -> tuple[dict[str, np.ndarray], DiffusionTransformer,
     """The original's state dict of a case, the network that it is of, and its parameters."""
     name, options = CASES[case]
     state = load_file(GOLDEN / f"denoiser_{case}" / "weights.safetensors")
-    model = DENOISERS[name].infer(state, **options)
-    return state, model, torch_to_flax(state, DENOISERS[name].rules(model))
+    converter = converters()[name]
+    model = converter.infer(state, **options)
+    return state, model, torch_to_flax(state, converter.rules(model))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_a_run_exports_the_originals_names_shapes_and_numbers(case: str, tmp_pat
     state, model, params = read_golden(case)
     save_run(tmp_path / "run", model, params)
     export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'x.safetensors'}"])
-    prefix = family_of(model).prefix
+    prefix = require_converter(type(model)).prefix
     exported = {
         name.removeprefix(prefix): value
         for name, value in load_file(tmp_path / "x.safetensors").items()
@@ -102,7 +105,7 @@ def test_torch_files_hold_the_entries_that_the_original_reads(tmp_path: Path) ->
         assert set(content) == entries
         for tensors in content.values():
             assert all(
-                np.array_equal(tensors[family_of(model).prefix + name], value)
+                np.array_equal(tensors[require_converter(type(model)).prefix + name], value)
                 for name, value in state.items()
                 if "feat_rope" not in name
             )

@@ -24,8 +24,9 @@ LEAVES = {
     "training": {"core", "parallel", "diffusion", "data", "telemetry"},
     "evaluation": {"core", "parallel", "models", "telemetry"},
     "convert": {"core", "models"},
-    # Sizes stand beside their networks, and published register neurons beside their search.
-    "config": {"core", "models.variants", "registers.neurons"},
+    # Sizes and config keys of the networks are defined beside them, and the published register
+    # neurons beside their search.
+    "config": {"core", "models.variants", "models.registry", "registers.neurons"},
 }
 ALLOWED = {
     **LEAVES,
@@ -122,16 +123,13 @@ def test_there_is_no_import_cycle() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_configs_import_the_config_module_only() -> None:
+def test_configs_import_the_config_module_and_sizes_only() -> None:
+    sizes = [
+        f"dsr_jax.models.{name}" for name in ("variants", "registry", "dit", "dit_dh", "sit", "jit")
+    ]
     for path in (ROOT / "configs").glob("*.py"):
         for module, _ in imports(ast.parse(path.read_text())):
-            assert module.startswith(
-                (
-                    "ml_collections",
-                    "dsr_jax.config",
-                    "dsr_jax.models.variants",
-                )
-            )
+            assert module.startswith(("ml_collections", "dsr_jax.config", *sizes)), module
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_either_kind_of_tokens_may_be_absent(arguments: str, stacks: set[str]) -
     model = build.make_model(config, space)
     params = jax.eval_shape(lambda: build.init_params(model, space, 0))
     assert {name.split("/")[0] for name in flatten_names(params) if "blocks" in name} == stacks
-    assert build.forward_flops(model) > 0
+    assert model.forward_flops() > 0
 
 
 @pytest.mark.parametrize(

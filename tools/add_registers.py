@@ -25,14 +25,14 @@ import jax.numpy as jnp
 from dsr_jax import build
 from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.config import ConfigDict
-from dsr_jax.convert.families import DENOISERS, model_sizes
 from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.retrofit import add_registers, remove_registers
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
 from dsr_jax.core.typing import Params
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser, DiffusionTransformer
+from dsr_jax.models.registry import DENOISERS, denoiser_class, is_denoiser, model_sizes
 from dsr_jax.parallel import shardings
 from dsr_jax.training.step import to_unit_range
 
@@ -50,12 +50,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, params, record, config = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
     else:
         params, record = load_converted(args.converted)
-        if record["family"] not in DENOISERS:
+        if not is_denoiser(record["family"]):
             raise ConfigError(
-                f"{args.converted} holds a {record['family']}, no denoiser",
-                f"name one of a {', '.join(DENOISERS)}",
+                f"{args.converted} holds a {record['family']}, which is not a denoiser",
+                f"name the folder of a converted {', '.join(DENOISERS)}",
             )
-        model = DENOISERS[record["family"]].model(**record["model"])
+        model = denoiser_class(record["family"])(**record["model"])
+    if not isinstance(model, DiffusionTransformer):
+        raise ConfigError(
+            f"{record['family']} cannot have registers",
+            "use a denoiser that is a dsr_jax.models.denoiser.DiffusionTransformer",
+        )
     if args.ablate:
         changed, more = remove_registers(model, params)
     else:
@@ -101,7 +106,7 @@ def _start(model: DiffusionTransformer) -> int:
 
 def compare_losses(
     config: ConfigDict,
-    networks: Sequence[tuple[DiffusionTransformer, Params]],
+    networks: Sequence[tuple[Denoiser, Params]],
     num_batches: int,
 ) -> list[float]:
     """Mean losses of networks on the same images, times and noise, without label dropout.
@@ -117,7 +122,7 @@ def compare_losses(
     sharding = shardings.batch_sharding(mesh, rules)
     batches = build.global_batches(config, build.make_source(config, random_crops=True), sharding)
 
-    def make_loss(model: DiffusionTransformer) -> Any:
+    def make_loss(model: Denoiser) -> Any:
         apply = build.make_denoise_fn(model, config.objective.prediction)
 
         @jax.jit

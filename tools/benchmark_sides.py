@@ -14,7 +14,7 @@ from dsr_jax.core.errors import NumericsError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.diffusion.samplers import time_grid
-from dsr_jax.models.variants import DIT, REGISTER_START
+from dsr_jax.models.dit import DIT, REGISTER_START
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.training.state import TrainState

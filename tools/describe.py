@@ -19,10 +19,11 @@ from dsr_jax import config as configs
 from dsr_jax.build.abstract import abstract_batch, abstract_decoder_parts, abstract_space
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params, tree_bytes
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel.axes import MESH_AXES, Constrain
 from dsr_jax.parallel.mesh import MeshShape, check_batch
 from dsr_jax.planning.memory import GIB, bytes_per_chip
+from dsr_jax.spaces import InputSpace
 from dsr_jax.telemetry import flops
 
 IMAGENET = 1_281_167
@@ -65,7 +66,7 @@ def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
         space, frozen = abstract_space(config)
         model = build.make_model(config, space, Constrain(rules, None))
         state, _ = build.make_state(config, model, space, optimizer, mesh, rules)
-        network = {"name": config.model.name, **_cost(model, config.data.global_batch)}
+        network = {"name": config.model.name, **_cost(config, model, space)}
     held = {
         name: tree for name, tree in vars(state).items() if name != "step" and count_params(tree)
     }
@@ -106,15 +107,16 @@ def make_abstract_mesh(config: configs.ConfigDict, chips: int | None = None) -> 
     return mesh
 
 
-def _cost(model: DiffusionTransformer, batch: int) -> Card:
-    forward = build.forward_flops(model)
-    without = build.forward_flops(model.clone(num_registers=0))
+def _cost(config: configs.ConfigDict, model: Denoiser, space: InputSpace) -> Card:
+    without = config.copy_and_resolve_references()
+    without.registers.update(num=0, gate=False)
+    forward = model.forward_flops()
     return {
-        "registers": model.num_registers,
-        "register_start": model.register_start,
+        "registers": config.registers.num,
+        "register_start": config.registers.start,
         "forward_flops": forward,
-        "register_flops": forward - without,
-        "step_flops": flops.train_step_flops(forward, batch),
+        "register_flops": forward - build.make_model(without, space).forward_flops(),
+        "step_flops": flops.train_step_flops(forward, config.data.global_batch),
     }
 
 

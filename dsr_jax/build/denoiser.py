@@ -1,4 +1,4 @@
-"""From a config to the denoiser it names, its cost, and converted weights for it."""
+"""Builds the denoiser that a config names, and reads converted weights for it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,20 +8,15 @@ import jax
 import numpy as np
 
 from dsr_jax.config import ConfigDict, base_config, trains_decoder
-from dsr_jax.convert.families import DENOISERS
 from dsr_jax.convert.files import load_converted
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Array, Params
-from dsr_jax.models.blocks import mlp_width
-from dsr_jax.models.denoiser import DiffusionTransformer
-from dsr_jax.models.dit import LightningDiT
-from dsr_jax.models.dit_dh import DiTDH
-from dsr_jax.models.jit import JiT
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.precision import Precision
+from dsr_jax.models.registry import config_fields, denoiser_class, denoiser_name
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.spaces import InputSpace
-from dsr_jax.telemetry import flops
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.state import TrainState, create_state
 
@@ -38,7 +33,7 @@ _CONFIG_KEYS = {
 
 def make_model(
     config: ConfigDict, space: InputSpace, constrain: Constrain | None = None
-) -> DiffusionTransformer:
+) -> Denoiser:
     """The denoiser for the latents of `space`.
 
     Raises:
@@ -53,14 +48,11 @@ def make_model(
     height, width, channels = space.latent_shape
     if height != width:
         raise ConfigError(f"latents of {height} x {width} are not square")
-    kind = _denoiser_class(config)
+    kind = denoiser_class(config.model.name)
     model = kind(
         input_size=height,
         in_channels=channels,
         num_classes=config.data.num_classes,
-        num_registers=config.registers.num,
-        register_start=config.registers.start,
-        register_gate=config.registers.gate,
         precision=Precision(config.precision.compute),
         constrain=constrain or Constrain(),
         **_model_settings(config, kind),
@@ -69,77 +61,39 @@ def make_model(
     return model
 
 
-def _denoiser_class(config: ConfigDict) -> type[DiffusionTransformer]:
-    """The class that config.model.name names.
+def _model_settings(config: ConfigDict, kind: type[Denoiser]) -> dict[str, Any]:
+    """Returns the constructor arguments in config.model and config.registers.
 
     Raises:
-      ConfigError: If there is none of that name.
+      ConfigError: If a key that the denoiser does not have differs from its default.
     """
-    name = config.model.name
-    if name not in DENOISERS:
-        raise ConfigError(f"config.model.name={name!r}", f"choose from {', '.join(DENOISERS)}")
-    return DENOISERS[name].model
-
-
-def _model_settings(config: ConfigDict, kind: type[DiffusionTransformer]) -> dict[str, Any]:
-    """The constructor arguments in config.model; others may not differ from their defaults."""
-    known = {field.name for field in dataclasses.fields(kind)} - {"name"}
-    defaults = base_config().model.to_dict()
+    fields, defaults, name = config_fields(kind), base_config().model, config.model.name
     settings = {}
     for key, value in config.model.items():
-        if key in known:
+        if key in fields:
             settings[key] = value
         elif key != "name" and value != defaults[key]:
             raise ConfigError(
-                f"config.model.{key}={value!r}, but {config.model.name} has no such setting",
+                f"config.model.{key}={value!r}, but {name} has no such setting",
                 f"leave it at {defaults[key]!r}, or choose another config.model.name",
             )
+    if "num_registers" in {field.name for field in dataclasses.fields(kind)}:
+        section = config.registers
+        return settings | {
+            "num_registers": section.num,
+            "register_start": section.start,
+            "register_gate": section.gate,
+        }
+    if config.registers.num:
+        raise ConfigError(
+            f"config.registers.num={config.registers.num}, but {name} has no registers",
+            "set config.registers.num=0",
+        )
     return settings
 
 
-def forward_flops(model: DiffusionTransformer) -> int:
-    """FLOPs of one evaluation of the denoiser on one sample."""
-
-    def mlp_hidden(width: int) -> int:
-        return mlp_width(width, model.mlp_ratio, model.use_swiglu)
-
-    shared: Any = {
-        "hidden": model.hidden_size,
-        "depth": model.depth,
-        "mlp_hidden": mlp_hidden(model.hidden_size),
-        "tokens": model.grid**2,
-        "patch_inputs": model.in_channels * model.patch_size**2,
-        "num_registers": model.num_registers,
-        "register_start": model.register_start,
-        "register_gate": model.register_gate,
-        "use_swiglu": model.use_swiglu,
-        "time_features": model.time_features,
-    }
-    if isinstance(model, DiTDH):
-        return flops.dit_dh_forward_flops(
-            decoder_hidden=model.decoder_hidden_size,
-            decoder_depth=model.decoder_depth,
-            decoder_mlp_hidden=mlp_hidden(model.decoder_hidden_size),
-            **shared,
-        )
-    if isinstance(model, JiT):
-        return flops.dit_forward_flops(
-            patch_outputs=shared["patch_inputs"],
-            bottleneck=model.bottleneck_dim,
-            num_class_tokens=model.num_class_tokens,
-            class_token_start=model.class_token_start,
-            **shared,
-        )
-    assert isinstance(model, LightningDiT)
-    return flops.dit_forward_flops(
-        patch_outputs=shared["patch_inputs"] * (2 if model.learn_sigma else 1),
-        attn_kv_bias=model.attn_kv_bias,
-        **shared,
-    )
-
-
 def restore_converted(
-    folder: str, model: DiffusionTransformer, abstract: Params
+    folder: str, model: Denoiser, abstract: Params
 ) -> tuple[Params, dict[str, Any]]:
     """Reads weights that `dsr_jax.convert` wrote onto the devices.
 
@@ -155,20 +109,17 @@ def restore_converted(
       ConversionError: If they are of another kind or other sizes than the config's model.
     """
     params, record = load_converted(folder)
-    family = next(key for key, known in DENOISERS.items() if known.model is type(model))
+    family = denoiser_name(type(model))
     if record["family"] != family:
         raise ConversionError(
             f"{folder} holds a {record['family']}, not a denoiser of the config's kind, {family}",
             f"name a folder that python -m dsr_jax.convert {family} wrote",
         )
-    # Other ratios can give the same widths, and without registers their start means nothing.
-    ignored = {"mlp_ratio"} | (set() if model.num_registers else {"register_start"})
-    if not getattr(model, "num_class_tokens", 0):
-        ignored.add("class_token_start")
+    unused = model.unused_sizes()
     differing = [
         f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
         for name, value in record["model"].items()
-        if name not in ignored and value != getattr(model, name)
+        if name not in unused and value != getattr(model, name)
     ]
     shapes, wanted = (
         {name: leaf.shape for name, leaf in flatten_names(tree).items()}
@@ -193,7 +144,7 @@ def restore_converted(
 
 
 def start_from(
-    folder: str, model: DiffusionTransformer, optimizer: Optimizer, abstract: TrainState
+    folder: str, model: Denoiser, optimizer: Optimizer, abstract: TrainState
 ) -> Callable[[], TrainState]:
     """Reads the weights that a new run starts from.
 

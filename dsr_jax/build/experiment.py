@@ -25,7 +25,7 @@ from dsr_jax.diffusion.paths import flip_time
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
 from dsr_jax.diffusion.token_weights import TokenWeights
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
@@ -188,9 +188,7 @@ def global_batches(
     return batches
 
 
-def make_denoise_fn(
-    model: DiffusionTransformer, prediction: str = "velocity"
-) -> Callable[..., Array]:
+def make_denoise_fn(model: Denoiser, prediction: str = "velocity") -> Callable[..., Array]:
     """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
 
     With one key per sample behind the labels, a model that has dropout trains.
@@ -211,7 +209,7 @@ def make_denoise_fn(
 
 def make_step(
     config: ConfigDict,
-    model: DiffusionTransformer,
+    model: Denoiser,
     space: InputSpace,
     optimizer: Optimizer,
     abstract: TrainState | None = None,

@@ -11,9 +11,9 @@ from dsr_jax.build.denoiser import make_model
 from dsr_jax.build.experiment import make_rules
 from dsr_jax.build.state import abstract_params
 from dsr_jax.config import ConfigDict, load_run
-from dsr_jax.convert.families import model_sizes
 from dsr_jax.core.typing import Params
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
+from dsr_jax.models.registry import denoiser_name, model_sizes
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.shardings import fetch
@@ -22,7 +22,7 @@ from dsr_jax.training.checkpoints import restore_params
 
 def load_denoiser(
     workdir: str | os.PathLike[str], step: int | None = None, ema: str | None = None
-) -> tuple[DiffusionTransformer, Params, dict[str, Any], ConfigDict]:
+) -> tuple[Denoiser, Params, dict[str, Any], ConfigDict]:
     """Reads a run's weights; the files of its input space need not be there.
 
     Args:
@@ -49,7 +49,7 @@ def load_denoiser(
         Path(workdir) / "checkpoints", abstract, step, None if ema == "none" else ema
     )
     record = {
-        "family": config.model.name,
+        "family": denoiser_name(type(model)),
         "model": model_sizes(model),
         "entry": "params" if ema == "none" else f"ema {ema}",
         "source": f"{Path(workdir).absolute().name}, step {meta['step']}",

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from dsr_jax.build.denoiser import make_model, restore_converted
 from dsr_jax.build.state import abstract_params
 from dsr_jax.config import ConfigDict, load_run
-from dsr_jax.convert.families import DENOISERS
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.typing import Params
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.precision import Precision
+from dsr_jax.models.registry import DENOISERS, denoiser_class, is_denoiser
 from dsr_jax.parallel.axes import Constrain, Rules
 from dsr_jax.spaces import InputSpace
 from dsr_jax.training.checkpoints import checksums, read_meta, restore_params
@@ -42,7 +42,7 @@ class Guide:
     """
 
     folder: Path
-    model: DiffusionTransformer
+    model: Denoiser
     abstract: Params
     ema: str | None
 
@@ -115,17 +115,15 @@ def _digest(sums: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def _converted_model(
-    config: ConfigDict, folder: Path, constrain: Constrain
-) -> DiffusionTransformer:
+def _converted_model(config: ConfigDict, folder: Path, constrain: Constrain) -> Denoiser:
     record = read_json(folder / "conversion.json")
-    if record["family"] not in DENOISERS:
+    if not is_denoiser(record["family"]):
         raise ConfigError(
             f"config.sample.autoguidance={str(folder)!r} holds a {record['family']}, no denoiser",
             f"name a folder of one of {', '.join(DENOISERS)}",
         )
     precision = Precision(config.precision.compute)
-    kind = DENOISERS[record["family"]].model
+    kind = denoiser_class(record["family"])
     return kind(**record["model"], precision=precision, constrain=constrain)
 
 
@@ -143,9 +141,7 @@ def _check_objective(config: ConfigDict, own: ConfigDict, folder: Path) -> None:
         )
 
 
-def _check_sizes(
-    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, folder: Path
-) -> None:
+def _check_sizes(config: ConfigDict, model: Denoiser, space: InputSpace, folder: Path) -> None:
     side, _, channels = space.latent_shape
     found = (model.input_size, model.in_channels, model.num_classes)
     wanted = (side, channels, config.data.num_classes)

@@ -9,7 +9,7 @@ from dsr_jax.build.experiment import make_denoise_fn, make_objective
 from dsr_jax.build.guide import Guide, find_guide, guide_recipe
 from dsr_jax.build.rae import file_digests
 from dsr_jax.config import ConfigDict, architecture
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.sampling.sampler import (
@@ -33,7 +33,7 @@ def sampler_settings(config: ConfigDict) -> SamplerSettings:
 
 
 def make_sampler(
-    config: ConfigDict, model: DiffusionTransformer, space: InputSpace, mesh: Mesh, rules: Rules
+    config: ConfigDict, model: Denoiser, space: InputSpace, mesh: Mesh, rules: Rules
 ) -> SampleFn:
     """Builds a compiled function from parameters, indices and labels to images.
 
@@ -47,7 +47,7 @@ def make_sampler(
 
 def compile_sampler(
     config: ConfigDict,
-    model: DiffusionTransformer,
+    model: Denoiser,
     space: InputSpace,
     sharding: NamedSharding,
     guide: Guide | None,

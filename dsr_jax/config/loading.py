@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsr_jax.config.checks import check
+from dsr_jax.config.denoisers import use_denoiser
 from dsr_jax.config.schema import base_config, leaves
 from dsr_jax.core import files
 from dsr_jax.core.errors import ConfigError
@@ -99,23 +100,32 @@ def load_file(path_and_arg: str) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {path!r} defines no get_config(arg)")
     try:
-        return module.get_config(arg or None)
+        config = module.get_config(arg or None)
     except (AttributeError, KeyError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno for f in reversed(frames) if f.filename == spec.origin), "?")
         problem = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{path}, line {line}: {problem}",
-            "keys and their types are those of dsr_jax/config/schema.py",
+            "keys and their types are those of dsr_jax/config/schema.py; a denoiser's own keys are "
+            "added by use_denoiser",
         ) from error
+    use_denoiser(config, config.model.name)
+    return config
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Sets dotted keys in place from "--config.optim.lr=1e-3".
 
+    A denoiser that an override names brings its own keys, wherever they stand among the overrides.
+
     Raises:
       ConfigError: For an unknown key (with the nearest known one) or a wrong type.
     """
+    for override in overrides:
+        name, _, text = override.removeprefix("--").partition("=")
+        if name == "config.model.name":
+            use_denoiser(config, text)
     known = dict(leaves(config))
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
@@ -146,6 +156,7 @@ def from_json(values: Mapping[str, Any], origin: str) -> ConfigDict:
       ConfigError: If it holds a key that this version does not know.
     """
     config = base_config()
+    use_denoiser(config, values.get("model", {}).get("name", config.model.name))
     known = dict(leaves(config))
     for key, value in leaves(values):
         key = RENAMED.get(key, key)

@@ -7,12 +7,13 @@ The folder then holds params.safetensors and conversion.json, which python -m ds
 import argparse
 from collections.abc import Sequence
 
+from dsr_jax.convert.converter import require_converter
 from dsr_jax.convert.decoder import FAMILY as DECODER
 from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
 from dsr_jax.convert.discriminator import FAMILY as DISCRIMINATOR
 from dsr_jax.convert.discriminator import add_discriminator_command, export_backbone
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
-from dsr_jax.convert.families import DENOISERS, add_denoiser_commands, export_denoiser
+from dsr_jax.convert.families import add_denoiser_commands, export_denoiser
 from dsr_jax.convert.files import load_converted, save_state
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
 from dsr_jax.convert.inception import FAMILY as INCEPTION
@@ -25,6 +26,7 @@ from dsr_jax.convert.sdvae import add_vae_command, export_vae
 from dsr_jax.convert.statistics import add_statistics_command
 from dsr_jax.core.cli import run_main
 from dsr_jax.models.decoder import DecoderConfig
+from dsr_jax.models.registry import denoiser_class
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def export(args: argparse.Namespace) -> None:
     else:
         state = export_denoiser(params, record)
         # Whichever of a checkpoint's averages the original reads, it finds these weights.
-        entries = DENOISERS[record["family"]].entries
+        entries = require_converter(denoiser_class(record["family"])).entries
     save_state(args.out, state, entries)
     print(f"{args.source} -> {args.out}: {len(state)} tensors")
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsr_jax.convert import denoiser as parts
-from dsr_jax.convert.rules import CONV, Rule, RuleSet, Stack, cut_stacks
+from dsr_jax.convert.converter import DenoiserConverter
+from dsr_jax.convert.rules import CONV, Rule, RuleSet, Stack
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.models.dit_dh import DiTDH
 
@@ -28,10 +29,9 @@ def dit_dh_rules(model: DiTDH) -> RuleSet:
         rules += parts.pair("s_projector", "s_projector")
     if model.num_registers:
         rules += [*parts.register_rules("enc_"), *parts.register_rules("dec_")]
-    encoder = cut_stacks(depth, model.num_registers, model.register_start, "enc_")
     decoder = (Stack("dec_blocks", depth, depth + model.decoder_depth),)
     for block, stacks in (
-        (parts.block_rules(model, model.hidden_size, model.num_heads), encoder),
+        (parts.block_rules(model, model.hidden_size, model.num_heads), model.stacks()),
         (parts.block_rules(model, head_width, model.decoder_num_heads), decoder),
     ):
         rules += [rule.in_stacks(stacks) for rule in block]
@@ -140,3 +140,12 @@ def _infer_grid(state: Mapping[str, np.ndarray]) -> int:
         "enc_feat_rope.freqs_cos",
         "convert the file as the official code wrote it",
     )
+
+
+CONVERTER = DenoiserConverter(
+    dit_dh_rules,
+    rope_buffers,
+    infer_model,
+    ("num_heads", "register_start", "decoder_num_heads", "decoder_depth"),
+    "their denoiser with a wide shallow head (DiTwDDTHead)",
+)

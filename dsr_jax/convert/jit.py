@@ -10,15 +10,10 @@ from typing import Any
 import numpy as np
 
 from dsr_jax.convert import denoiser as parts
+from dsr_jax.convert.converter import DenoiserConverter
 from dsr_jax.convert.rules import CONV, Rule, RuleSet
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.models.depth import cut_depth
-from dsr_jax.models.jit import JiT
-from dsr_jax.models.variants import JIT
-
-PREFIX = "net."
-ENTRIES = ("model_ema1", "model_ema2", "model")
-"""State dicts of a checkpoint; the first is what the original samples with."""
+from dsr_jax.models.jit import JIT, JiT
 
 
 def jit_rules(model: JiT) -> RuleSet:
@@ -35,8 +30,9 @@ def jit_rules(model: JiT) -> RuleSet:
         rules.append(Rule("in_context_posemb", "in_context_posemb"))
     if model.num_registers:
         rules += parts.register_rules()
-    stacks = cut_depth(model.depth, model.joins())
-    rules += [rule.in_stacks(stacks) for rule in parts.block_rules(model, width, model.num_heads)]
+    rules += [
+        rule.in_stacks(model.stacks()) for rule in parts.block_rules(model, width, model.num_heads)
+    ]
     return RuleSet(tuple(rules), parts.shapes_of_model(model), ("feat_rope*.freqs_*",))
 
 
@@ -107,3 +103,15 @@ def _infer_class_tokens(state: Mapping[str, np.ndarray], start: int) -> dict[str
             "give --class-token-start (JiT-B: 4 of 12, JiT-L: 8 of 24, JiT-H: 10 of 32)",
         )
     return {"num_class_tokens": count, "class_token_start": start}
+
+
+CONVERTER = DenoiserConverter(
+    jit_rules,
+    rope_buffers,
+    infer_model,
+    ("num_heads", "class_token_start", "register_start"),
+    "JiT, the denoiser on pixels",
+    prefix="net.",
+    entries=("model_ema1", "model_ema2", "model"),
+)
+"""The first of its entries is what the original samples with."""

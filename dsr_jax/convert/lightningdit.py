@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from dsr_jax.convert import denoiser as parts
-from dsr_jax.convert.rules import Rule, RuleSet, cut_stacks
+from dsr_jax.convert.converter import DenoiserConverter
+from dsr_jax.convert.rules import Rule, RuleSet
 from dsr_jax.models.dit import LightningDiT
 
 
@@ -22,8 +23,7 @@ def lightningdit_rules(model: LightningDiT) -> RuleSet:
     if model.num_registers:
         rules += parts.register_rules()
     block = parts.block_rules(model, width, model.num_heads, model.attn_kv_bias)
-    stacks = cut_stacks(model.depth, model.num_registers, model.register_start)
-    rules += [rule.in_stacks(stacks) for rule in block]
+    rules += [rule.in_stacks(model.stacks()) for rule in block]
     return RuleSet(tuple(rules), parts.shapes_of_model(model), ("feat_rope*.freqs_*",))
 
 
@@ -85,3 +85,12 @@ def infer_sizes(
         attn_kv_bias="blocks.0.attn.k_bias" in state,
         **parts.infer_registers(state, "register_tokens", register_start),
     )
+
+
+CONVERTER = DenoiserConverter(
+    lightningdit_rules,
+    rope_buffers,
+    infer_model,
+    ("num_heads", "register_start"),
+    "DSR's and RAE's denoiser",
+)

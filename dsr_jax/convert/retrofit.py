@@ -21,8 +21,6 @@ from dsr_jax.core.rng import stream_key
 from dsr_jax.core.trees import flatten_names, unflatten_names
 from dsr_jax.core.typing import Params
 from dsr_jax.models.denoiser import DiffusionTransformer
-from dsr_jax.models.depth import Stack, cut_depth
-from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import sincos_2d
 
 _OURS = ("register_tokens", "register_pos_embed", "register_gate")
@@ -93,20 +91,16 @@ def remove_registers(
     return changed, _checked(flatten_names(_recut(unflatten_names(kept), model, changed)), changed)
 
 
-def _stacks(model: DiffusionTransformer) -> tuple[Stack, ...]:
-    return cut_depth(model.depth, model.joins(), "enc_" if isinstance(model, DiTDH) else "")
-
-
 def _recut(
     params: Mapping[str, Any], old: DiffusionTransformer, new: DiffusionTransformer
 ) -> dict[str, Any]:
     """The tree with the depth cut as the new network's; its other parameters as they are."""
-    stacks = _stacks(old)
+    stacks = old.stacks()
     names = {stack.name for stack in stacks}
     if absent := sorted(names - set(params)):
         raise ConversionError(f"the parameters lack {', '.join(absent)}", "name their own model")
     others = {name: tree for name, tree in params.items() if name not in names}
-    return {**others, **stack_layers(unstack_layers(params, stacks), _stacks(new))}
+    return {**others, **stack_layers(unstack_layers(params, stacks), new.stacks())}
 
 
 def _start(name: str, shape: tuple[int, ...], scale: float, seed: int) -> np.ndarray:

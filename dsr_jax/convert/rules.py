@@ -20,7 +20,6 @@ from dsr_jax.convert.tensors import LazyArray
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names, unflatten_names
 from dsr_jax.models.depth import Stack as Stack
-from dsr_jax.models.depth import cut_depth
 
 _SHOWN = 10
 _OTHER_MODEL = (
@@ -87,13 +86,6 @@ def linear(inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> Layout:
 def vector(*parts: int) -> Layout:
     """[n] -> [*parts]."""
     return Layout((), (parts,))
-
-
-def cut_stacks(
-    depth: int, num_registers: int, register_start: int, prefix: str = ""
-) -> tuple[Stack, ...]:
-    """The stacks of a denoiser whose registers join before block `register_start`."""
-    return cut_depth(depth, {"reg": register_start} if num_registers else {}, prefix)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsr_jax.convert import denoiser as parts
-from dsr_jax.convert.lightningdit import infer_sizes, lightningdit_rules
+from dsr_jax.convert.converter import DenoiserConverter
+from dsr_jax.convert.lightningdit import infer_sizes, lightningdit_rules, rope_buffers
 from dsr_jax.convert.rules import RuleSet
-from dsr_jax.models.sit import SiT
-from dsr_jax.models.variants import SIT
+from dsr_jax.models.sit import SIT, SiT
 
 
 def sit_rules(model: SiT) -> RuleSet:
@@ -44,3 +44,12 @@ def infer_model(
     ]
     heads = num_heads or next(iter(known), 0)
     return SiT(**infer_sizes(state, "SiT", num_heads=heads, register_start=register_start))
+
+
+CONVERTER = DenoiserConverter(
+    sit_rules,
+    rope_buffers,
+    infer_model,
+    ("num_heads", "register_start"),
+    "SiT, the denoiser on the latents of a VAE",
+)

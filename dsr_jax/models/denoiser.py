@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope
-from dsr_jax.models.blocks import make_norm, make_stack, modulation
-from dsr_jax.models.depth import cut_depth
+from dsr_jax.models.blocks import make_norm, make_stack, mlp_width, modulation
+from dsr_jax.models.depth import Stack, split_into_stacks
 from dsr_jax.models.dropout import Dropout
 from dsr_jax.models.embeddings import sincos_init, unpatchify
+from dsr_jax.models.flops import block_macs
 from dsr_jax.models.layers import Dense, add_param, zeros
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rope_tables
@@ -99,21 +100,69 @@ class FinalLayer(nn.Module):
         return self.precision.to_float32("output", out)
 
 
-class DiffusionTransformer(nn.Module):
-    """Sizes and parts of a class-conditional diffusion transformer with optional registers.
+class Denoiser(nn.Module, kw_only=True):
+    """A class-conditional network that training, sampling and planning can use.
 
-    Registers join in front of the patch tokens just before block `register_start` and take part in
-    every later block like patches, but without rotary position. Because the token count changes
-    there, the depth is two scanned stacks, `blocks_pre` and `blocks_reg`; without registers one,
-    `blocks`. Subclasses say what the tokens are and what becomes of them.
+    A subclass defines `__call__(x, t, labels)`, which maps a noised input [B, h, w, C], times [B]
+    in [0, 1] and labels [B] in 0..K to a prediction [B, h, w, C] in float32, and `forward_flops`.
+    Its fields are its config keys (see `models.registry`), so each needs a default, unless
+    `config/schema.py` has the key in its section `model`.
 
     Attributes:
       input_size: Side of the square input.
       in_channels: Channels C of the input.
+      num_classes: Classes K; label K means "no class".
+      precision: Dtype policy.
+      constrain: Layout of activations.
+      reversed_time: Time runs from t = 0, noise, to t = 1, data. `build` translates it to this
+        package's convention, t = 0 for data (`diffusion.paths.flip_time`).
+      converter: Where the conversion from and to PyTorch is defined, "package.module:NAME" of a
+        `convert.converter.DenoiserConverter`; empty if there is none.
+    """
+
+    reversed_time: ClassVar[bool] = False
+    converter: ClassVar[str] = ""
+
+    input_size: int
+    in_channels: int
+    num_classes: int
+    precision: Precision = Precision()
+    constrain: Constrain = Constrain()
+
+    def check_sizes(self) -> None:
+        """Checks that sizes fit each other.
+
+        Raises:
+          ConfigError: Naming the offending keys and a value that would do.
+        """
+
+    def forward_flops(self) -> int:
+        """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate of all
+        matmuls and convolutions."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward_flops")
+
+    def unused_sizes(self) -> set[str]:
+        """Returns the fields that have no effect, or only one that parameters' shapes show."""
+        return set()
+
+    def summary(self) -> str:
+        """Returns a few words on the network's size, for the log."""
+        return ""
+
+
+class DiffusionTransformer(Denoiser):
+    """Sizes and parts of a class-conditional diffusion transformer with optional registers.
+
+    Registers are inserted in front of the patch tokens just before block `register_start` and take
+    part in every later block like patches, but without rotary position. Because the token count
+    changes there, the depth is split into two scanned stacks, `blocks_pre` and `blocks_reg`;
+    without registers there is one, `blocks`. Subclasses define how tokens are made from the input
+    and how the prediction is made from tokens.
+
+    Attributes:
       hidden_size: Width D.
       depth: Number of blocks.
       num_heads: Attention heads H.
-      num_classes: Classes K; label K means "no class".
       patch_size: Side p of a patch.
       mlp_ratio: Hidden units of the feed-forward per unit of width.
       use_qknorm: Normalises q and k.
@@ -122,27 +171,21 @@ class DiffusionTransformer(nn.Module):
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.
       num_registers: Register tokens R, a square number; 0 for none.
       register_start: First block that sees the registers.
-      register_gate: Registers count in attention as far as a learned gate lets them, one per block
-        and head, which starts at 0. The paper has none: it is for registers that join a trained
-        network, which thereby starts as it was (`convert.retrofit`).
+      register_gate: A learned gate per block and head, initialized to 0, scales what the registers
+        contribute to attention. The paper has none: it is for registers that are added to a trained
+        network, whose output is then unchanged at first (`convert.retrofit`).
       remat: What the backward pass recomputes: "none", "full" or "dots".
       attention: Attention kernel, see `models.kernels.attend`.
-      precision: Dtype policy.
-      constrain: Layout of activations.
-      reversed_time: Time runs from t = 0, noise, to t = 1, data, as in the network's own source;
-        who uses the network translates (`diffusion.paths.flip_time`).
-      time_features: Width of what enters the time MLP.
+      time_features: Sines and cosines that enter the time MLP.
+      stack_prefix: Put before the names of the stacks and of the registers' tables.
     """
 
-    reversed_time: ClassVar[bool] = False
     time_features: ClassVar[int] = 512
+    stack_prefix: ClassVar[str] = ""
 
-    input_size: int
-    in_channels: int
     hidden_size: int
     depth: int
     num_heads: int
-    num_classes: int
     patch_size: int = 1
     mlp_ratio: float = 4.0
     use_qknorm: bool = False
@@ -154,8 +197,6 @@ class DiffusionTransformer(nn.Module):
     register_gate: bool = False
     remat: str = "none"
     attention: str = "auto"
-    precision: Precision = Precision()
-    constrain: Constrain = Constrain()
 
     @property
     def grid(self) -> int:
@@ -180,6 +221,45 @@ class DiffusionTransformer(nn.Module):
                 "config.registers.gate=True, but config.registers.num=0", "set either"
             )
 
+    def unused_sizes(self) -> set[str]:
+        """Returns the fields that have no effect, or only one that parameters' shapes show."""
+        # Different ratios can give the same hidden width.
+        return {"mlp_ratio"} | (set() if self.num_registers else {"register_start"})
+
+    def summary(self) -> str:
+        """Returns depth and registers in words."""
+        registers = "no registers"
+        if self.num_registers:
+            registers = f"{self.num_registers} registers from block {self.register_start}"
+        return f"depth {self.depth}, {registers}"
+
+    def insertions(self) -> dict[str, tuple[int, int]]:
+        """Returns (first block, number of tokens) of every kind of inserted tokens."""
+        return {"reg": (self.register_start, self.num_registers)} if self.num_registers else {}
+
+    def stacks(self) -> tuple[Stack, ...]:
+        """Returns the scanned stacks that the depth is split into."""
+        firsts = {kind: first for kind, (first, _) in self.insertions().items()}
+        return split_into_stacks(self.depth, firsts, self.stack_prefix)
+
+    def _mlp_hidden(self, width: int) -> int:
+        return mlp_width(width, self.mlp_ratio, self.use_swiglu)
+
+    def _depth_macs(self, extra_keys: int = 0) -> int:
+        """Multiply-accumulates of all blocks, with the tokens that are inserted on the way."""
+        width, inserted = self.hidden_size, self.insertions()
+        return sum(
+            block_macs(
+                self.grid**2 + sum(count for first, count in inserted.values() if i >= first),
+                hidden=width,
+                mlp_hidden=self._mlp_hidden(width),
+                use_swiglu=self.use_swiglu,
+                extra_keys=extra_keys,
+                gated=self.num_registers if self.register_gate and i >= self.register_start else 0,
+            )
+            for i in range(self.depth)
+        )
+
     def _table(self, name: str, rows: int, width: int, init: nn.initializers.Initializer) -> Array:
         return add_param(self, name, init, (None, "tokens", "embed"), (1, rows, width))
 
@@ -199,44 +279,42 @@ class DiffusionTransformer(nn.Module):
         registers = jnp.broadcast_to(registers, (tokens.shape[0], *registers.shape[1:]))
         return jnp.concatenate([registers, tokens], axis=1)
 
-    def joins(self) -> dict[str, int]:
-        """First block of every kind of tokens that joins the patches on the way."""
-        return {"reg": self.register_start} if self.num_registers else {}
-
     def _run_depth(
         self,
         tokens: Array,
         condition: Array,
-        prefix: str = "",
         *,
-        add: Mapping[str, Callable[[Array], Array]] = MappingProxyType({}),
+        insert: Mapping[str, Callable[[Array], Array]] = MappingProxyType({}),
         dropout: Dropout | None = None,
         **block: Any,
     ) -> Array:
-        """Runs the whole depth; other tokens join on the way and stay in front.
+        """Runs all blocks; further tokens are inserted in front on the way.
 
         Args:
           tokens: [B, N, D].
           condition: [B, D].
-          prefix: Put before the names of the stacks and of the registers' tables.
-          add: For every kind in `joins` but the registers, what puts its tokens in front.
+          insert: For every kind in `insertions` but the registers, the function that puts its
+            tokens in front.
           dropout: That of all blocks.
           **block: Attributes of `models.blocks.Block` beyond those of the denoiser.
 
         Returns:
-          [B, R+N, D], with R tokens that joined.
+          [B, R+N, D], with R inserted tokens.
         """
-        adders = {"reg": lambda tokens: self._add_registers(tokens, prefix), **add}
+        inserters = {
+            "reg": lambda tokens: self._add_registers(tokens, self.stack_prefix),
+            **insert,
+        }
         registers_at = None
-        for stack in cut_depth(self.depth, self.joins(), prefix):
-            for kind, start in self.joins().items():
-                if start != stack.first:
+        for stack in self.stacks():
+            for kind, (first, count) in self.insertions().items():
+                if first != stack.first:
                     continue
-                length, tokens = tokens.shape[1], adders[kind](tokens)
+                tokens = inserters[kind](tokens)
                 if kind == "reg":
                     registers_at = 0
                 elif registers_at is not None:
-                    registers_at += tokens.shape[1] - length
+                    registers_at += count
             tokens = self._run_stack(
                 stack.name,
                 stack.end - stack.first,
@@ -250,7 +328,7 @@ class DiffusionTransformer(nn.Module):
         return tokens
 
     def _gated(self, registers_at: int | None) -> tuple[int, int] | None:
-        """Place and number of registers behind a gate, where there are any and they have one."""
+        """Index of the first gated register and their number, or None if there is no gate."""
         if registers_at is None or not self.register_gate:
             return None
         return registers_at, self.num_registers

@@ -1,4 +1,7 @@
-"""How a depth of blocks is cut into stacks where other tokens join; plain data, no network."""
+"""How the blocks of a network are split into scanned stacks where further tokens are inserted.
+
+Plain data, no network.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stack:
-    """A scanned run of blocks.
+    """A scanned run of consecutive blocks.
 
     Attributes:
-      name: Its name, or path, in the parameter tree.
-      first: Number of its first block.
-      end: Number behind its last.
+      name: Name, or path, of the stack in the parameter tree.
+      first: Index of its first block.
+      end: Index behind its last block.
     """
 
     name: str
@@ -19,21 +22,24 @@ class Stack:
     end: int
 
 
-def cut_depth(depth: int, joins: Mapping[str, int], prefix: str = "") -> tuple[Stack, ...]:
-    """The stacks of a depth: the number of tokens is the same all along each of them.
+def split_into_stacks(
+    depth: int, insertions: Mapping[str, int], prefix: str = ""
+) -> tuple[Stack, ...]:
+    """Splits a depth into stacks, each with the same number of tokens from end to end.
 
     Args:
       depth: Number of blocks.
-      joins: First block of every kind of tokens that joins the patches, by the kind's name.
-      prefix: Put before the stacks' names.
+      insertions: For every kind of inserted tokens, the index of the first block that sees them.
+      prefix: Put before the names of the stacks.
 
     Returns:
-      `blocks` alone where nothing joins. Else `blocks_pre`, up to the first join, and from each
-      join on `blocks_KIND`; kinds that join before the same block share the last one's stack.
+      `blocks` alone where nothing is inserted. Otherwise `blocks_pre`, up to the first insertion,
+      and `blocks_KIND` from each insertion on; kinds that are inserted before the same block share
+      the stack of the last one.
     """
-    if not joins:
+    if not insertions:
         return (Stack(f"{prefix}blocks", 0, depth),)
-    begins = [("pre", 0), *sorted(joins.items(), key=lambda join: join[1])]
+    begins = [("pre", 0), *sorted(insertions.items(), key=lambda insertion: insertion[1])]
     ends = [*(first for _, first in begins[1:]), depth]
     return tuple(
         Stack(f"{prefix}blocks_{kind}", first, end)

@@ -3,11 +3,31 @@
 Source: DSR lightningDiT.py; paper section "diffusion registers"; spec denoiser 1 and 3.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
 import flax.linen as nn
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
+from dsr_jax.models.flops import final_layer_macs, time_macs
+
+DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+        "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+        "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+        "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+    }
+)
+"""Sizes by their names in the paper. Source: spec denoiser 1.13 (S, B and L are the standard
+widths; only XL was released)."""
+
+REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
+"""First block with diffusion registers, by size: XL was released; S and B follow from the paper's
+GFLOPs; L is JiT-L's, which has the same depth."""
 
 
 class LightningDiT(DiffusionTransformer):
@@ -20,6 +40,8 @@ class LightningDiT(DiffusionTransformer):
       final_norm: Normalises before the output projection.
       attn_kv_bias: Learned extra key and value per block.
     """
+
+    converter: ClassVar[str] = "dsr_jax.convert.lightningdit:CONVERTER"
 
     learn_sigma: bool = False
     final_norm: bool = True
@@ -47,9 +69,20 @@ class LightningDiT(DiffusionTransformer):
         self.sow("intermediates", "condition", (time, label, condition))
 
         tokens = self._run_depth(tokens, condition, attn_kv_bias=self.attn_kv_bias)
-        channels = self.in_channels * (2 if self.learn_sigma else 1)
         patches = tokens[:, self.num_registers :]
-        return self._predict(patches, condition, channels, self.final_norm)[..., : self.in_channels]
+        out = self._predict(patches, condition, self._out_channels, self.final_norm)
+        return out[..., : self.in_channels]
+
+    def forward_flops(self) -> int:
+        """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate."""
+        tokens, width, patch = self.grid**2, self.hidden_size, self.patch_size**2
+        macs = self._depth_macs(extra_keys=int(self.attn_kv_bias))
+        macs += tokens * patch * self.in_channels * width + time_macs(width, self.time_features)
+        return 2 * (macs + final_layer_macs(tokens, width, patch * self._out_channels))
+
+    @property
+    def _out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
 
     def _embed_time(self, t: Array) -> Array:
         """Maps t [B] to [B, D]."""

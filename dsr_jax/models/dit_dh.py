@@ -3,13 +3,28 @@
 Source: DSR DDT.py (DiTwDDTHead); spec denoiser 2 and 3.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.denoiser import DiffusionTransformer, check_heads
+from dsr_jax.models.dit import DIT
 from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
+from dsr_jax.models.flops import block_macs, final_layer_macs, time_macs
 from dsr_jax.models.layers import TORCH_DEFAULT, Dense
+
+DIT_DH: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        name: {**sizes, "decoder_hidden_size": 2048, "decoder_depth": 2, "decoder_num_heads": 16}
+        for name, sizes in DIT.items()
+    }
+)
+"""Sizes by name: LightningDiT's encoder with the wide head. Source: spec denoiser 2.4 (XL was
+released; S is RAE's guide)."""
 
 
 class DiTDH(DiffusionTransformer):
@@ -29,6 +44,9 @@ class DiTDH(DiffusionTransformer):
       decoder_num_heads: Its attention heads.
       use_pos_embed: Adds the sine-cosine table to the encoder's tokens.
     """
+
+    converter: ClassVar[str] = "dsr_jax.convert.dit_dh:CONVERTER"
+    stack_prefix: ClassVar[str] = "enc_"
 
     decoder_hidden_size: int = 2048
     decoder_depth: int = 2
@@ -64,6 +82,28 @@ class DiTDH(DiffusionTransformer):
         tokens, condition = (x[:, self.num_registers :] for x in (tokens, condition))
         return self._predict(tokens, condition, self.in_channels)
 
+    def forward_flops(self) -> int:
+        """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate.
+
+        The head's modulations differ from token to token, so each token has matmuls of its own.
+        """
+        width, head_width = self.hidden_size, self.decoder_hidden_size
+        tokens, inputs = self.grid**2, self.in_channels * self.patch_size**2
+        length = tokens + self.num_registers
+        macs = self._depth_macs() + self.decoder_depth * block_macs(
+            length,
+            hidden=head_width,
+            mlp_hidden=self._mlp_hidden(head_width),
+            use_swiglu=self.use_swiglu,
+            conditions=length,
+            gated=self.num_registers if self.register_gate else 0,
+        )
+        # Both parts embed the input; only the head's patch tokens reach the final layer.
+        macs += tokens * inputs * (width + head_width)
+        macs += length * width * head_width if width != head_width else 0
+        macs += final_layer_macs(tokens, head_width, inputs, conditions=tokens)
+        return 2 * (macs + time_macs(width, self.time_features))
+
     def check_sizes(self) -> None:
         """Checks that sizes fit each other.
 
@@ -85,7 +125,7 @@ class DiTDH(DiffusionTransformer):
         tokens = self._embed_patches("s_embedder", self.hidden_size, x)
         if self.use_pos_embed:
             tokens = tokens + self._positions()
-        tokens = self._run_depth(tokens, condition, "enc_", linear_init=TORCH_DEFAULT)
+        tokens = self._run_depth(tokens, condition, linear_init=TORCH_DEFAULT)
         tokens = jax.nn.silu(time[:, None] + tokens)
         if self.decoder_hidden_size != self.hidden_size:
             tokens = Dense(

@@ -3,6 +3,8 @@
 Source: JiT model_jit.py; spec denoiser 11.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import flax.linen as nn
@@ -13,6 +15,30 @@ from dsr_jax.core.typing import Array
 from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dropout import Dropout, make_dropout, middle_half
 from dsr_jax.models.embeddings import BottleneckPatchEmbed, LabelEmbed, SinusoidalTimeEmbed
+from dsr_jax.models.flops import final_layer_macs, time_macs
+
+_SIZES = {
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "class_token_start": 4},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "class_token_start": 8},
+    "H": {"hidden_size": 1280, "depth": 32, "num_heads": 16, "class_token_start": 10},
+}
+
+JIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        f"{name}-{patch_size}": {
+            **sizes,
+            "patch_size": patch_size,
+            "bottleneck_dim": 256 if name == "H" else 128,
+            "num_class_tokens": 32,
+        }
+        for name, sizes in _SIZES.items()
+        for patch_size in (16, 32)
+    }
+)
+"""Sizes by name and patch size, 16 for images of 256 pixels and 32 for those of 512.
+
+Source: spec denoiser 11.
+"""
 
 
 class JiT(DiffusionTransformer):
@@ -33,6 +59,7 @@ class JiT(DiffusionTransformer):
       dropout: Share of values dropped in the middle half of the depth while training.
     """
 
+    converter: ClassVar[str] = "dsr_jax.convert.jit:CONVERTER"
     reversed_time: ClassVar[bool] = True
     time_features: ClassVar[int] = 256
 
@@ -77,7 +104,7 @@ class JiT(DiffusionTransformer):
         tokens = self._run_depth(
             tokens,
             condition,
-            add={"ctx": lambda tokens: self._add_class_tokens(tokens, label)},
+            insert={"ctx": lambda tokens: self._add_class_tokens(tokens, label)},
             dropout=self._dropout(dropout_keys),
         )
         patches = tokens[:, self.num_registers + self.num_class_tokens :]
@@ -105,10 +132,26 @@ class JiT(DiffusionTransformer):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"config.model.dropout={self.dropout}", "use 0 for none, less than 1")
 
-    def joins(self) -> dict[str, int]:
-        """First block of every kind of tokens that joins the patches on the way."""
-        context = {"ctx": self.class_token_start} if self.num_class_tokens else {}
-        return context | super().joins()
+    def forward_flops(self) -> int:
+        """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate."""
+        tokens, width, inputs = (
+            self.grid**2,
+            self.hidden_size,
+            self.patch_size**2 * self.in_channels,
+        )
+        macs = self._depth_macs() + tokens * self.bottleneck_dim * (inputs + width)
+        macs += final_layer_macs(tokens, width, inputs)
+        return 2 * (macs + time_macs(width, self.time_features))
+
+    def unused_sizes(self) -> set[str]:
+        """Returns the fields that have no effect, or only one that parameters' shapes show."""
+        unused = super().unused_sizes()
+        return unused if self.num_class_tokens else unused | {"class_token_start"}
+
+    def insertions(self) -> dict[str, tuple[int, int]]:
+        """Returns (first block, number of tokens) of every kind of inserted tokens."""
+        context = (self.class_token_start, self.num_class_tokens)
+        return ({"ctx": context} if self.num_class_tokens else {}) | super().insertions()
 
     def _add_class_tokens(self, tokens: Array, label: Array) -> Array:
         """Puts class tokens in front of the tokens: [B, L, D] -> [B, num_class_tokens + L, D]."""

@@ -3,11 +3,28 @@
 Source: SiT models.py; spec denoiser 10.1 and 10.5.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from dsr_jax.core.typing import Array
-from dsr_jax.models.dit import LightningDiT
+from dsr_jax.models.dit import DIT, LightningDiT
 from dsr_jax.models.embeddings import SinusoidalTimeEmbed
+
+SIT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        name: {
+            **sizes,
+            "patch_size": 2,
+            "use_swiglu": False,
+            "use_rope": False,
+            "use_rmsnorm": False,
+            "learn_sigma": True,
+        }
+        for name, sizes in DIT.items()
+    }
+)
+"""Sizes and flags by name. Source: spec denoiser 10.1."""
 
 
 class SiT(LightningDiT):
@@ -21,6 +38,7 @@ class SiT(LightningDiT):
     open but the rotary position that SiT lacks.
     """
 
+    converter: ClassVar[str] = "dsr_jax.convert.sit:CONVERTER"
     reversed_time: ClassVar[bool] = True
     time_features: ClassVar[int] = 256
 

@@ -1,68 +1,11 @@
-"""Sizes by their names in the papers; plain data that configs may import.
+"""Sizes of the frozen networks by name; plain data that configs may import.
 
-Source: spec denoiser 1.13 (S, B and L are the standard widths; only XL was released).
+The sizes of the denoisers stand beside their networks.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
-
-DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-        "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-        "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-        "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-    }
-)
-
-DIT_DH: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        name: {**sizes, "decoder_hidden_size": 2048, "decoder_depth": 2, "decoder_num_heads": 16}
-        for name, sizes in DIT.items()
-    }
-)
-"""The same encoders with the wide head. Source: spec denoiser 2.4 (XL was released; S is RAE's
-guide)."""
-
-SIT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        name: {
-            **sizes,
-            "patch_size": 2,
-            "use_swiglu": False,
-            "use_rope": False,
-            "use_rmsnorm": False,
-            "learn_sigma": True,
-        }
-        for name, sizes in DIT.items()
-    }
-)
-"""The same sizes with SiT's flags. Source: spec denoiser 10.1."""
-
-_JIT = {
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "class_token_start": 4},
-    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "class_token_start": 8},
-    "H": {"hidden_size": 1280, "depth": 32, "num_heads": 16, "class_token_start": 10},
-}
-
-JIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        f"{name}-{patch_size}": {
-            **sizes,
-            "patch_size": patch_size,
-            "bottleneck_dim": 256 if name == "H" else 128,
-            "num_class_tokens": 32,
-        }
-        for name, sizes in _JIT.items()
-        for patch_size in (16, 32)
-    }
-)
-"""Sizes and patches, 16 for images of 256 and 32 for those of 512. Source: spec denoiser 11."""
-
-REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
-"""First block with diffusion registers: XL released; S and B follow from the paper's GFLOPs; L is
-JiT-L's, which has the same depth."""
 
 IMAGENET_STATISTICS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}

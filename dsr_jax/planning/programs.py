@@ -86,11 +86,11 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
         {**state, "frozen networks": variables, "batch": batch},
         images,
         config.train.steps,
-        flops.train_step_flops(build.forward_flops(model), images),
+        flops.train_step_flops(model.forward_flops(), images),
         Layout(
             mesh=dict(mesh.shape),
-            width=model.hidden_size,
-            remat=model.remat,
+            width=config.model.hidden_size,
+            remat=getattr(model, "remat", "full"),
             batch_per_chip=images / mesh.size,
             accumulate=config.optim.accumulate,
             state_bytes=bytes_per_chip(state),
@@ -124,7 +124,7 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahe
         None,
         Layout(
             mesh=dict(mesh.shape),
-            width=model.hidden_size,
+            width=config.model.hidden_size,
             remat="full",  # Nothing is kept for a backward pass.
             batch_per_chip=images / mesh.size,
             accumulate=0,

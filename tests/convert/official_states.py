@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from dsr_jax.convert.families import family_of
+from dsr_jax.convert.converter import require_converter
 from dsr_jax.models.denoiser import DiffusionTransformer
 
 
 def make_state(model: DiffusionTransformer, seed: int = 0) -> dict[str, np.ndarray]:
     """Random parameters under the original's names, and its constants."""
-    family, random = family_of(model), np.random.RandomState(seed)
+    family, random = require_converter(type(model)), np.random.RandomState(seed)
     rules = family.rules(model)
     state = {}
     for rule in rules.rules:

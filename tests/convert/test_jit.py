@@ -8,9 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save, save_file
 
 from dsr_jax.convert.__main__ import main
-from dsr_jax.convert.families import strip_prefix
 from dsr_jax.convert.files import load_converted
-from dsr_jax.convert.jit import ENTRIES, PREFIX, infer_model, jit_rules, rope_buffers
+from dsr_jax.convert.jit import CONVERTER, infer_model, jit_rules, rope_buffers
 from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names
@@ -47,7 +46,7 @@ CASES = {
 
 def wrapped(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """As a checkpoint names them."""
-    return {PREFIX + name: value for name, value in state.items()}
+    return {CONVERTER.prefix + name: value for name, value in state.items()}
 
 
 def starts(model: JiT) -> dict[str, int]:
@@ -170,8 +169,8 @@ def test_other_models_are_refused() -> None:
 
 
 def test_a_prefix_goes_only_if_all_names_have_it() -> None:
-    assert set(strip_prefix({"net.a": 1, "net.b": 2}, PREFIX)) == {"a", "b"}
-    assert set(strip_prefix({"net.a": 1, "b": 2}, PREFIX)) == {"net.a", "b"}
+    assert set(CONVERTER.strip_prefix({"net.a": 1, "net.b": 2})) == {"a", "b"}
+    assert set(CONVERTER.strip_prefix({"net.a": 1, "b": 2})) == {"net.a", "b"}
 
 
 def test_command_converts_and_exports_the_same_bytes(tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_each_average_of_a_checkpoint_is_reached(
     states = [wrapped(make_state(model, seed)) for seed in range(3)]
     checkpoint = {
         name: {key: torch.from_numpy(value) for key, value in state.items()}
-        for name, state in zip(ENTRIES, states, strict=True)
+        for name, state in zip(CONVERTER.entries, states, strict=True)
     }
     rest = {"epoch": 3, "optimizer": {"state": {}}, "args": argparse.Namespace(model="JiT-B/16")}
     source, folder, back = (tmp_path / name for name in ("checkpoint-last.pth", "out", "back.pth"))
@@ -205,7 +204,7 @@ def test_each_average_of_a_checkpoint_is_reached(
     main(["jit", f"--source={source}", f"--out={folder}", "--class-token-start=1", *given])
     main(["export", f"--source={folder}", f"--out={back}"])
     exported = torch.load(back, weights_only=True)
-    assert set(exported) == set(ENTRIES)
+    assert set(exported) == set(CONVERTER.entries)
     for state in exported.values():
         assert set(state) == set(states[chosen])
         for key, value in states[chosen].items():

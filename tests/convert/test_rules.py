@@ -10,7 +10,6 @@ from dsr_jax.convert.rules import (
     Rule,
     RuleSet,
     Stack,
-    cut_stacks,
     flax_to_torch,
     linear,
     stack_layers,
@@ -20,6 +19,7 @@ from dsr_jax.convert.rules import (
 )
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names
+from dsr_jax.models.depth import split_into_stacks
 
 STACKS = (Stack("front", 0, 1), Stack("back", 1, 3))
 RULES = RuleSet(
@@ -176,7 +176,7 @@ def test_parameters_that_do_not_fit(name, value, pattern):
     ],
 )
 def test_stacks_and_single_layers(registers, start, expected):
-    stacks = cut_stacks(5, registers, start)
+    stacks = split_into_stacks(5, {"reg": start} if registers else {})
     assert [(stack.name, stack.first, stack.end) for stack in stacks] == expected
     layers = [{"mlp": {"bias": np.full(3, i)}, "scale": np.float32(i)} for i in range(5)]
     tree = stack_layers(layers, stacks)

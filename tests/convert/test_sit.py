@@ -15,8 +15,7 @@ from dsr_jax.convert.sit import infer_model, sit_rules
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.dit import LightningDiT
-from dsr_jax.models.sit import SiT
-from dsr_jax.models.variants import SIT
+from dsr_jax.models.sit import SIT, SiT
 from tests.convert.official_states import make_state
 from tests.requirements import require
 

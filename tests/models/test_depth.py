@@ -1,12 +1,12 @@
-"""Where a depth is cut."""
+"""Where a depth is split into stacks."""
 
 import pytest
 
-from dsr_jax.models.depth import Stack, cut_depth
+from dsr_jax.models.depth import Stack, split_into_stacks
 
 
 @pytest.mark.parametrize(
-    ("joins", "cuts"),
+    ("insertions", "stacks"),
     [
         ({}, [("blocks", 0, 6)]),
         ({"reg": 0}, [("blocks_reg", 0, 6)]),
@@ -17,12 +17,12 @@ from dsr_jax.models.depth import Stack, cut_depth
         ({"ctx": 0, "reg": 5}, [("blocks_ctx", 0, 5), ("blocks_reg", 5, 6)]),
     ],
 )
-def test_a_stack_begins_where_tokens_join(joins, cuts):
-    assert cut_depth(6, joins) == tuple(Stack(*cut) for cut in cuts)
+def test_a_stack_begins_where_tokens_are_inserted(insertions, stacks):
+    assert split_into_stacks(6, insertions) == tuple(Stack(*stack) for stack in stacks)
 
 
 def test_names_take_a_prefix():
-    assert [stack.name for stack in cut_depth(3, {"reg": 1}, "enc_")] == [
+    assert [stack.name for stack in split_into_stacks(3, {"reg": 1}, "enc_")] == [
         "enc_blocks_pre",
         "enc_blocks_reg",
     ]

@@ -8,9 +8,8 @@ import pytest
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params, flatten_names
-from dsr_jax.models.dit import LightningDiT
+from dsr_jax.models.dit import DIT, REGISTER_START, LightningDiT
 from dsr_jax.models.precision import Precision
-from dsr_jax.models.variants import DIT, REGISTER_START
 
 TINY = dict(input_size=4, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=5)
 

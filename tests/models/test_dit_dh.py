@@ -8,9 +8,9 @@ import pytest
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params, flatten_names
-from dsr_jax.models.dit_dh import DiTDH
+from dsr_jax.models.dit import REGISTER_START
+from dsr_jax.models.dit_dh import DIT_DH, DiTDH
 from dsr_jax.models.precision import Precision
-from dsr_jax.models.variants import DIT_DH, REGISTER_START
 
 TINY = dict(
     input_size=4,

@@ -10,9 +10,8 @@ import pytest
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import count_params, flatten_names
-from dsr_jax.models.jit import JiT
+from dsr_jax.models.jit import JIT, JiT
 from dsr_jax.models.precision import Precision
-from dsr_jax.models.variants import JIT
 from tests.programs import quick_programs
 
 TINY = dict(

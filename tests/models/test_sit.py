@@ -10,9 +10,9 @@ import pytest
 
 from dsr_jax import build
 from dsr_jax.core.trees import count_params
+from dsr_jax.models.dit import REGISTER_START
 from dsr_jax.models.embeddings import SinusoidalTimeEmbed
-from dsr_jax.models.sit import SiT
-from dsr_jax.models.variants import REGISTER_START, SIT
+from dsr_jax.models.sit import SIT, SiT
 from tests.programs import quick_programs
 
 TINY = dict(input_size=8, in_channels=4, hidden_size=16, depth=3, num_heads=2, num_classes=5)

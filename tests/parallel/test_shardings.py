@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsr_jax.core.errors import MeshError
 from dsr_jax.core.trees import flatten_names
-from dsr_jax.models.dit import LightningDiT
-from dsr_jax.models.variants import DIT
+from dsr_jax.models.dit import DIT, LightningDiT
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import make_rules, make_update_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh

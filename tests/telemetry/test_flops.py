@@ -1,4 +1,4 @@
-"""Counts agree with the paper's table and with the matrix products in the model's own program."""
+"""FLOPs agree with the paper's table and with the matmuls in the model's own program."""
 
 import math
 from collections.abc import Iterator
@@ -9,70 +9,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsr_jax.build import forward_flops
-from dsr_jax.models.dit import LightningDiT
-from dsr_jax.models.dit_dh import DiTDH
-from dsr_jax.models.jit import JiT
-from dsr_jax.models.sit import SiT
-from dsr_jax.models.variants import JIT, SIT
-from dsr_jax.telemetry.flops import (
-    dit_dh_forward_flops,
-    dit_forward_flops,
-    mfu,
-    peak_flops,
-    train_step_flops,
-)
+from dsr_jax.models.dit import DIT, REGISTER_START, LightningDiT
+from dsr_jax.models.dit_dh import DIT_DH, DiTDH
+from dsr_jax.models.jit import JIT, JiT
+from dsr_jax.models.sit import SIT, SiT
+from dsr_jax.telemetry.flops import mfu, peak_flops, train_step_flops
 
-PAPER = [
-    ("S", 384, 12, 1024, 4, 12.4, 13.7),
-    ("B", 768, 12, 2048, 4, 46.6, 51.2),
-    ("XL", 1152, 28, 3072, 8, 238.1, 262.9),
-]
+LATENTS: dict[str, int] = {"input_size": 16, "in_channels": 768, "num_classes": 1000}
+PAPER = [("S", 12.4, 13.7), ("B", 46.6, 51.2), ("XL", 238.1, 262.9)]
+"""GFLOPs of LightningDiT without and with registers (the paper's table)."""
 
 
-@pytest.mark.parametrize("name,hidden,depth,mlp_hidden,start,base,registers", PAPER)
-def test_the_papers_table(
-    name: str,
-    hidden: int,
-    depth: int,
-    mlp_hidden: int,
-    start: int,
-    base: float,
-    registers: float,
-) -> None:
+@pytest.mark.parametrize(("size", "without", "with_registers"), PAPER)
+def test_the_papers_table(size: str, without: float, with_registers: float) -> None:
     def gflops(num_registers: int) -> float:
-        flops = dit_forward_flops(
-            hidden=hidden,
-            depth=depth,
-            mlp_hidden=mlp_hidden,
-            tokens=256,
-            patch_inputs=768,
-            patch_outputs=768,
-            num_registers=num_registers,
-            register_start=start,
+        start = REGISTER_START[size]
+        model = LightningDiT(
+            **LATENTS, num_registers=num_registers, register_start=start, **DIT[size]
         )
-        return round(flops / 1e9, 1)
+        return round(model.forward_flops() / 1e9, 1)
 
-    assert (gflops(0), gflops(36)) == (base, registers)
+    assert (gflops(0), gflops(36)) == (without, with_registers)
 
 
 def test_the_head_models_figures() -> None:
     """GFLOPs of DiTDH-XL as its paper's convention gives them (spec denoiser 4)."""
 
     def gflops(num_registers: int) -> float:
-        flops = dit_dh_forward_flops(
-            hidden=1152,
-            depth=28,
-            mlp_hidden=3072,
-            decoder_hidden=2048,
-            decoder_depth=2,
-            decoder_mlp_hidden=5461,
-            tokens=256,
-            patch_inputs=768,
-            num_registers=num_registers,
-            register_start=8,
-        )
-        return round(flops / 1e9, 2)
+        model = DiTDH(**LATENTS, num_registers=num_registers, register_start=8, **DIT_DH["XL"])
+        return round(model.forward_flops() / 1e9, 2)
 
     assert (gflops(0), gflops(36)) == (323.16, 359.27)
 
@@ -94,7 +59,7 @@ def _is_jaxpr(value: object) -> bool:
 
 
 def matmul_flops(function: Any, *args: Any) -> int:
-    """Twice the multiply-accumulates of every matrix product, scans unrolled."""
+    """Twice the multiply-accumulates of every matmul, scans unrolled."""
     total = 0
     for equation, times in equations(jax.make_jaxpr(function)(*args).jaxpr):
         assert "conv" not in equation.primitive.name
@@ -114,7 +79,7 @@ def matmul_flops(function: Any, *args: Any) -> int:
         {"use_swiglu": False, "learn_sigma": True, "patch_size": 2},
     ],
 )
-def test_the_models_own_matrix_products(changes: dict[str, Any]) -> None:
+def test_the_models_own_matmuls(changes: dict[str, Any]) -> None:
     options = {"num_registers": 0, "register_start": 0, "use_swiglu": True, "patch_size": 1}
     options |= changes
     model = LightningDiT(
@@ -122,20 +87,7 @@ def test_the_models_own_matrix_products(changes: dict[str, Any]) -> None:
     )
     inputs = (jnp.zeros((1, 6, 6, 5)), jnp.zeros(1), jnp.zeros(1, int))
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    patch = options["patch_size"] ** 2 * 5
-    analytic = dit_forward_flops(
-        hidden=48,
-        depth=5,
-        mlp_hidden=128 if options["use_swiglu"] else 192,
-        tokens=36 // options["patch_size"] ** 2,
-        patch_inputs=patch,
-        patch_outputs=patch * (2 if options.get("learn_sigma") else 1),
-        num_registers=options["num_registers"],
-        register_start=options["register_start"],
-        use_swiglu=options["use_swiglu"],
-        attn_kv_bias=options.get("attn_kv_bias", False),
-    )
-    assert matmul_flops(model.apply, variables, *inputs) == analytic
+    assert matmul_flops(model.apply, variables, *inputs) == model.forward_flops()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +99,7 @@ def test_the_models_own_matrix_products(changes: dict[str, Any]) -> None:
         {"num_registers": 4, "register_start": 1, "register_gate": True},
     ],
 )
-def test_the_head_models_own_matrix_products(changes: dict[str, Any]) -> None:
+def test_the_head_models_own_matmuls(changes: dict[str, Any]) -> None:
     model = DiTDH(
         **{
             "input_size": 6,
@@ -164,7 +116,7 @@ def test_the_head_models_own_matrix_products(changes: dict[str, Any]) -> None:
     )
     inputs = (jnp.zeros((1, 6, 6, 5)), jnp.zeros(1), jnp.zeros(1, int))
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
+    assert matmul_flops(model.apply, variables, *inputs) == model.forward_flops()
 
 
 def test_sits_figures() -> None:
@@ -179,14 +131,14 @@ def test_sits_figures() -> None:
             register_start=8,
             **SIT["XL"],
         )
-        return forward_flops(model) / 1e9
+        return model.forward_flops() / 1e9
 
     assert (round(gflops(0), 2), round(gflops(36), 2)) == (237.24, 261.99)
     assert round(gflops(36) / gflops(0) - 1, 3) == 0.104
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_sits_own_matrix_products(registers: int) -> None:
+def test_sits_own_matmuls(registers: int) -> None:
     model = SiT(
         input_size=8,
         in_channels=4,
@@ -199,7 +151,7 @@ def test_sits_own_matrix_products(registers: int) -> None:
     )
     inputs = (jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros(1, int))
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
+    assert matmul_flops(model.apply, variables, *inputs) == model.forward_flops()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +163,7 @@ def test_jits_figures(variant: str, digits: int, with_class_tokens: float, witho
 
     def gflops(**changes: int) -> float:
         sizes = {**JIT[variant], **changes}
-        return forward_flops(JiT(input_size=256, in_channels=3, num_classes=1000, **sizes)) / 1e9
+        return JiT(input_size=256, in_channels=3, num_classes=1000, **sizes).forward_flops() / 1e9
 
     assert round(gflops(), digits) == with_class_tokens
     assert round(gflops(num_class_tokens=0), 1) == without
@@ -228,7 +180,7 @@ def test_jits_figures(variant: str, digits: int, with_class_tokens: float, witho
         {"num_class_tokens": 0},
     ],
 )
-def test_jits_own_matrix_products(changes: dict[str, Any]) -> None:
+def test_jits_own_matmuls(changes: dict[str, Any]) -> None:
     model = JiT(
         **{
             "input_size": 12,
@@ -246,10 +198,10 @@ def test_jits_own_matrix_products(changes: dict[str, Any]) -> None:
     )
     inputs = (jnp.zeros((1, 12, 12, 3)), jnp.zeros(1), jnp.zeros(1, int))
     variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    assert matmul_flops(model.apply, variables, *inputs) == forward_flops(model)
+    assert matmul_flops(model.apply, variables, *inputs) == model.forward_flops()
 
 
-def test_the_compilers_count_of_one_product() -> None:
+def test_the_compilers_count_of_one_matmul() -> None:
     """Ties the unit, two operations per multiply-accumulate, to XLA's."""
     a, b = np.zeros((8, 16), np.float32), np.zeros((16, 32), np.float32)
     cost = jax.jit(jnp.matmul).lower(a, b).compile().cost_analysis()
@@ -257,7 +209,7 @@ def test_the_compilers_count_of_one_product() -> None:
 
 
 def test_a_training_step_is_three_forward_passes() -> None:
-    """Counted in the gradient of a chain of products."""
+    """Counted in the gradient of a chain of matmuls."""
     assert train_step_flops(10, 4) == 120
     assert train_step_flops(10, 4, recompute=True) == 160
     x, weights = jnp.zeros((8, 16)), jnp.zeros((50, 16, 16))

@@ -15,7 +15,6 @@ from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.denoiser import DiffusionTransformer
-from dsr_jax.models.depth import cut_depth
 from dsr_jax.parallel.processes import log
 from dsr_jax.registers.outliers import split_norms
 from dsr_jax.training.checkpoints import restore_params
@@ -133,9 +132,8 @@ def block_norms(model: DiffusionTransformer, params: Any, x: Array, labels: Arra
     """Norms of the patch tokens [B, N] behind each block, at t = 0.5."""
     time = jnp.full(len(x), 0.5)
     _, sown = model.apply({"params": params}, x, time, labels, mutable=["intermediates"])
-    joins = {"reg": model.register_start} if model.num_registers else {}
     norms: list[Array] = []
-    for stack in cut_depth(model.depth, joins):
+    for stack in model.stacks():
         outputs = sown["intermediates"][stack.name]["block_out"][0]
         norms += list(jnp.linalg.norm(outputs[:, :, -(model.grid**2) :], axis=-1))
     return norms

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.convert.families import family_of
+from dsr_jax.convert.converter import require_converter
 from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.typing import Params
 from dsr_jax.diffusion import guidance
@@ -122,12 +122,14 @@ def case_network(
 ) -> tuple[DiffusionTransformer, Params]:
     """A case's network and its parameters, by the names of its settings and of their file."""
     model = build_network(architecture(case.config) or "", case.config[params])
-    return model, torch_to_flax(case.weights(weights), family_of(model).rules(model))
+    return model, torch_to_flax(case.weights(weights), require_converter(type(model)).rules(model))
 
 
 def official(model: DiffusionTransformer, tree: Params) -> dict[str, np.ndarray]:
     """A tree like the network's parameters, under the official names."""
-    return flax_to_torch(jax.tree.map(np.asarray, tree), family_of(model).rules(model))
+    return flax_to_torch(
+        jax.tree.map(np.asarray, tree), require_converter(type(model)).rules(model)
+    )
 
 
 def run_network(case: Case) -> list[Check]:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsr_jax.convert.families import family_of, strip_prefix
-from dsr_jax.convert.jit import PREFIX
+from dsr_jax.convert.converter import require_converter
+from dsr_jax.convert.jit import CONVERTER
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.diffusion import guidance, samplers
@@ -31,8 +31,8 @@ _SOLVERS = {"euler": "euler", "heun": samplers.HEUN_THEN_EULER}
 def run_jit(case: Case) -> list[Check]:
     """Everything that the case holds."""
     model = build_jit(case.config["model_config"])
-    state = strip_prefix(case.weights(), PREFIX)
-    params = torch_to_flax(state, family_of(model).rules(model))
+    state = CONVERTER.strip_prefix(case.weights())
+    params = torch_to_flax(state, require_converter(type(model)).rules(model))
     checks = []
     if "fwd_out" in case.io:
         checks += _forward(case, model, params)
