@@ -38,7 +38,7 @@ COMMANDS = {
     *("train", "train_decoder", "sample", "evaluate", "evaluate_reconstruction"),
     *("encode", "compile", "export"),
 }
-ONLY_IN = {"orbax": "training/checkpoints.py", "grain": "data/", "torch": "convert/"}
+ONLY_IN = {"orbax": "training/checkpoint", "grain": "data/", "torch": "convert/"}
 LAZY = {
     "torch",
     "matplotlib",

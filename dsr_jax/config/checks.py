@@ -12,19 +12,28 @@ from dsr_jax.config.schema import leaves, to_json
 from dsr_jax.core.errors import ConfigError
 
 _SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale"}}
+_DENOISER_SECTIONS = ("model", "registers", "objective")
+_DECODER_SECTIONS = ("lpips", "gan")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
-    """The values that decide the parameters' names and shapes, by dotted key."""
-    values = to_json(config)
-    space = values["space"]
-    # The other keys of the section have no effect.
-    effective = _SPACE_KEYS.get(space["name"], set(space) - _SPACE_KEYS["vae"] | {"name"})
-    values["space"] = {key: space[key] for key in space if key in effective}
+    """Returns the values that decide the network and its inputs, by dotted key."""
     sections = ("space", "decoder") if trains_decoder(config) else ("model", "registers", "space")
+    unused = unused_keys(config)
     return {
-        f"config.{key}": value for key, value in leaves(values) if key.split(".")[0] in sections
+        f"config.{key}": value
+        for key, value in leaves(to_json(config))
+        if key.split(".")[0] in sections and key not in unused
     }
+
+
+def unused_keys(config: ConfigDict) -> set[str]:
+    """Returns the keys that have no effect with the input space and the task of this config."""
+    space = config.space.name
+    used = _SPACE_KEYS.get(space, set(config.space) - _SPACE_KEYS["vae"] | {"name"})
+    unused = {f"space.{key}" for key in config.space if key not in used}
+    sections = _DENOISER_SECTIONS if trains_decoder(config) else _DECODER_SECTIONS
+    return unused | {key for key, _ in leaves(config) if key.split(".")[0] in sections}
 
 
 def trains_decoder(config: ConfigDict) -> bool:

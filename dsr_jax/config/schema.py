@@ -1,211 +1,243 @@
-"""Every key that a config can have, with its default."""
+"""Every key that a config can have: its default, what it means, and whether a run may change it.
 
+A change between two starts of one run is sorted by what it does (the resume contract):
+
+- `free`: memory, speed, reporting, length, learning rate. The run continues; the log names it.
+- `ask`: what is learned, and from what. The run continues where `--allow-change KEY` asks for it.
+- `never`: names and shapes of the parameters, or what they mean. Nothing can be continued.
+"""
+
+import enum
 import json
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 
+class Change(enum.Enum):
+    """Whether a key may differ between two starts of one run."""
+
+    FREE = "free"
+    ASK = "ask"
+    NEVER = "never"
+
+
+class Key(NamedTuple):
+    """One key of the config.
+
+    Attributes:
+      default: Its default, whose type is enforced.
+      meaning: What it sets, in one line.
+      change: Whether a run may change it.
+    """
+
+    default: Any
+    meaning: str
+    change: Change
+
+
+def free(default: Any, meaning: str) -> Key:
+    """Returns a key that may change between two starts."""
+    return Key(default, meaning, Change.FREE)
+
+
+def ask(default: Any, meaning: str) -> Key:
+    """Returns a key that changes only where the user asks for it."""
+    return Key(default, meaning, Change.ASK)
+
+
+def never(default: Any, meaning: str) -> Key:
+    """Returns a key that is fixed from the first start on."""
+    return Key(default, meaning, Change.NEVER)
+
+
+# Defaults are the paper's recipe where it has one (spec denoiser 8).
+SCHEMA: Mapping[str, Key] = MappingProxyType(
+    {
+        "seed": ask(0, "seed of initialization, data order, noise, times and dropout"),
+        "model.name": never("lightningdit", "denoiser: lightningdit, ditdh, sit or jit"),
+        "model.hidden_size": never(384, "width D of the tokens"),
+        "model.depth": never(12, "blocks"),
+        "model.num_heads": never(6, "attention heads per block"),
+        "model.patch_size": never(1, "side of a patch, in pixels or latent positions"),
+        "model.mlp_ratio": never(4.0, "hidden width of the MLP over hidden_size"),
+        "model.learn_sigma": never(False, "twice the output channels, of which the first count"),
+        "model.use_qknorm": never(False, "normalize queries and keys"),
+        "model.use_swiglu": never(True, "SwiGLU in place of GELU in the MLP"),
+        "model.use_rope": never(True, "rotary position embedding"),
+        "model.use_rmsnorm": never(True, "RMSNorm in place of LayerNorm"),
+        "model.final_norm": never(True, "norm before the output layer"),
+        "model.attn_kv_bias": never(False, "extra key and value per head without a token"),
+        "model.remat": free("none", "what the backward pass computes again: none, dots or full"),
+        "model.attention": free("auto", "attention kernel: auto, einsum, xla, cudnn or splash"),
+        "model.decoder_hidden_size": never(2048, "ditdh: width of the head"),
+        "model.decoder_depth": never(2, "ditdh: blocks of the head"),
+        "model.decoder_num_heads": never(16, "ditdh: attention heads of the head"),
+        "model.use_pos_embed": never(True, "ditdh: position table of its encoder"),
+        "model.bottleneck_dim": never(128, "jit: width between the patches and the tokens"),
+        "model.num_class_tokens": never(32, "jit: class tokens"),
+        "model.class_token_start": never(4, "jit: block from which the class tokens are there"),
+        "model.dropout": free(0.0, "jit: dropout in the blocks of the middle half"),
+        "registers.num": never(36, "diffusion registers R; 0 for none"),
+        "registers.start": never(4, "block from which they are there"),
+        "registers.gate": never(False, "gate for registers added by tools/add_registers.py"),
+        "space.name": never("pixels", "what is diffused: pixels, vae or rae"),
+        "space.vae": ask("", "vae: folder of the converted autoencoder"),
+        "space.scale": ask(0.18215, "vae: factor on its latents"),
+        "space.encoder": ask("", "rae: folder of the converted encoder, or random:NAME"),
+        "space.decoder": free("", "rae: folder of its decoder; needed for samples only"),
+        "space.statistics": ask("", "rae: file of the latents' mean and variance"),
+        "space.neurons": ask("", "rae: register neurons, a published name or a file; empty: none"),
+        "space.image_size": never(0, "rae: side of the encoder's input; 0 for 16 patches a side"),
+        "space.num_registers": ask(1, "rae: test-time registers"),
+        "space.register_scale": ask((1.0,), "rae: factor on the value that each register gets"),
+        "space.normal_values": ask("zero", "rae: patches keep: zero, mean, only_outliers or same"),
+        "space.shared_maximum": ask(True, "rae: one value per block, the maximum over its neurons"),
+        "space.spare_first_token": ask(True, "rae: token 0 keeps its activations"),
+        "space.noise_tau": ask(0.0, "rae: largest standard deviation of noise on latents"),
+        "space.norm_scaled_noise": ask(False, "rae: noise in proportion to the token's norm"),
+        "space.post_stat_norm": ask(False, "rae: noise and norms after normalization"),
+        "space.preln": ask(False, "rae: tokens before the encoder's final norm"),
+        "space.eps": ask(1e-5, "rae: added to the variance of latents"),
+        "data.source": ask("digits", "digits, synthetic, folder, arrayrecord, tfds:NAME, ..."),
+        "data.root": ask("", "folder or archive of the source"),
+        "data.latents": ask("", "folder of python -m dsr_jax.encode cache, in place of images"),
+        "data.split": ask("train", "part of the source to train on"),
+        "data.image_size": never(8, "side of the images in pixels"),
+        "data.channels": never(1, "1 for gray images, 3 for color"),
+        "data.num_classes": never(10, "rows of the label table, besides that of no class"),
+        "data.global_batch": ask(1024, "images per step over all devices"),
+        "data.flip": ask(True, "mirror half of the images"),
+        "data.crop_from": ask(0, "resize the shorter side to this and crop at random; 0 for none"),
+        "data.workers": free(0, "processes that load images; 0 loads in threads"),
+        "data.on_corrupt": free("error", "unreadable images: error, or skip and count them"),
+        "objective.path": ask("linear", "interpolation between data and noise: linear, ..."),
+        "objective.prediction": ask(
+            "data", "what the network predicts: data, velocity, noise or score"
+        ),
+        "objective.loss_weight": ask(
+            "", "weight of the loss over t: velocity or likelihood; empty: 1"
+        ),
+        "objective.time_distribution": ask("logit-normal_0_1", "distribution of training times"),
+        "objective.time_shift": ask(1.0, "factor on the odds of t, in training and sampling"),
+        "objective.time_range": ask((), "lowest and highest t; empty for the prediction's own"),
+        "objective.noise_scale": ask(1.0, "standard deviation of the noise at t = 1"),
+        "objective.clip_target": ask(False, "bound the time that divides the target, as JiT does"),
+        "objective.outlier_norm": ask(0.0, "rae: no loss on tokens of at least this norm; 0: all"),
+        "objective.norm_shift": ask(False, "rae: loss weights as of a time shift by the norm"),
+        "objective.norm_shift_logit_normal": ask(False, "rae: the same for logit-normal times"),
+        "objective.label_dropout": ask(0.1, "fraction of labels replaced by no class"),
+        "objective.time_bins": free(8, "intervals of t for which losses are logged"),
+        "optim.lr": free(2e-4, "highest learning rate"),
+        "optim.b1": free(0.9, "AdamW: decay of the first moment"),
+        "optim.b2": free(0.95, "AdamW: decay of the second moment"),
+        "optim.eps": free(1e-8, "AdamW: added to the root of the second moment"),
+        "optim.weight_decay": free(0.0, "AdamW: decoupled weight decay; 0 for none"),
+        "optim.schedule": free("constant", "learning rate: constant, linear or cosine decay"),
+        "optim.final_lr": free(2e-4, "learning rate at the end of the decay"),
+        "optim.warmup_steps": free(0, "steps before the decay"),
+        "optim.warmup_from_zero": free(False, "the rate rises linearly over warmup_steps"),
+        "optim.warmup_offset": free(1, "added to the step while it rises: 1 as DSR, 0 as JiT"),
+        "optim.decay_end_steps": free(0, "step at which the decay ends"),
+        "optim.clip_norm": free(0.0, "largest norm of the gradients; 0 for no clipping"),
+        "optim.accumulate": free(1, "micro-batches per step: less memory, the same gradients"),
+        "optim.freeze": ask((), "patterns of parameters that are not trained"),
+        "ema.decays": free((0.9999,), "decays of the EMA weights; each costs a copy of them"),
+        "train.steps": free(100_080, "length of the run in steps"),
+        "train.stop_after_steps": free(0, "end this start after so many steps; 0 for no limit"),
+        "train.init_from": free("", "converted folder whose weights a new run starts from"),
+        "mesh.data": free(-1, "devices over which the batch is split; -1 for all that are left"),
+        "mesh.fsdp": free(1, "devices over which batch and parameters are split"),
+        "mesh.tensor": free(1, "devices over which heads and hidden units are split"),
+        "mesh.dcn_data": free(-1, "the part of mesh.data across TPU slices; -1 for all slices"),
+        "mesh.dcn_fsdp": free(1, "the part of mesh.fsdp across TPU slices"),
+        "sharding.rules": free("fsdp", "where logical axes are split: fsdp, zero1 or replicated"),
+        "sharding.overrides": free((), "changes to these rules"),
+        "sharding.xla_options": free((), "name=value, for the compiler of the training step"),
+        "precision.compute": free("float32", "dtype of matmul inputs: float32 or bfloat16"),
+        "precision.matmul": free("default", "arithmetic of float32 matmuls, as JAX names it"),
+        "checkpoint.every_steps": free(5_000, "steps between checkpoints"),
+        "checkpoint.keep_latest": free(2, "newest checkpoints that stay"),
+        "checkpoint.keep_every": free(25_000, "checkpoints at multiples of this stay; 0 for none"),
+        "checkpoint.restore_step": free(-1, "go back to this step once; -1 for the newest"),
+        "checkpoint.save_seconds": free(1200.0, "longest time that a save may take"),
+        "failures.lost_seconds": free(90.0, "silence after which a process counts as lost"),
+        "failures.step_seconds": free(900.0, "longest step with its batch; 0 for no limit"),
+        "failures.pause_seconds": free(7200.0, "longest start, compilation or evaluation; 0: none"),
+        "failures.end_hung": free(True, "end a run that hangs, so that it can be started again"),
+        "failures.check_replicas": free(True, "compare the replicas of the state between devices"),
+        "log.every_steps": free(100, "steps between records of metrics.jsonl"),
+        "log.tensorboard": free(False, "also write TensorBoard events"),
+        "log.wandb": free("", "project of Weights & Biases to write to; empty for none"),
+        "log.profile_start": free(0, "first step that is traced"),
+        "log.profile_steps": free(0, "steps that are traced; 0 for none"),
+        "sample.every_steps": free(10_000, "steps between grids of samples; 0 for none"),
+        "sample.num": free(64, "samples of a grid"),
+        "sample.batch": free(64, "samples that are made at once"),
+        "sample.ema": free("0.9999", "decay of the EMA weights that sample; none for the weights"),
+        "sample.method": free("euler", "solver: euler, heun, dopri5, sde-euler, sde-heun, ..."),
+        "sample.num_points": free(50, "points of the time grid, one more than solver steps"),
+        "sample.guidance": free(1.0, "scale of classifier-free guidance or autoguidance; 1: none"),
+        "sample.autoguidance": free(
+            "", "folder of the weaker denoiser that guides: run or converted"
+        ),
+        "sample.guidance_channels": free(0, "guide only the first so many channels; 0 for all"),
+        "sample.interval": free((0.0, 1.0), "times (0 data, 1 noise) in which guidance is on"),
+        "sample.open_interval": free(False, "leave out the interval's ends, as JiT does"),
+        "sample.seed": free(0, "seed of the samples' noise"),
+        "sample.uint8": free("truncate", "cast of images to uint8: truncate, round or sit"),
+        "sample.rtol": free(1e-3, "dopri5: relative tolerance"),
+        "sample.atol": free(1e-6, "dopri5: absolute tolerance"),
+        "sample.sde_form": free("sigma", "sde: form of the diffusion coefficient"),
+        "sample.sde_norm": free(1.0, "sde: scale of the diffusion coefficient"),
+        "sample.last_step": free("mean", "sde: last step: mean, euler, tweedie or none"),
+        "sample.last_step_size": free(0.04, "sde: size of the last step in t"),
+        "eval.classifier": free(
+            "", "data set whose classifier scores samples: digits; empty: none"
+        ),
+        "eval.num_samples": free(0, "samples that are scored"),
+        "eval.split": free("heldout", "part of the source that the scores compare with"),
+        "eval.every_steps": free(0, "steps between scores; 0 for the end of the run alone"),
+        "eval.metrics": free(("fid",), "metrics of python -m dsr_jax.evaluate"),
+        "eval.reference": free("", "file of reference statistics; empty for no metrics"),
+        "eval.inception": free("", "folder of the converted Inception network"),
+        "eval.dinov2": free("", "folder of the converted DINOv2 network"),
+        "eval.batch": free(64, "images per batch of the feature network"),
+        "decoder.hidden_size": never(0, "train_decoder: width of the decoder; 0 for a denoiser"),
+        "decoder.depth": never(28, "train_decoder: blocks"),
+        "decoder.num_heads": never(16, "train_decoder: attention heads per block"),
+        "decoder.mlp_dim": never(4096, "train_decoder: hidden width of the MLP"),
+        "decoder.patch_size": never(16, "train_decoder: side of a patch in pixels"),
+        "decoder.remat": free("none", "train_decoder: as model.remat"),
+        "lpips.folder": ask("", "train_decoder: folder of the converted LPIPS network"),
+        "lpips.weight": ask(1.0, "train_decoder: weight of LPIPS beside L1; 0 for none"),
+        "gan.backbone": ask("", "train_decoder: folder of the discriminator's frozen backbone"),
+        "gan.weight": ask(0.75, "train_decoder: weight of the GAN's loss; 0 for no GAN"),
+        "gan.max_adaptive_weight": ask(1e4, "train_decoder: bound of the adaptive weight"),
+        "gan.loss": ask("hinge", "train_decoder: the discriminator's loss, hinge or vanilla"),
+        "gan.kernel_size": never(9, "train_decoder: kernel size of the discriminator's heads"),
+        "gan.key_depths": never((2, 5, 8, 11), "train_decoder: backbone blocks that heads read"),
+        "gan.cutout": ask(0.0, "train_decoder: side of the hole in what the discriminator sees"),
+        "gan.discriminator_start": ask(0, "train_decoder: first step of the discriminator"),
+        "gan.generator_start": ask(0, "train_decoder: first step of the GAN's loss"),
+    }
+)
+
+
 def base_config() -> ConfigDict:
-    """Returns every key with its default: the paper's recipe where it has one (spec denoiser 8)."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": {
-                "name": "lightningdit",
-                "hidden_size": 384,
-                "depth": 12,
-                "num_heads": 6,
-                "patch_size": 1,
-                "mlp_ratio": 4.0,
-                "learn_sigma": False,
-                "use_qknorm": False,
-                "use_swiglu": True,
-                "use_rope": True,
-                "use_rmsnorm": True,
-                "final_norm": True,
-                "attn_kv_bias": False,
-                "remat": "none",
-                "attention": "auto",
-                # Of "ditdh" alone: its wide head, and the encoder's table.
-                "decoder_hidden_size": 2048,
-                "decoder_depth": 2,
-                "decoder_num_heads": 16,
-                "use_pos_embed": True,
-                # Of "jit" alone: its patches, its class tokens, and dropout in the middle.
-                "bottleneck_dim": 128,
-                "num_class_tokens": 32,
-                "class_token_start": 4,
-                "dropout": 0.0,
-            },
-            # The gate is for registers that join a trained network: tools/add_registers.py.
-            "registers": {"num": 36, "start": 4, "gate": False},
-            # Behind vae and scale all is for "rae", whose image_size 0 is 16 patches a side.
-            "space": {
-                "name": "pixels",
-                "vae": "",
-                "scale": 0.18215,
-                "encoder": "",
-                "decoder": "",
-                "statistics": "",
-                "neurons": "",
-                "image_size": 0,
-                "num_registers": 1,
-                "register_scale": (1.0,),
-                "normal_values": "zero",
-                "shared_maximum": True,
-                "spare_first_token": True,
-                "noise_tau": 0.0,
-                "norm_scaled_noise": False,
-                "post_stat_norm": False,
-                "preln": False,
-                "eps": 1e-5,
-            },
-            "data": {
-                "source": "digits",
-                "root": "",
-                # A folder of python -m dsr_jax.encode cache, read instead of images.
-                "latents": "",
-                "split": "train",
-                "image_size": 8,
-                "channels": 1,
-                "num_classes": 10,
-                "global_batch": 1024,
-                "flip": True,
-                "crop_from": 0,
-                "workers": 0,
-                "on_corrupt": "error",
-            },
-            "objective": {
-                "path": "linear",
-                "prediction": "data",
-                "loss_weight": "",
-                "time_distribution": "logit-normal_0_1",
-                "time_shift": 1.0,
-                "time_range": (),
-                "noise_scale": 1.0,
-                "clip_target": False,
-                # Of "rae" alone: no loss where a token's norm is at least this, 0 for none; and
-                # weights as of a time shift in proportion to the norm. Norms are all equal
-                # without config.space.post_stat_norm or preln.
-                "outlier_norm": 0.0,
-                "norm_shift": False,
-                "norm_shift_logit_normal": False,
-                "label_dropout": 0.1,
-                "time_bins": 8,
-            },
-            "optim": {
-                "lr": 2e-4,
-                "b1": 0.9,
-                "b2": 0.95,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "schedule": "constant",
-                "final_lr": 2e-4,
-                "warmup_steps": 0,
-                "warmup_from_zero": False,
-                "warmup_offset": 1,
-                "decay_end_steps": 0,
-                "clip_norm": 0.0,
-                "accumulate": 1,
-                "freeze": (),
-            },
-            "ema": {"decays": (0.9999,)},
-            # init_from is a converted folder, whose weights a new run of a denoiser starts from.
-            "train": {"steps": 100_080, "stop_after_steps": 0, "init_from": ""},
-            # dcn_data and dcn_fsdp: the parts of data and fsdp that lie in different TPU slices.
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1, "dcn_fsdp": 1},
-            # xla_options are "name=value", for the compiler of the training step.
-            "sharding": {"rules": "fsdp", "overrides": (), "xla_options": ()},
-            "precision": {"compute": "float32", "matmul": "default"},
-            "checkpoint": {
-                "every_steps": 5_000,
-                "keep_latest": 2,
-                "keep_every": 25_000,
-                "restore_step": -1,
-                "save_seconds": 1200.0,
-            },
-            # When a process counts as lost, and a run as hung: seconds without a sign of life; for
-            # a step and its batch; for all else (start, compilation, pictures). 0 for no limit,
-            # except to signs of life.
-            "failures": {
-                "lost_seconds": 90.0,
-                "step_seconds": 900.0,
-                "pause_seconds": 7200.0,
-                "end_hung": True,
-                "check_replicas": True,
-            },
-            "log": {
-                "every_steps": 100,
-                "tensorboard": False,
-                "wandb": "",
-                "profile_start": 0,
-                "profile_steps": 0,
-            },
-            "sample": {
-                "every_steps": 10_000,
-                "num": 64,
-                "batch": 64,
-                "ema": "0.9999",
-                "method": "euler",
-                "num_points": 50,
-                # The scale of classifier-free guidance, or of autoguidance where the next key
-                # names the folder of a weaker denoiser: a run's, or a converted one.
-                "guidance": 1.0,
-                "autoguidance": "",
-                "guidance_channels": 0,
-                "interval": (0.0, 1.0),
-                "open_interval": False,
-                "seed": 0,
-                "uint8": "truncate",
-                "rtol": 1e-3,
-                "atol": 1e-6,
-                "sde_form": "sigma",
-                "sde_norm": 1.0,
-                "last_step": "mean",
-                "last_step_size": 0.04,
-            },
-            # How num_samples samples are scored at the end of a run and every `every_steps`: with a
-            # classifier trained on the data set named, or with the metrics of
-            # python -m dsr_jax.evaluate, whose arguments the other keys are.
-            "eval": {
-                "classifier": "",
-                "num_samples": 0,
-                "split": "heldout",
-                "every_steps": 0,
-                "metrics": ("fid",),
-                "reference": "",
-                "inception": "",
-                "dinov2": "",
-                "batch": 64,
-            },
-            # What python -m dsr_jax.train_decoder trains in place of a denoiser; width 0 for none.
-            "decoder": {
-                "hidden_size": 0,
-                "depth": 28,
-                "num_heads": 16,
-                "mlp_dim": 4096,
-                "patch_size": 16,
-                "remat": "none",
-            },
-            # Its losses besides L1 (spec encoder 8); a weight of 0 switches one off. Folders are
-            # python -m dsr_jax.convert's; the starts are steps.
-            "lpips": {"folder": "", "weight": 1.0},
-            "gan": {
-                "backbone": "",
-                "weight": 0.75,
-                "max_adaptive_weight": 1e4,
-                "loss": "hinge",
-                "kernel_size": 9,
-                "key_depths": (2, 5, 8, 11),
-                "cutout": 0.0,
-                "discriminator_start": 0,
-                "generator_start": 0,
-            },
-        },
-        convert_dict=True,
-    ).lock()
+    """Returns every key with its default."""
+    config = ConfigDict()
+    for name, key in SCHEMA.items():
+        *sections, last = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        section[last] = key.default
+    return config.lock()
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -220,5 +252,5 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """Plain values; tuples become lists."""
+    """Returns plain values; tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))

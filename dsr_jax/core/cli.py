@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from dsr_jax.core.errors import DsrError, StuckSaveError
@@ -45,6 +46,11 @@ def positive_int(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{value} is not positive: give 1 or more")
     return value
+
+
+def path_argument(text: str) -> Path:
+    """Reads an argument that names a file or folder; "~" is the home also behind an equals sign."""
+    return Path(text).expanduser()
 
 
 def run_main(main: Callable[[], int | None]) -> None:

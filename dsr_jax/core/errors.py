@@ -41,6 +41,20 @@ class CheckpointError(DsrError):
     """A checkpoint or run folder that is missing, damaged or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files cannot be read, or whose checksums do not agree.
+
+    Args:
+      step: Its step.
+      problem: As in `DsrError`.
+      remedy: As in `DsrError`.
+    """
+
+    def __init__(self, step: int, problem: str, remedy: str = "") -> None:
+        self.step = step
+        super().__init__(problem, remedy)
+
+
 class StuckSaveError(CheckpointError):
     """A save that does not end; the program must end without waiting for its threads."""
 

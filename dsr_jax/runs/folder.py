@@ -1,28 +1,42 @@
 """The folder of a run: whether a start may use it, and what each start writes into it."""
 
+import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from dsr_jax.config import ConfigDict, base_config, to_json
+from dsr_jax.config import ConfigDict, to_json
+from dsr_jax.config.resume import CLASSES, check_allowed, compare_configs, is_allowed
 from dsr_jax.config.schema import leaves
 from dsr_jax.core import files
-from dsr_jax.core.errors import ConfigError, DataError
+from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.classes import DataDescription, compare, read_class_names
+from dsr_jax.telemetry.writers import METRICS_FILE, read_metrics
+from dsr_jax.training.save_record import SaveRecord
+from dsr_jax.training.step_folders import list_steps
 
-# A change of these makes the parameters of an existing run meaningless.
-ARCHITECTURE_SECTIONS = ("model", "registers", "space", "decoder")
+MAX_LINES = 8
 
 
-def check_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[str]:
+def check_workdir(
+    config: ConfigDict, workdir: str | os.PathLike[str], allowed: Sequence[str] = ()
+) -> list[str]:
     """Checks that a run may start or continue in `workdir`; writes nothing.
 
+    Args:
+      config: The config of this start.
+      workdir: The run's folder.
+      allowed: Arguments of --allow-change: keys or sections that may change what is learned.
+
     Returns:
-      "key: old -> new" for every key that differs from the run's last start.
+      "config.KEY: old -> new" for every key that differs from the run's last start.
 
     Raises:
-      ConfigError: If the folder holds something else, or a run of another architecture.
+      ConfigError: If the folder holds something else, or a run that cannot take the changes.
     """
+    check_allowed(allowed)
     folder = Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"workdir {str(folder)!r} is a file", "name a new or empty folder")
@@ -34,40 +48,75 @@ def check_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[s
             f"workdir {str(folder)!r} is not empty and holds no run of dsr_jax ({content}, ...)",
             "name a new or empty folder; nothing was written",
         )
-    # A key that is younger than the run had its default's effect then.
-    defaults = dict(leaves(to_json(base_config())))
-    old = defaults | dict(leaves(files.read_json(folder / "config.json")))
-    new = dict(leaves(to_json(config)))
-    changed = {key for key in {**old, **new} if old.get(key) != new.get(key)}
-    lines = [f"config.{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(changed)]
-    foreign = [line for line in lines if line.split(".")[1] in ARCHITECTURE_SECTIONS]
-    if foreign:
+    saved = files.read_json(folder / "config.json")
+    changes = compare_configs(saved, config)
+    if not _has_saved(folder, saved):
+        # Nothing rests on the old settings yet: this start begins at step 0 anyway.
+        return sorted(line for part in changes for line in part.values())
+    if changes.never:
         raise ConfigError(
             f"workdir {str(folder)!r} holds a run of another architecture:\n    "
-            + "\n    ".join(foreign[:8]),
+            + "\n    ".join(list(changes.never.values())[:MAX_LINES]),
             "use another --workdir, or the config that the run was started with",
         )
-    return lines
+    refused = {key: line for key, line in changes.ask.items() if not is_allowed(key, allowed)}
+    if refused:
+        flags = " ".join(f"--allow-change {key}" for key in refused)
+        raise ConfigError(
+            f"workdir {str(folder)!r} holds a run with other settings of what is learned:\n    "
+            + "\n    ".join(list(refused.values())[:MAX_LINES]),
+            f"use another --workdir or the run's own settings; to continue all the same: {flags}",
+        )
+    return sorted([*changes.free.values(), *changes.ask.values()])
 
 
-def check_data(workdir: str | os.PathLike[str], data: DataDescription) -> None:
+def _has_saved(folder: Path, saved: Mapping[str, Any]) -> bool:
+    """Whether a run has a checkpoint.
+
+    Raises:
+      CheckpointError: If it had one, by its record or by its metrics, which is gone.
+    """
+    steps = folder / "checkpoints"
+    if list_steps(steps):
+        return True
+    record = SaveRecord(steps)
+    record.check_never_saved()
+    last = max((entry["step"] for entry in read_metrics(folder)), default=0)
+    if last >= dict(leaves(saved)).get("checkpoint.every_steps", math.inf):
+        raise CheckpointError(
+            f"{folder / METRICS_FILE} is at step {last}, but {steps} holds no checkpoint",
+            "put that folder back; to start again from step 0, use a new --workdir, or remove "
+            f"{folder / METRICS_FILE} first",
+        )
+    return False
+
+
+def check_data(
+    workdir: str | os.PathLike[str], data: DataDescription, allowed: Sequence[str] = ()
+) -> list[str]:
     """Checks that the data set is the one that the run in `workdir` was started with.
 
     Args:
       workdir: The run's folder; one without class_names.json accepts any data.
       data: From `data.classes.describe`.
+      allowed: Arguments of --allow-change: with "classes" or "data" the data set may differ.
+
+    Returns:
+      How it differs, where that is allowed: one line per class or count.
 
     Raises:
       DataError: Naming the classes that appeared, vanished or changed their label or count.
     """
     old = read_class_names(workdir)
     lines = compare(old, data) if old else []
-    if lines:
+    if lines and not is_allowed(CLASSES, allowed) and not is_allowed("data", allowed):
         raise DataError(
             f"{data['source']} is not what the run in {str(workdir)!r} was trained on:\n    "
             + "\n    ".join([*lines[:8], *(["..."] if len(lines) > 8 else [])]),
-            "restore the data set, or start a new --workdir",
+            "restore the data set, start a new --workdir, or continue with it all the same: "
+            f"--allow-change {CLASSES}",
         )
+    return lines
 
 
 def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:

@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 from dsr_jax import build
 from dsr_jax import config as configs
+from dsr_jax.config.resume import check_allowed
+from dsr_jax.core.cli import make_parser, path_argument
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Batch
@@ -101,15 +103,16 @@ def run_command(
       The exit status.
     """
     args, overrides = _parser(program, description).parse_known_args(argv)
+    check_allowed(args.allow_change)
     # Grain's worker processes read absl's flags, which this program does not use.
     flags.FLAGS(sys.argv[:1], known_only=True)
-    config, workdir = configs.load(args.config, overrides), Path(args.workdir)
+    config, workdir = configs.load(args.config, overrides), args.workdir
     lost_seconds = config.failures.lost_seconds
     # JAX names nobody; it comes into play where this program is itself no longer able to speak.
     start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
     with join_watch(workdir, _limits(config), config.failures.end_hung, lost_seconds) as watch:
         check_processes(configs.to_json(config))
-        return _run(config, workdir, make_job, watch)
+        return _run(config, workdir, args.allow_change, make_job, watch)
 
 
 def check_processes(config: Mapping[str, Any]) -> None:
@@ -132,13 +135,19 @@ def _limits(config: configs.ConfigDict) -> Limits:
     return Limits(section.step_seconds, section.pause_seconds, config.checkpoint.save_seconds)
 
 
-def _run(config: configs.ConfigDict, workdir: Path, make_job: MakeTrainingJob, watch: Watch) -> int:
+def _run(
+    config: configs.ConfigDict,
+    workdir: Path,
+    allowed: Sequence[str],
+    make_job: MakeTrainingJob,
+    watch: Watch,
+) -> int:
     """Builds what the config names and trains; returns the exit status."""
     build.set_precision(config)
-    changes = check_workdir(config, workdir)
+    changes = check_workdir(config, workdir, allowed)
     check_packages(config.log.tensorboard, config.log.wandb)
     job = make_job(config, workdir)
-    check_data(workdir, job.data)
+    changes += check_data(workdir, job.data, allowed)
     # The folder that others still look at must not change.
     wait_for_all("workdir checked")
     for change in changes:
@@ -234,11 +243,17 @@ def _instruments(
 
 
 def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(description, program)
+    add = parser.add_argument
+    add(
+        "--config", required=True, help="config file with its arguments: configs/x.py:key=value,key"
     )
-    parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
-    parser.add_argument("--workdir", required=True, help="the run's folder, new or its own")
+    add("--workdir", required=True, type=path_argument, help="the run's folder, new or its own")
+    add(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="lets a run that continues change this key, which decides what is learned; repeatable",
+    )
     return parser

@@ -10,30 +10,51 @@ The storage format checks its indices but not the numbers themselves: a flipped 
 restores without complaint. The checksums are there for that.
 """
 
+import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dsr_jax.core.errors import CheckpointError, StuckSaveError
+from dsr_jax.core.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    ProcessError,
+    StuckSaveError,
+)
 from dsr_jax.core.provenance import package_versions
 from dsr_jax.core.trees import flatten_names
-from dsr_jax.core.typing import Params, PyTree
-from dsr_jax.parallel.processes import is_process_zero, wait_for_all
+from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
+from dsr_jax.training.checkpoint_reading import (
+    FORMAT,
+    describe_arrays,
+    first_line,
+    read_arrays,
+    read_meta,
+)
+from dsr_jax.training.checkpoint_reading import restore_params as restore_params
 from dsr_jax.training.checksums import checksums, record_checksum
-from dsr_jax.training.mismatch import check_arrays
-from dsr_jax.training.quiet import EchoFilter, without_echoes
+from dsr_jax.training.matching import match_state
+from dsr_jax.training.quiet import DuplicateFilter
+from dsr_jax.training.save_record import SaveRecord
 from dsr_jax.training.state import TrainState
-from dsr_jax.training.step_folders import TEMPORARY, check_folder, choose_step, move_aside
+from dsr_jax.training.step_folders import (
+    TEMPORARY,
+    check_folder,
+    choose_step,
+    mark_damaged,
+    move_aside,
+    move_damaged_aside,
+)
 from dsr_jax.training.step_folders import list_steps as list_steps
 
-FORMAT = 2
 SAVE_SECONDS = 1200.0
 """How long a save may take; Orbax's own limit for the agreement of all processes."""
 
@@ -85,7 +106,10 @@ class Checkpoints:
         if is_process_zero() and self.directory.is_dir():
             for leftover in self.directory.glob(f"*{TEMPORARY}*"):
                 shutil.rmtree(leftover)
+            for moved in move_damaged_aside(self.directory):
+                log(f"a damaged checkpoint was set aside: {moved}")
         wait_for_all("checkpoints opened")
+        self.record = SaveRecord(self.directory)
         keep: list[Any] = [policies.LatestN(keep_latest)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
@@ -98,8 +122,8 @@ class Checkpoints:
         self._save_seconds = save_seconds
         self._saving: tuple[int, float] | None = None
         self._failed = self._stuck = False
-        self._echoes = EchoFilter()
-        self._echoes.install()
+        self._duplicates = DuplicateFilter()
+        self._duplicates.install()
 
     def steps(self) -> list[int]:
         """Steps that can be restored, in order."""
@@ -133,7 +157,7 @@ class Checkpoints:
             "step": step,
             "architecture": self._architecture,
             "packages": package_versions(),
-            "arrays": _describe(state, checksums(state)),
+            "arrays": describe_arrays(state, checksums(state)),
             "extra": dict(extra or {}),
         }
         meta["checksum"] = record_checksum(meta)
@@ -157,6 +181,7 @@ class Checkpoints:
             self._saving = None
             # Its last thread is at its end; errors of that one come out here only.
             self._run(self._manager.wait_until_finished)
+            self._run(lambda: self.record.note_saved(step))
         elif time.monotonic() - since > self._save_seconds:
             self._stuck = True
             raise StuckSaveError(
@@ -183,6 +208,9 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Restores a whole state, on the mesh of `abstract`, whichever it was saved on.
 
+        EMA weights that the checkpoint lacks start from its parameters; those that the state at
+        hand has no place for are dropped. The log says so.
+
         Args:
           abstract: `ShapeDtypeStruct`s with shardings.
           step: Which one; None for the newest.
@@ -191,16 +219,23 @@ class Checkpoints:
           The state, and what was given to `save` as `extra`.
 
         Raises:
-          CheckpointError: If it is missing, damaged, or does not fit.
+          DamagedCheckpointError: If it cannot be read.
+          CheckpointError: If it is missing or does not fit.
         """
         step = choose_step(self.directory, step)
         meta = read_meta(self.directory, step)
         path = self.directory / str(step)
-        check_arrays(path, meta, _describe(abstract), architecture=self._architecture)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = _read(self.directory, step, lambda: self._manager.restore(step, args=args).state)
-        _verify(self.directory, step, meta, state)
-        return state, meta["extra"]
+        match = match_state(path, meta, describe_arrays(abstract), self._architecture)
+        wanted = flatten_names(abstract)
+        # Parameters come first, so that they keep their own layout where EMA weights share them.
+        leaves = {source: wanted[name] for name, source in reversed(match.sources.items())}
+        read = read_arrays(self.directory, step, meta, leaves)
+        for decay in match.new_ema:
+            log(f"EMA weights of decay {decay} are new: they start from the weights of step {step}")
+        for decay in match.dropped_ema:
+            log(f"EMA weights of decay {decay} are dropped")
+        found = {name: read[source] for name, source in match.sources.items()}
+        return _assemble(abstract, found, match.new_ema), meta["extra"]
 
     def set_aside_after(self, step: int) -> list[int]:
         """Moves the steps behind `step` to the folder `<directory>_set_aside`.
@@ -221,6 +256,28 @@ class Checkpoints:
             self._manager = self._open()
         return later
 
+    def set_aside_damaged(self, error: DamagedCheckpointError) -> None:
+        """Moves a damaged newest step aside, so that the run continues from the one before.
+
+        In a run of several processes, of which perhaps one alone cannot read the step, the next
+        start moves it.
+
+        Raises:
+          DamagedCheckpointError: If there is no earlier step, or if the next start is to do it;
+            the exit status then asks launchers for one.
+        """
+        earlier = [step for step in self.steps() if step < error.step]
+        if not earlier:
+            raise error
+        if jax.process_count() > 1:
+            mark_damaged(self.directory, error.step)
+            error.exit_status = ProcessError.exit_status
+            raise error
+        self._manager.close()
+        moved = move_aside(self.directory, error.step)
+        self._manager = self._open()
+        log(f"{error.problem}; it was set aside: {moved}; step {earlier[-1]} is used")
+
     def close(self) -> None:
         """Waits for saves and ends the threads; not for those of a save that does not end."""
         if self._stuck:
@@ -228,7 +285,7 @@ class Checkpoints:
         self.wait()
         self._run(self._manager.close)
         if not self._failed:
-            self._echoes.remove()
+            self._duplicates.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -250,136 +307,20 @@ class Checkpoints:
                 raise
             self._failed, self._saving = True, None
             raise CheckpointError(
-                f"saving to {self.directory} failed: {_first_line(error)}",
+                f"saving to {self.directory} failed: {first_line(error)}",
                 f"whole checkpoints there: {self.steps() or 'none'}; free space or mend the "
                 "storage, then start again to continue from the newest",
             ) from error
 
 
-def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
-    """Reads a checkpoint's record.
+def _assemble(abstract: TrainState, found: Mapping[str, Any], new_ema: Sequence[str]) -> TrainState:
+    """Builds the state from its arrays by name; EMA weights that share the parameters get copies.
 
-    Args:
-      directory: Folder of the steps.
-      step: Which one; None for the newest.
-
-    Returns:
-      "step", "architecture", "packages", "arrays" (by name: shape, dtype, checksum), "extra".
-
-    Raises:
-      CheckpointError: If it is missing, damaged or of another program.
+    The step donates its state, and no buffer may be donated twice.
     """
-    directory = Path(directory).absolute()
-    step = choose_step(directory, step)
-
-    def read() -> dict[str, Any]:
-        with ocp.CheckpointManager(directory, options=_READING) as manager:
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = manager.restore(step, args=args).meta
-        if meta["format"] != FORMAT or not meta["arrays"]:
-            raise ValueError(f"record of format {meta['format']}, this version reads {FORMAT}")
-        if meta.pop("checksum") != record_checksum(meta):
-            raise ValueError("the checksum of its record does not agree")
-        return meta
-
-    return _read(directory, step, read)
-
-
-def restore_params(
-    directory: str | Path, abstract: Params, step: int | None = None, ema: str | None = None
-) -> tuple[Params, dict[str, Any]]:
-    """Restores the parameters alone, or one of their averages.
-
-    Args:
-      directory: Folder of the steps.
-      abstract: Parameters as `ShapeDtypeStruct`s with shardings.
-      step: Which one; None for the newest.
-      ema: Decay of the average, as in `str(0.9999)`; None for the parameters themselves.
-
-    Returns:
-      Parameters, and the checkpoint's record (see `read_meta`).
-
-    Raises:
-      CheckpointError: If it is missing, damaged, or does not fit.
-    """
-    directory = Path(directory).absolute()
-    step = choose_step(directory, step)
-    meta = read_meta(directory, step)
-    item = {"params": abstract} if ema is None else {"ema": {ema: abstract}}
-    if ema is not None:
-        _check_average(directory / str(step), meta, ema)
-    prefix = "params/" if ema is None else f"ema/{ema}/"
-    check_arrays(directory / str(step), meta, _describe(item), prefix)
-
-    def read() -> PyTree:
-        args = ocp.args.PyTreeRestore(
-            item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        )
-        with ocp.CheckpointManager(directory, options=_READING) as manager:
-            return manager.restore(step, args=ocp.args.Composite(state=args)).state
-
-    restored = _read(directory, step, read)
-    _verify(directory, step, meta, restored)
-    return (restored["params"] if ema is None else restored["ema"][ema]), meta
-
-
-_READING = ocp.CheckpointManagerOptions(create=False, save_interval_steps=0)
-
-
-def _describe(tree: PyTree, sums: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Returns shape, dtype and, if given, checksum by name."""
-    return {
-        name: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            **({} if sums is None else {"checksum": sums[name]}),
-        }
-        for name, leaf in flatten_names(tree).items()
-    }
-
-
-def _verify(directory: Path, step: int, meta: Mapping[str, Any], tree: PyTree) -> None:
-    wrong = [
-        name for name, value in checksums(tree).items() if value != meta["arrays"][name]["checksum"]
-    ]
-    if wrong:
-        problem = f"the checksum of {wrong[0]} does not agree ({len(wrong)} arrays in all)"
-        raise _damaged(directory, step, problem)
-
-
-def _read(directory: Path, step: int, read: Callable[[], Any]) -> Any:
-    """Runs `read`; what goes wrong in it, except on the device, is a damaged checkpoint."""
-    try:
-        with without_echoes():
-            return read()
-    except jax.errors.JaxRuntimeError:
-        raise
-    except Exception as error:
-        raise _damaged(directory, step, _first_line(error)) from error
-
-
-def _damaged(directory: Path, step: int, problem: str) -> CheckpointError:
-    others = [other for other in list_steps(directory) if other != step]
-    remedy = "there is no other step in that folder"
-    if others:
-        remedy = (
-            f"other steps there: {', '.join(map(str, others))}; training continues from one with "
-            f"--config.checkpoint.restore_step={others[-1]}"
-        )
-    return CheckpointError(f"checkpoint {directory / str(step)} is damaged: {problem}", remedy)
-
-
-def _check_average(path: Path, meta: Mapping[str, Any], ema: str) -> None:
-    decays = sorted({name.split("/")[1] for name in meta["arrays"] if name.startswith("ema/")})
-    if ema not in decays:
-        raise CheckpointError(
-            f"checkpoint {path} holds no average of decay {ema}",
-            f"decays there: {', '.join(decays) or 'none; use the parameters themselves'}",
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300] if text else 'no message'}"
+    state = jax.tree.unflatten(jax.tree.structure(abstract), [*found.values()])
+    for decay in new_ema:
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract.ema[decay])
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=layout)
+        state = dataclasses.replace(state, ema=state.ema | {decay: copy(state.params)})
+    return state

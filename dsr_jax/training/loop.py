@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsr_jax.core.errors import NumericsError
+from dsr_jax.core.errors import DamagedCheckpointError, NumericsError
 from dsr_jax.core.typing import Array, Batch, Metrics
+from dsr_jax.parallel.processes import log
 from dsr_jax.parallel.watch import Watch
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
@@ -138,21 +139,46 @@ def start_or_resume(
       checkpoints: Of this run.
       init: Makes the state before the first step.
       abstract: Its shapes and shardings.
-      restore_step: Goes back to this step and sets later checkpoints aside; -1 for the newest.
+      restore_step: Goes back to this step and sets later checkpoints aside, once: a start with the
+        same value after that continues from the newest. -1 for the newest.
 
     Returns:
       The state, and what was saved with it.
 
     Raises:
-      CheckpointError: If a checkpoint is there but cannot be used: nothing starts from scratch
-        because of that.
+      CheckpointError: If checkpoints are, or were, there and none can be used: nothing starts from
+        scratch because of that.
     """
+    record = checkpoints.record
+    if restore_step >= 0 and restore_step == record.went_back_to:
+        log(
+            f"config.checkpoint.restore_step={restore_step} was done by an earlier start; "
+            "continuing from the newest checkpoint (a start without it lets the next one go back)"
+        )
+        restore_step = -1
+    elif restore_step < 0:
+        record.forget_went_back()
     if restore_step < 0 and checkpoints.latest_step() is None:
+        record.check_never_saved()
         return init(), ResumeState(MetricWindow())
-    state, extra = checkpoints.restore(abstract, None if restore_step < 0 else restore_step)
-    if restore_step >= 0:
+    if restore_step < 0:
+        state, extra = _restore_newest(checkpoints, abstract)
+    else:
+        state, extra = checkpoints.restore(abstract, restore_step)
         checkpoints.set_aside_after(restore_step)
+        record.note_went_back(restore_step)
     return state, ResumeState(MetricWindow(extra.get("window")), extra.get("seconds", 0.0))
+
+
+def _restore_newest(
+    checkpoints: Checkpoints, abstract: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """Restores the newest step that is not damaged, and sets damaged ones aside."""
+    while True:
+        try:
+            return checkpoints.restore(abstract)
+        except DamagedCheckpointError as error:
+            checkpoints.set_aside_damaged(error)
 
 
 def train_loop(

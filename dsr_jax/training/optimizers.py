@@ -170,6 +170,8 @@ class Optimizer:
           New parameters and moments.
         """
         rate = self.learning_rate(step)
+        if self.clip_norm:
+            grads = _clip_by_global_norm(grads, self.clip_norm)
         update, opt_state = self._direction().update(grads, opt_state, params)
         moved = jax.tree.map(lambda p, u: p - rate * u, params, update)
         if self.freeze:
@@ -179,12 +181,10 @@ class Optimizer:
         return moved, opt_state
 
     def _direction(self) -> optax.GradientTransformation:
-        parts = [_scale_by_adam(self.b1, self.b2, self.eps)]
-        if self.clip_norm:
-            parts.insert(0, _clip_by_global_norm(self.clip_norm))
-        if self.weight_decay:
-            parts.append(optax.add_decayed_weights(self.weight_decay))
-        return optax.chain(*parts)
+        decay = self.weight_decay
+        # The state's structure is the same whether or not parameters decay.
+        shrink = optax.add_decayed_weights(decay) if decay else optax.identity()
+        return optax.chain(_scale_by_adam(self.b1, self.b2, self.eps), shrink)
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -212,17 +212,10 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+def _clip_by_global_norm(grads: PyTree, limit: float) -> PyTree:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), as `clip_grad_norm_` does."""
-
-    def update(
-        grads: PyTree, state: optax.EmptyState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.EmptyState]:
-        del params
-        scale = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
-        return jax.tree.map(lambda g: g * scale, grads), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    scale = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
+    return jax.tree.map(lambda g: g * scale, grads)
 
 
 def _matches(name: str, pattern: str) -> bool:

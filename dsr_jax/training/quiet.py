@@ -1,4 +1,4 @@
-"""Keeps the threads of Orbax and TensorStore from burying an error under their own reports.
+"""Drops the duplicate log lines of Orbax and TensorStore around an error that is also raised.
 
 When one of many concurrent reads or writes fails, each thread logs a traceback of the same failure,
 and each pending operation finds its event loop closed and prints another, some of them while the
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class EchoFilter:
-    """Holds back the echoes from `install` on, until `remove`."""
+class DuplicateFilter:
+    """Drops the duplicates from `install` on, until `remove`."""
 
     def __init__(self) -> None:
         self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
         self._report = sys.unraisablehook
 
     def install(self) -> None:
-        """Starts to hold back."""
+        """Starts to drop them."""
         for logger in self._loggers:
             logger.addFilter(self._passes)
         self._report = sys.unraisablehook
@@ -45,9 +45,9 @@ class EchoFilter:
 
 
 @contextlib.contextmanager
-def without_echoes() -> Iterator[None]:
-    """Holds echoes back within the block; also after it if it fails, since some come later."""
-    echoes = EchoFilter()
-    echoes.install()
+def without_duplicates() -> Iterator[None]:
+    """Drops duplicates within the block; also after it if it fails, since some come later."""
+    duplicates = DuplicateFilter()
+    duplicates.install()
     yield
-    echoes.remove()
+    duplicates.remove()

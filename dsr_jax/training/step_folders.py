@@ -1,12 +1,15 @@
-"""The folder that a run's checkpoints lie in: which steps are there, and whether all is ours."""
+"""The folder of a run's checkpoints: which steps are there, and whether all of it is ours."""
 
 import re
 from pathlib import Path
 
+from dsr_jax.core import files
 from dsr_jax.core.errors import CheckpointError
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Part of the names that Orbax gives to steps which are not whole yet."""
+
+_DAMAGED = ".damaged"
 
 
 def list_steps(directory: str | Path) -> list[int]:
@@ -56,10 +59,37 @@ def check_folder(directory: Path) -> None:
         )
 
 
-def move_aside(directory: Path, step: int) -> None:
-    """Moves a step to the folder `<directory>_set_aside`, under a name that is free there."""
-    folder = directory.with_name(f"{directory.name}_set_aside")
+def move_aside(directory: Path, step: int) -> Path:
+    """Moves a step to the folder `<directory>_set_aside`, under a name that is free there.
+
+    Returns:
+      Where it is now.
+    """
+    folder = set_aside_folder(directory)
     folder.mkdir(exist_ok=True)
     names = (f"{step}", *(f"{step}.{count}" for count in range(1, 1000)))
-    free = next(name for name in names if not (folder / name).exists())
-    (directory / str(step)).rename(folder / free)
+    free = next(folder / name for name in names if not (folder / name).exists())
+    (directory / str(step)).rename(free)
+    return free
+
+
+def mark_damaged(directory: Path, step: int) -> None:
+    """Asks the next start of a run of several processes to set a damaged step aside."""
+    files.write_atomic(set_aside_folder(directory) / f"{step}{_DAMAGED}", "")
+
+
+def move_damaged_aside(directory: Path) -> list[Path]:
+    """Moves the steps aside that `mark_damaged` named; returns where they are now."""
+    moved = []
+    for mark in sorted(set_aside_folder(directory).glob(f"*{_DAMAGED}")):
+        step = mark.name.removesuffix(_DAMAGED)
+        # First, so that a start that is killed in between never moves a newer step of that number.
+        mark.unlink()
+        if step.isdecimal() and (directory / step).is_dir():
+            moved.append(move_aside(directory, int(step)))
+    return moved
+
+
+def set_aside_folder(directory: Path) -> Path:
+    """Returns the folder for steps that a run no longer continues from."""
+    return directory.with_name(f"{directory.name}_set_aside")

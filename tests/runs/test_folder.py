@@ -6,7 +6,7 @@ import pytest
 
 from dsr_jax import config as configs
 from dsr_jax.core import files
-from dsr_jax.core.errors import ConfigError, DataError
+from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
 from dsr_jax.data import classes
 from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
 
@@ -38,14 +38,6 @@ def test_workdirs_are_ours_or_empty(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         configs.load_run(tmp_path / "new")
 
-    run = tmp_path / "run"
-    write_run_files(config, run)
-    longer = configs.load(DIGITS, ["--config.train.steps=9"])
-    assert check_workdir(longer, run) == ["config.train.steps: 1200 -> 9"]
-    wider = configs.load(DIGITS, ["--config.model.hidden_size=128"])
-    with pytest.raises(ConfigError, match="config.model.hidden_size: 64 -> 128"):
-        check_workdir(wider, run)
-
 
 def test_a_class_that_appeared_or_vanished_is_named(tmp_path: Path) -> None:
     description: classes.DataDescription = {
@@ -59,5 +51,65 @@ def test_a_class_that_appeared_or_vanished_is_named(tmp_path: Path) -> None:
     classes.write_class_names(tmp_path, description)
     check_data(tmp_path, description)
     more: classes.DataDescription = {**description, "names": ["bee", "cat", "owl"]}
-    with pytest.raises(DataError, match=r"class 'bee' \(label 0\) appeared"):
+    with pytest.raises(DataError, match=r"class 'bee' \(label 0\) appeared") as error:
         check_data(tmp_path, more)
+    assert error.value.remedy.endswith("--allow-change classes")
+    assert "class 'bee' (label 0) appeared" in check_data(tmp_path, more, ["classes"])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of the digits with a checkpoint of step 4."""
+    write_run_files(configs.load(DIGITS), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def changed(run: Path, override: str, *allowed: str) -> list[str]:
+    return check_workdir(configs.load(DIGITS, [f"--config.{override}"]), run, allowed)
+
+
+def test_a_run_takes_changes_of_memory_speed_and_rate(run: Path) -> None:
+    assert changed(run, "train.steps=9") == ["config.train.steps: 1200 -> 9"]
+    assert changed(run, "model.remat=full") == ["config.model.remat: none -> full"]
+    assert changed(run, "optim.clip_norm=0.0") == ["config.optim.clip_norm: 1.0 -> 0.0"]
+
+
+def test_what_is_learned_changes_only_when_asked(run: Path) -> None:
+    with pytest.raises(ConfigError, match="what is learned:\n    config.seed: 0 -> 1\n") as error:
+        changed(run, "seed=1")
+    assert error.value.remedy.endswith("--allow-change seed")
+    assert changed(run, "seed=1", "seed") == ["config.seed: 0 -> 1"]
+    with pytest.raises(ConfigError, match="--allow-change objective.prediction"):
+        changed(run, "objective.prediction=velocity", "seed")
+    assert changed(run, "objective.prediction=velocity", "objective")
+
+
+def test_another_architecture_is_refused_also_when_asked(run: Path) -> None:
+    for allowed in ((), ("model",), ("seed",)):
+        with pytest.raises(ConfigError, match="another architecture:\n.*hidden_size: 64 -> 128"):
+            changed(run, "model.hidden_size=128", *allowed)
+
+
+def test_a_run_that_never_saved_takes_any_change(run: Path) -> None:
+    (run / "checkpoints" / "4").rmdir()
+    assert changed(run, "model.hidden_size=128") == ["config.model.hidden_size: 64 -> 128"]
+    assert changed(run, "data.global_batch=64") == ["config.data.global_batch: 128 -> 64"]
+
+
+def test_checkpoints_that_are_gone_are_missed(run: Path) -> None:
+    """By the record of saves, and by the metrics of runs that have none."""
+    config = configs.load(DIGITS)
+    (run / "checkpoints" / "4").rmdir()
+    files.write_json(run / "checkpoints.json", {"newest": 4, "went_back_to": -1})
+    with pytest.raises(CheckpointError, match="the run saved step 4, but .*\n.*put that folder"):
+        check_workdir(config, run)
+    (run / "checkpoints.json").unlink()
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(f'{{"step": {config.checkpoint.every_steps - 1}}}\n')
+    assert check_workdir(config, run) == []
+    metrics.write_text(f'{{"step": {config.checkpoint.every_steps}}}\n')
+    with pytest.raises(CheckpointError, match="metrics.jsonl is at step .* no checkpoint"):
+        check_workdir(config, run)
+    metrics.unlink()
+    assert check_workdir(config, run) == []

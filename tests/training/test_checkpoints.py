@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -23,7 +24,7 @@ from dsr_jax.training.checkpoints import (
     restore_params,
 )
 from dsr_jax.training.checksums import checksums
-from tests.training.toy_training import Run, Toy, flat
+from tests.training.toy_training import Run, Toy, flat, optimizer
 
 WIDE = 256
 """Width at which arrays are stored in files of their own, not inside the index."""
@@ -211,7 +212,7 @@ def test_damage_of_any_file_is_named_or_harmless(
         except CheckpointError as error:
             assert f"{copy / '5'} is damaged" in error.problem
             assert "other steps there: 2, 3" in error.remedy
-            assert "--config.checkpoint.restore_step=3" in error.remedy
+            assert "sets this one aside and continues from step 3" in error.remedy
             named.append(path.relative_to(copy / "5").parts)
         path.write_bytes(backup)
     assert any(parts[-2:-1] == ("d",) for parts in named), "the arrays' own files are not noticed"
@@ -286,14 +287,51 @@ def test_absent_arrays_are_named_on_both_sides(saved: Any) -> None:
     assert f"params/w9: absent -> float32({WIDE}, 16)" in str(caught.value)
 
 
-def test_other_averages_are_told_from_another_architecture(saved: Any) -> None:
-    other = Run(saved[0].workdir, MeshShape(8, 1, 1), Toy(WIDE), ema_decays=(0.9, 0.75))
-    with other.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:
-        checkpoints.restore(other.abstract)
+def test_ema_decays_may_change(saved: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new decay starts from the parameters, one that is not asked for is dropped."""
+    run, arrays = saved
+    other = Run(run.workdir, MeshShape(8, 1, 1), Toy(WIDE), ema_decays=(0.9, 0.75))
+    with other.checkpoints() as checkpoints:
+        state, _ = checkpoints.restore(other.abstract)
+    got = flat(state)
+    for name in ("w1", "w2", "table"):
+        np.testing.assert_array_equal(got[f"ema/0.75/{name}"], arrays[f"params/{name}"])
+        np.testing.assert_array_equal(got[f"ema/0.9/{name}"], arrays[f"ema/0.9/{name}"])
+    assert not any(name.startswith("ema/0.5/") for name in got)
+    shown = capsys.readouterr().err
+    assert "decay 0.75 are new: they start from the weights of step 5" in shown
+    assert "decay 0.5 are dropped" in shown
+    # The step donates its state: no buffer may stand in it twice.
+    other.step(state, other.batch(5))
+    with pytest.raises(CheckpointError, match="no EMA weights of decay 0.75.*\n.*0.5, 0.9"):
+        restore_params(run.workdir / "checkpoints", other.abstract.params, ema="0.75")
+
+
+@pytest.mark.parametrize("changes", [{"clip_norm": 0.0}, {"weight_decay": 0.0}])
+def test_clipping_and_decay_may_change(saved: Any, changes: dict[str, float]) -> None:
+    other = Run(saved[0].workdir, MeshShape(8, 1, 1), Toy(WIDE), tx=optimizer(**changes))
+    with other.checkpoints() as checkpoints:
+        equal(checkpoints.restore(other.abstract)[0], saved[1])
+
+
+def test_moments_are_found_where_older_checkpoints_have_them(saved: Any, tmp_path: Path) -> None:
+    """There clipping came first in the chain, so that the moments had another index."""
+    run = saved[0].elsewhere(tmp_path)
+    state = run.init()
+    with run.checkpoints() as checkpoints:
+        older = state.replace(opt_state=(optax.EmptyState(), *state.opt_state))
+        checkpoints.save(1, older)
+        checkpoints.wait()
+        equal(checkpoints.restore(run.abstract)[0], flat(state))
+
+
+def test_another_training_state_is_told_from_another_architecture(saved: Any) -> None:
+    run = saved[0]
+    other = run.abstract.replace(opt_state=())
+    with run.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(other)
     assert "fits the model, but not the training state" in str(caught.value)
-    assert "ema/0.75/w1: absent" in str(caught.value)
-    with pytest.raises(CheckpointError, match="no average of decay 0.75.*\n.*0.5, 0.9"):
-        restore_params(saved[0].workdir / "checkpoints", other.abstract.params, ema="0.75")
+    assert "opt_state/0/mu/w1: float32" in str(caught.value)
 
 
 def test_missing_steps_and_folders_are_named(saved: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The loop: exact resume, log records, hooks, and stopping at numbers that are none."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsr_jax.core.errors import CheckpointError, NumericsError
+from dsr_jax.core.errors import CheckpointError, DamagedCheckpointError, NumericsError
 from dsr_jax.parallel.mesh import MeshShape
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
@@ -25,6 +26,10 @@ def equal(got: Any, want: dict[str, np.ndarray]) -> None:
     got = flat(got)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def damage(step: Path) -> None:
+    (step / "state" / "manifest.ocdbt").write_bytes(b"")
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
@@ -85,12 +90,55 @@ def test_records_come_at_their_cadence(whole: Any) -> None:
 
 def test_an_earlier_step_can_be_gone_back_to(whole: Any, again: Run) -> None:
     again.train(STEPS)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        again.train(STEPS, restore_step=3)
     summary = again.train(STEPS, restore_step=8)
     assert summary.steps_here == 2
     equal(summary.state, whole[1])
     assert list_steps(again.workdir / "checkpoints_set_aside") == [10]
-    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
-        again.train(STEPS, restore_step=3)
+
+
+def test_a_start_again_does_not_go_back_again(
+    again: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher repeats the same command; a start without the request lets the next go back."""
+    again.train(STEPS)
+    assert again.train(STEPS, restore_step=8, stop_after_steps=1).step == 9
+    summary = again.train(STEPS, restore_step=8)
+    assert (summary.step, summary.steps_here) == (STEPS, 1)
+    assert "restore_step=8 was done by an earlier start" in capsys.readouterr().err
+    assert again.train(STEPS, restore_step=9).steps_here == 1
+    assert again.train(STEPS).steps_here == 0
+    assert again.train(STEPS, restore_step=9).steps_here == 1
+
+
+def test_checkpoints_that_are_gone_never_mean_a_start_from_scratch(again: Run) -> None:
+    again.train(STEPS, stop_after_steps=6)
+    shutil.move(again.workdir / "checkpoints", again.workdir / "elsewhere")
+    with pytest.raises(
+        CheckpointError, match="the run saved step 6, but .* no checkpoint"
+    ) as error:
+        again.train(STEPS)
+    assert [record["step"] for record in records(again.workdir)] == [3, 6]
+    # Both remedies: the folder back, or from the beginning.
+    (again.workdir / "checkpoints").rmdir()
+    shutil.move(again.workdir / "elsewhere", again.workdir / "checkpoints")
+    assert again.train(STEPS, stop_after_steps=1).step == 7
+    shutil.rmtree(again.workdir / "checkpoints")
+    assert f"remove {again.workdir / 'checkpoints.json'}" in error.value.remedy
+    (again.workdir / "checkpoints.json").unlink()
+    assert again.train(STEPS).steps_here == STEPS
+
+
+def test_a_damaged_record_of_saves_is_named(again: Run) -> None:
+    again.train(STEPS, stop_after_steps=6)
+    path = again.workdir / "checkpoints.json"
+    for text in ("{", "[]", '{"newest": "six"}', "\xff"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(CheckpointError, match=f"{path} is damaged.*\n.*remove it"):
+            again.train(STEPS)
+    path.unlink()
+    assert again.train(STEPS).steps_here == STEPS - 6
 
 
 def test_hooks_are_called_at_their_cadence_with_the_state(again: Run) -> None:
@@ -110,14 +158,54 @@ def test_what_a_hook_returns_is_logged_behind_its_step(again: Run) -> None:
     assert scores == [{"step": 5, "score": 2.5}, {"step": 10, "score": 5.0}]
 
 
-def test_resume_refuses_a_damaged_checkpoint(again: Run) -> None:
-    """It neither starts from scratch nor takes an older one by itself."""
+def test_a_damaged_newest_checkpoint_is_set_aside(
+    whole: Any, again: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     again.train(STEPS, stop_after_steps=6)
-    (again.workdir / "checkpoints" / "6" / "state" / "manifest.ocdbt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="6 is damaged"):
-        again.train(STEPS)
+    damage(again.workdir / "checkpoints" / "6")
+    summary = again.train(STEPS)
+    assert summary.steps_here == STEPS - 4
+    equal(summary.state, whole[1])
+    shown = capsys.readouterr().err
+    aside = again.workdir / "checkpoints_set_aside"
+    assert f"{again.workdir / 'checkpoints' / '6'} is damaged" in shown
+    assert f"it was set aside: {aside / '6'}; step 4 is used" in shown
+    assert list_steps(aside) == [6]
+    assert records(again.workdir) == records(whole[0].workdir)
+
+
+def test_a_damaged_checkpoint_without_an_earlier_one_is_an_error(again: Run) -> None:
+    again.train(STEPS, stop_after_steps=6)
+    for step in (4, 6):
+        damage(again.workdir / "checkpoints" / str(step))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="4 is damaged.*\n.*no other step"):
+            again.train(STEPS)
+    assert list_steps(again.workdir / "checkpoints") == [4]
+
+
+def test_a_damaged_step_that_was_asked_for_is_an_error(again: Run) -> None:
+    again.train(STEPS)
+    damage(again.workdir / "checkpoints" / "8")
+    with pytest.raises(CheckpointError, match="8 is damaged"):
+        again.train(STEPS, restore_step=8)
+    assert list_steps(again.workdir / "checkpoints") == [8, 10]
+
+
+def test_several_processes_leave_a_damaged_step_to_the_next_start(
+    again: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them may be alone in not reading it, while the others wait for it."""
+    again.train(STEPS, stop_after_steps=6)
+    damage(again.workdir / "checkpoints" / "6")
+    with again.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            checkpoints.set_aside_damaged(DamagedCheckpointError(6, "6 is damaged"))
+    assert caught.value.exit_status == 75
     assert list_steps(again.workdir / "checkpoints") == [4, 6]
-    assert again.train(STEPS, restore_step=4).step == STEPS
+    assert again.train(STEPS).steps_here == STEPS - 4
+    assert list_steps(again.workdir / "checkpoints_set_aside") == [6]
 
 
 @pytest.mark.parametrize("bad_step", [6, 7, 8, 10])
