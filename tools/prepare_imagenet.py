@@ -29,6 +29,7 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.data.archives import ImageTar, read_classes
+from dsr_jax.data.base import SourceOptions
 from dsr_jax.data.folder import ImageFolder
 from dsr_jax.data.images import decode_image
 from dsr_jax.data.records import count_records, write_array_records
@@ -64,7 +65,7 @@ def open_source(recipe: Recipe) -> ImageTar | ImageFolder:
     """The images; read once per process."""
     if recipe.source.endswith(".tar"):
         return ImageTar(recipe.source, read_classes(recipe.classes) if recipe.classes else None)
-    return ImageFolder(recipe.source, recipe.split, image_size=1, channels=3)
+    return ImageFolder(SourceOptions(1, root=recipe.source, split=recipe.split))
 
 
 def shard_name(recipe: Recipe, shard: int) -> str:

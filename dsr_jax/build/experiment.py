@@ -18,6 +18,7 @@ from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.base import Source
 from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.pipeline import make_batches
+from dsr_jax.data.sources import check_label_table
 from dsr_jax.data.sources import make_source as open_source
 from dsr_jax.diffusion.objectives import Objective
 from dsr_jax.diffusion.objectives import make_objective as objective_by_name
@@ -146,7 +147,9 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
     """
     section = config.data
     if section.latents:
-        return CachedLatents(section.latents)
+        latents = CachedLatents(section.latents)
+        check_label_table(latents, section.num_classes)
+        return latents
     larger = section.crop_from if random_crops else 0
     return open_source(
         section.source,
@@ -156,6 +159,7 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
         root=section.root or None,
         split=split or section.split,
         num_classes=section.num_classes,
+        class_map=section.class_map,
         on_corrupt=section.on_corrupt,
     )
 

@@ -108,6 +108,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "data.image_size": never(8, "side of the images in pixels"),
         "data.channels": never(1, "1 for gray images, 3 for color"),
         "data.num_classes": never(10, "rows of the label table, besides that of no class"),
+        "data.class_map": ask("", "folder: file of class names in the order of their labels"),
         "data.global_batch": ask(1024, "images per step over all devices"),
         "data.flip": ask(True, "mirror half of the images"),
         "data.crop_from": ask(0, "resize the shorter side to this and crop at random; 0 for none"),

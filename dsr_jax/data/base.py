@@ -1,7 +1,8 @@
-"""What every data source is, and what it raises."""
+"""The data source protocol: what every source provides and receives."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -12,18 +13,72 @@ HELDOUT_EVERY = 5
 
 
 class Record(TypedDict):
-    """One labelled image: uint8 [H, W, C] (of `CachedLatents` floats) and a scalar."""
+    """One labeled image: uint8 [H, W, C] (of `CachedLatents` floats) and a scalar."""
 
     image: np.ndarray
     label: np.int32
 
 
-class Source(Protocol):
-    """Labelled images by index; the same index gives the same record in every process.
+@dataclass(frozen=True)
+class SourceOptions:
+    """The config's values for a data source, which takes those that concern it.
 
     Attributes:
-      name: What to call it in logs and provenance.
-      num_classes: Labels lie in [0, num_classes).
+      image_size: Side of the square images.
+      channels: 1 for grey, 3 for RGB; toy data sets take any number.
+      root: Folder of the files, if any.
+      split: Part of the data set, for example "train".
+      num_classes: Rows of the model's label table; None where labels are of no use.
+      fit: How image files are brought to that size, a name in `images.FITS`.
+      class_map: File that gives class names their labels, see `class_map.read_class_map`.
+      dataset: What follows the colon in the source's name, as in "tfds:cifar10".
+    """
+
+    image_size: int
+    channels: int = 3
+    root: str | None = None
+    split: str = "train"
+    num_classes: int | None = None
+    fit: str = "center_crop"
+    class_map: str = ""
+    dataset: str = ""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        return self.image_size, self.image_size, self.channels
+
+    def require_root(self, source: str) -> str:
+        """Returns the folder.
+
+        Raises:
+          DataError: If there is none.
+        """
+        if not self.root:
+            raise DataError(f"data source {source!r} needs a folder", "set config.data.root")
+        return self.root
+
+    def require_grey_or_rgb(self, source: str) -> None:
+        """Checks the number of channels.
+
+        Raises:
+          DataError: If it is neither 1 nor 3.
+        """
+        if self.channels not in (1, 3):
+            raise DataError(
+                f"{self.channels} channels of {source!r}", "set config.data.channels to 1 or 3"
+            )
+
+
+class Source(Protocol):
+    """Labeled images by index; the same index gives the same record in every process.
+
+    A source may also have `class_names` (names by label), `class_counts` (records by label) and
+    `fingerprint` (a digest of its listing), see `classes.describe`.
+
+    Attributes:
+      name: Name in logs and provenance.
+      num_classes: Labels are in [0, num_classes).
       image_shape: Height, width and channels of every image.
     """
 
@@ -37,7 +92,7 @@ class Source(Protocol):
 
 
 def split_indices(num_records: int, split: str, name: str) -> np.ndarray:
-    """Indices of a split of a data set that has none of its own: every fifth record is held out.
+    """Returns the indices of a split of a data set without splits: every fifth record is held out.
 
     Raises:
       DataError: If there is no such split.
@@ -48,3 +103,17 @@ def split_indices(num_records: int, split: str, name: str) -> np.ndarray:
     if split not in splits:
         raise DataError(f"{name} has no split {split!r}", f"choose from {', '.join(splits)}")
     return splits[split]
+
+
+def check_label(label: int, num_classes: int, index: int, name: str) -> None:
+    """Checks the label of a record.
+
+    Raises:
+      DataError: If it is not one of the classes; -1 is what unlabeled splits have.
+    """
+    if not 0 <= label < num_classes:
+        remedy = f"set config.data.num_classes to at least {label + 1}, if the label is right"
+        raise DataError(
+            f"record {index} of {name} has label {label}, which is not in 0 to {num_classes - 1}",
+            remedy if label >= 0 else "choose a labeled split",
+        )

@@ -77,7 +77,7 @@ def read_class_names(folder: str | os.PathLike[str]) -> DataDescription | None:
         found = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}", _REMEDY) from error
-    if not _is_description(found):
+    if not is_description(found):
         raise DataError(f"{path} does not hold names, counts and a fingerprint", _REMEDY)
     return {
         "source": str(found.get("source", "")),
@@ -91,7 +91,9 @@ def read_class_names(folder: str | os.PathLike[str]) -> DataDescription | None:
 _REMEDY = "delete it: the next start of the run writes it again"
 
 
-def _is_description(found: Any) -> bool:
+def is_description(found: Any) -> bool:
+    """Whether JSON values have the form of a `DataDescription`."""
+
     def is_list(key: str, kind: type) -> bool:
         values = found.get(key)
         return isinstance(values, list) and all(type(value) is kind for value in values)
@@ -126,7 +128,7 @@ def label_of(description: DataDescription, name: str) -> int:
       DataError: If there is no such class.
     """
     names = description["names"]
-    if name not in names:
+    if not name or name not in names:
         raise DataError(
             f"no class is called {name!r} among the {len(names)} of {description['source']}",
             f"choose from {_shorten(names)}" if names else "give labels as numbers",

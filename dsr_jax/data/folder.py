@@ -15,53 +15,52 @@ from dsr_jax.core.images import (
     list_folder,
     read_file,
 )
-from dsr_jax.data.base import Record
+from dsr_jax.data.base import Record, SourceOptions
+from dsr_jax.data.class_map import labels_of, names_by_label
 from dsr_jax.data.classes import fingerprint
-from dsr_jax.data.images import decode_image
+from dsr_jax.data.images import decode_image, fit_name
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "heldout"}
 
 
 class ImageFolder:
-    """Images below `root/CLASS/`; class names in sorted order are the labels 0, 1, ...
+    """Images below `root/CLASS/`; class names in sorted order have the labels 0, 1, ...
 
     If `root/SPLIT` is a folder of folders, it takes the place of `root`, so that both
     `imagenet` and `imagenet/train` may be named. Folders may be nested below a class.
     `core.images.find_image_files` says which names are left out.
 
     Args:
-      root: The folder.
-      split: For example "train" or "val".
-      image_size: Side of the square images (`images.center_crop`).
-      channels: 3, or 1 for grey.
-      fit: How images are brought to that size, see `images.FITS`.
+      options: `root`; `split`, for example "train" or "val"; size, channels and `fit` of the
+        images; `class_map`, if labels are to follow another order than that of strings.
 
     Raises:
-      DataError: If the folder or its classes or images are not there; says what is.
+      DataError: If the folder or its classes or images are missing, naming what is there, or a
+        class is missing in the class map.
     """
 
-    def __init__(
-        self, root: str, split: str, image_size: int, channels: int, fit: str = "center_crop"
-    ) -> None:
-        self._root, self._fit = _resolve(Path(root), split), fit
+    def __init__(self, options: SourceOptions) -> None:
+        options.require_grey_or_rgb("folder")
+        self._root = _resolve(Path(options.require_root("folder")), options.split)
+        self._fit = fit_name(options.fit)
         self.name = f"folder {self._root}"
-        self.image_shape = (image_size, image_size, channels)
-        self.class_names = find_folders(self._root)
-        _check_classes(self._root, self.class_names)
+        self.image_shape = options.image_shape
+        folders = find_folders(self._root)
+        _check_classes(self._root, folders)
+        labels = labels_of(folders, options.class_map)
+        self.class_names = names_by_label(labels)
         self.num_classes = len(self.class_names)
-        self._files: list[str] = []
-        counts = []
-        for class_name in self.class_names:
-            files = _image_files(self._root, class_name)
-            if not files:
+        files = {name: _image_files(self._root, name) for name in folders}
+        for name, found in files.items():
+            if not found:
                 raise DataError(
-                    f"class folder {self._root / class_name} holds no images",
+                    f"class folder {self._root / name} holds no images",
                     f"delete it, or fill it with {', '.join(EXTENSIONS)}",
                 )
-            self._files += files
-            counts.append(len(files))
-        self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), counts)
-        self.class_counts = counts
+        # By label, so that with a class map, too, the record's index follows from its class.
+        self.class_counts = [len(files.get(name, ())) for name in self.class_names]
+        self._files = [path for name in self.class_names for path in files.get(name, ())]
+        self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), self.class_counts)
         self.fingerprint = fingerprint(self._files)
 
     def __len__(self) -> int:

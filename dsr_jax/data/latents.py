@@ -1,21 +1,24 @@
-"""Latents that an encoder made once, packed into ArrayRecord files and read instead of images."""
+"""Latents of an encoder in ArrayRecord files, which training reads in place of images."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import grain
 import ml_dtypes
 import numpy as np
 
 from dsr_jax.core.errors import DataError
 from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.images import MAX_PIXELS
 from dsr_jax.data.base import Record
-from dsr_jax.data.records import write_records
+from dsr_jax.data.classes import fingerprint, is_description
+from dsr_jax.data.records import open_records, write_records
 
 MANIFEST = "latents.json"
+MAX_SHARDS = 100_000
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -40,17 +43,18 @@ class CachedLatents:
 
     def __init__(self, root: str | Path) -> None:
         self.manifest = read_manifest(root)
-        files = [shard_path(root, i, self.manifest["shards"]) for i in self._shards()]
+        shards = self.manifest["shards"]
+        files = [shard_path(root, i, shards) for i in range(shards)]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise DataError(
                 f"{root} lacks {len(missing)} of {len(files)} shards, the first {missing[0]}",
                 "run the same python -m dsr_jax.encode cache again: it makes what is missing",
             )
-        self._records = grain.sources.ArrayRecordDataSource([str(path) for path in files])
+        self._records = open_records(files)
         if len(self._records) != self.manifest["records"]:
             raise DataError(
-                f"{root} holds {len(self._records)} latents, its {MANIFEST} says "
+                f"{root} holds {len(self._records)} latents, but {MANIFEST} records "
                 f"{self.manifest['records']}",
                 "delete the folder and cache again",
             )
@@ -58,9 +62,10 @@ class CachedLatents:
         self.name = f"latents {root}"
         self.num_classes = int(self.manifest["num_classes"])
         self.image_shape: tuple[int, int, int] = tuple(self.manifest["shape"])
-
-    def _shards(self) -> range:
-        return range(self.manifest["shards"])
+        # Caches of older versions do not name their classes.
+        data = self.manifest.get("data", {})
+        self.class_names, self.class_counts = data.get("names", []), data.get("counts", [])
+        self.fingerprint = fingerprint([str(data.get("fingerprint", "")), str(len(self._records))])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -77,7 +82,7 @@ class CachedLatents:
             record = msgpack.unpackb(self._records[index])
             latent = np.frombuffer(record["latent"], self._dtype).reshape(self.image_shape)
             return {"image": latent, "label": np.int32(record["label"])}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             raise DataError(
                 f"record {index} of {self.name} is damaged: {error}",
                 "delete its shard and run the same python -m dsr_jax.encode cache again",
@@ -88,7 +93,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     """Reads what a cache holds.
 
     Raises:
-      DataError: If the folder holds none.
+      DataError: If the folder holds none, or the manifest is damaged.
     """
     path = Path(root) / MANIFEST
     if not path.is_file():
@@ -96,7 +101,34 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
             f"{root} holds no latents: {path} is missing",
             "make them: python -m dsr_jax.encode cache",
         )
-    return read_json(path)
+    try:
+        manifest = read_json(path)
+        problem = _problem_of(manifest)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        raise DataError(f"{path} is damaged: {problem}", "delete the folder and cache again")
+    return manifest
+
+
+def _problem_of(manifest: Any) -> str:
+    """What is wrong with a manifest; "" if nothing is."""
+    if not isinstance(manifest, dict):
+        return "it holds no keys"
+    limits = {"shards": MAX_SHARDS, "records": 2**40, "num_classes": 2**31}
+    for key, limit in limits.items():
+        value = manifest.get(key)
+        if type(value) is not int or not 0 < value <= limit:
+            return f"{key} is {value!r}, not a number from 1 to {limit}"
+    shape = manifest.get("shape")
+    if not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        return f"shape is {shape!r}, not three numbers"
+    if not 0 < math.prod(shape) <= MAX_PIXELS or min(shape) < 1:
+        return f"shape is {shape!r}"
+    if manifest.get("dtype") not in DTYPES:
+        return f"dtype is {manifest.get('dtype')!r}, not one of {', '.join(DTYPES)}"
+    data = manifest.get("data")
+    return "" if data is None or is_description(data) else "data does not name classes"
 
 
 def write_manifest(root: str | Path, manifest: dict[str, Any]) -> None:

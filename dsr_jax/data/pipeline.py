@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import Record, Source
+from dsr_jax.data.base import Record, Source, check_label
 
 HostBatch = dict[str, np.ndarray]
 
@@ -75,8 +75,9 @@ def make_batches(
     """
     rows = _check_rows(rows, global_batch)
     _check_source(source, seed, global_batch, warn=0 in rows)
-    records = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    records = records.map_with_index(_add_index)
+    checked = functools.partial(_check_record, source.name, source.num_classes)
+    records = grain.MapDataset.source(source).map_with_index(checked)
+    records = records.seed(seed).shuffle().repeat(None).map_with_index(_add_index)
     if crop:
         records = records.random_map(functools.partial(_crop, crop))
     if flip:
@@ -162,6 +163,11 @@ def _read_rows(
     return {name: np.stack([record[name] for record in read]) for name in read[0]}
 
 
+def _check_record(name: str, num_classes: int, index: int, record: Record) -> Record:
+    check_label(int(record["label"]), num_classes, index, name)
+    return record
+
+
 def _add_index(position: int, record: Record) -> dict[str, Any]:
     return {**record, "index": np.int64(position)}
 
@@ -186,6 +192,7 @@ def _flip(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 def _read_or_pad(source: Source, index: int) -> dict[str, Any]:
     real = index < len(source)
     record = source[index] if real else _padding(source)
+    check_label(int(record["label"]), source.num_classes, index, source.name)
     return {**record, "index": np.int64(index), "mask": np.bool_(real)}
 
 

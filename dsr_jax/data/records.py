@@ -2,64 +2,59 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.files import read_json
 from dsr_jax.core.images import to_array, to_mode
-from dsr_jax.data.base import Record
-from dsr_jax.data.images import FITS, decode_image
+from dsr_jax.data.base import Record, SourceOptions
+from dsr_jax.data.classes import fingerprint
+from dsr_jax.data.images import FITS, decode_image, fit_name
 
 
 class ArrayRecords:
     """ArrayRecord files of msgpack maps {"image": bytes of an image file, "label": int}.
 
-    Few large files suit network disks and buckets better than a million small ones.
+    Few large files suit network disks and buckets better than a million small ones. Class names,
+    counts and digests are those of `SPLIT.json`, if tools/prepare_imagenet.py wrote one beside the
+    files.
 
     Args:
-      root: Folder of the files.
-      split: Files named `SPLIT-*.array_record` are read, in sorted order.
-      image_size: Side of the square images (`images.center_crop`).
-      channels: 3, or 1 for grey.
-      num_classes: The files do not tell.
-      fit: How images are brought to that size, see `images.FITS`.
+      options: `root`; `split`, of which files named `SPLIT-*.array_record` are read in sorted
+        order; size, channels and `fit` of the images; `num_classes`, without a `SPLIT.json`.
 
     Raises:
-      DataError: If there are no such files, some are missing, or num_classes is.
+      DataError: If there are no such files, some are missing, or the classes are not known.
     """
 
-    def __init__(
-        self,
-        root: str,
-        split: str,
-        image_size: int,
-        channels: int,
-        num_classes: int | None,
-        fit: str = "center_crop",
-    ) -> None:
-        if num_classes is None:
-            raise DataError("arrayrecord files do not tell their classes", "give num_classes")
-        pattern = f"{split}-*.array_record"
-        files = sorted(str(path) for path in Path(root).glob(pattern))
-        if not files:
+    def __init__(self, options: SourceOptions) -> None:
+        options.require_grey_or_rgb("arrayrecord")
+        root, pattern = Path(options.require_root("arrayrecord")), f"{options.split}-*.array_record"
+        files = _shard_files(root, pattern)
+        packed = read_packed_classes(root / f"{options.split}.json")
+        if options.num_classes is None and packed is None:
             raise DataError(
-                f"no {pattern} in {root!r}", "set config.data.root and config.data.split"
+                f"{root} does not name its classes: there is no {options.split}.json",
+                "give num_classes",
             )
-        shards = re.search(r"-of-(\d+)\.array_record$", files[0])
-        if shards and len(files) != int(shards[1]):
-            raise DataError(
-                f"{len(files)} files {pattern} in {root!r}, but {files[0]} is one of {shards[1]}",
-                "copy or pack them all, into an empty folder",
-            )
-        self._records = grain.sources.ArrayRecordDataSource(files)
-        self._fit = fit
-        self.name = f"arrayrecord {Path(root) / pattern}"
-        self.num_classes = num_classes
-        self.image_shape = (image_size, image_size, channels)
+        self._records = open_records(files)
+        self._fit = fit_name(options.fit)
+        self.name = f"arrayrecord {root / pattern}"
+        self.image_shape = options.image_shape
+        if packed is None:
+            self.num_classes = int(options.num_classes or 0)
+            sizes = [f"{path.name} {path.stat().st_size}" for path in files]
+            self.fingerprint = fingerprint(sizes)
+        else:
+            self.class_names, self.class_counts, digests = packed
+            self.num_classes = len(self.class_names)
+            self.fingerprint = fingerprint(digests)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -69,21 +64,98 @@ class ArrayRecords:
 
         Raises:
           UnreadableRecord: If the image is damaged.
-          DataError: If the label is not one of the classes.
+          DataError: If the record is damaged.
         """
         import msgpack
 
-        record = msgpack.unpackb(self._records[index])
-        label = record["label"]
-        if not 0 <= label < self.num_classes:
+        try:
+            record = msgpack.unpackb(self._records[index])
+            content, label = bytes(record["image"]), operator.index(record["label"])
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             raise DataError(
-                f"record {index} of {self.name} has label {label} of {self.num_classes} classes",
-                "set config.data.num_classes",
-            )
+                f"record {index} of {self.name} is damaged: {error!r}",
+                "check the files with tools/prepare_imagenet.py --verify, or pack them again",
+            ) from error
         size, _, channels = self.image_shape
-        origin = f"{index} of {self.name}"
-        image = decode_image(record["image"], origin, size, channels, fit=self._fit)
+        image = decode_image(content, f"{index} of {self.name}", size, channels, fit=self._fit)
         return {"image": image, "label": np.int32(label)}
+
+
+def _shard_files(root: Path, pattern: str) -> list[Path]:
+    """The files of a split, sorted.
+
+    Raises:
+      DataError: If there are none, or fewer than their names promise.
+    """
+    files = sorted(root.glob(pattern))
+    if not files:
+        raise DataError(
+            f"no {pattern} in {str(root)!r}", "set config.data.root and config.data.split"
+        )
+    shards = re.search(r"-of-(\d+)\.array_record$", files[0].name)
+    if shards and len(files) != int(shards[1]):
+        raise DataError(
+            f"{len(files)} files {pattern} in {str(root)!r}, but {files[0].name} is one of "
+            f"{shards[1]}",
+            "copy or pack them all, into an empty folder",
+        )
+    return files
+
+
+def open_records(files: Sequence[Path]) -> grain.sources.ArrayRecordDataSource:
+    """Opens ArrayRecord files as one sequence of byte strings.
+
+    Raises:
+      DataError: Naming a file that is no whole ArrayRecord file.
+    """
+    try:
+        return grain.sources.ArrayRecordDataSource([str(path) for path in files])
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DataError(
+            f"{_first_damaged(files)} is not a whole ArrayRecord file: {error}",
+            "copy or make it again",
+        ) from error
+
+
+def _first_damaged(files: Sequence[Path]) -> Path:
+    for path in files:
+        try:
+            grain.sources.ArrayRecordDataSource([str(path)])
+        except (RuntimeError, ValueError, OSError):
+            return path
+    return files[0]
+
+
+def read_packed_classes(path: Path) -> tuple[list[str], list[int], list[str]] | None:
+    """Reads class names, image counts by label and shard digests that were written beside shards.
+
+    Args:
+      path: The `SPLIT.json` of tools/prepare_imagenet.py, which may be missing.
+
+    Returns:
+      None if there is no file; without counts, as older files are, an empty list of them.
+
+    Raises:
+      DataError: If the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        names = [str(name) for name in found["class_names"]]
+        shards = sorted(found["shards"].items())
+        digests = [f"{name} {shard['digest']}" for name, shard in shards]
+        counts = [shard["class_counts"] for _, shard in shards if "class_counts" in shard]
+        totals = [sum(of_class) for of_class in zip(*counts, strict=True)]
+        if len(counts) < len(shards):
+            totals = []
+        if totals and len(totals) != len(names):
+            raise ValueError("its counts do not fit its class names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} is damaged: {error!r}", "pack the images again, into an empty folder"
+        ) from error
+    return names, totals, digests
 
 
 def write_array_records(path: Path, images: Iterable[tuple[bytes, int]]) -> None:
@@ -115,34 +187,29 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
 
 
 def count_records(path: Path) -> int:
-    """How many records an ArrayRecord file holds."""
-    return len(grain.sources.ArrayRecordDataSource([str(path)]))
+    """Returns how many records an ArrayRecord file holds.
+
+    Raises:
+      DataError: If the file is damaged.
+    """
+    return len(open_records([path]))
 
 
 class Tfds:
     """A prepared TensorFlow data set with the features "image" and "label".
 
     Args:
-      dataset: Its name, for example "cifar10" or "imagenet2012:5.1.0".
-      data_dir: Where it was prepared; None for TFDS's default.
-      split: Any TFDS split, for example "train" or "train[:90%]".
-      image_size: Side of the square images (`images.center_crop`).
-      channels: 3, or 1 for grey.
-      fit: How images are brought to that size, see `images.FITS`.
+      options: `dataset`, for example "cifar10" or "imagenet2012:5.1.0"; `root`, where it was
+        prepared, if not at TFDS's default; `split`, any of TFDS, for example "train" or
+        "train[:90%]"; size, channels and `fit` of the images.
 
     Raises:
       DataError: If TFDS is missing, or the data set is not prepared there or has other features.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        data_dir: str | None,
-        split: str,
-        image_size: int,
-        channels: int,
-        fit: str = "center_crop",
-    ) -> None:
+    def __init__(self, options: SourceOptions) -> None:
+        options.require_grey_or_rgb("tfds")
+        dataset = options.dataset
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
@@ -152,11 +219,12 @@ class Tfds:
             ) from error
         try:
             self._records = tfds.data_source(
-                dataset, split=split, data_dir=data_dir, download=False
+                dataset, split=options.split, data_dir=options.root or None, download=False
             )
-        except (AssertionError, OSError, ValueError, NotImplementedError) as error:
+        # TFDS raises its own kinds for names and splits, and protobuf's for damaged metadata.
+        except Exception as error:
             raise DataError(
-                f"TFDS cannot open {dataset!r}, split {split!r}: {error}",
+                f"TFDS cannot open {dataset!r}, split {options.split!r}: {error}",
                 "prepare it with --file_format=array_record, and set config.data.root to its "
                 "data_dir",
             ) from error
@@ -166,21 +234,32 @@ class Tfds:
                 f"TFDS {dataset!r} has the features {', '.join(features)}",
                 "choose a data set with image and label",
             )
-        self._fit = fit
-        self.name = f"tfds {dataset} {split}"
+        self._fit = fit_name(options.fit)
+        self.name = f"tfds {dataset} {options.split}"
         self.num_classes = features["label"].num_classes
         self.class_names = list(features["label"].names)
-        self.image_shape = (image_size, image_size, channels)
+        self.image_shape = options.image_shape
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
+        """Reads one record.
+
+        Raises:
+          DataError: If the image has another type than uint8 or uint16.
+        """
         from PIL import Image
 
         record = self._records[index]
         pixels = record["image"]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        if pixels.dtype == np.uint16:
+            pixels = (pixels >> 8).astype(np.uint8)
+        if pixels.dtype != np.uint8:
+            raise DataError(
+                f"the images of {self.name} are of type {pixels.dtype}", "choose another data set"
+            )
         size, _, channels = self.image_shape
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         fitted = FITS[self._fit](to_mode(image, channels), size)
         return {"image": to_array(fitted), "label": np.int32(record["label"])}

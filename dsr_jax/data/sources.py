@@ -1,98 +1,99 @@
-"""Random-access sources of labelled images, made by name."""
+"""Data sources by name: a source is one class, registered in SOURCES or named by its module."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from dsr_jax.core.errors import DataError, UnreadableRecord
-from dsr_jax.data import bundled, folder, records
-from dsr_jax.data.base import Record, Source
+from dsr_jax.core.plugins import is_reference, load_object
+from dsr_jax.data.base import Record, Source, SourceOptions, check_label
 from dsr_jax.data.classes import describe
-from dsr_jax.data.images import fit_name
+from dsr_jax.data.folder import ImageFolder
+from dsr_jax.data.records import ArrayRecords, Tfds
+from dsr_jax.data.toy import Digits, Shapes
 
 MAX_SUBSTITUTIONS = 100
 
 _logger = logging.getLogger(__name__)
 
 
-def make_source(
-    name: str,
-    *,
-    image_size: int,
-    channels: int,
-    root: str | None = None,
-    split: str = "train",
-    num_classes: int | None = None,
-    on_corrupt: str = "error",
-    fit: str = "center_crop",
-) -> Source:
+SOURCES: Mapping[str, Callable[[SourceOptions], Source]] = MappingProxyType(
+    {
+        "digits": Digits,
+        "synthetic": Shapes,
+        "folder": ImageFolder,
+        "arrayrecord": ArrayRecords,
+        "tfds": Tfds,
+    }
+)
+"""The data sources of this package, by the name in configs; "tfds" stands before ":NAME"."""
+
+
+def make_source(name: str, *, on_corrupt: str = "error", **options: Any) -> Source:
     """Makes the source called `name`.
 
     Args:
-      name: "digits" (scikit-learn's handwritten digits), "synthetic" (coloured shapes), "folder"
-        (class folders of image files), "arrayrecord" (packed image files) or "tfds:NAME".
-      image_size: Side of the square images.
-      channels: 1 or 3; "synthetic" takes any number.
-      root: Folder of "folder" and "arrayrecord"; data_dir of "tfds:NAME".
-      split: "train", "heldout" or "all" for digits and synthetic (every fifth record, index % 5 ==
-        0, is held out); a folder, a file prefix or a TFDS split for the others.
-      num_classes: Size of the model's label table. "synthetic" makes that many classes, and
-        "arrayrecord" requires it.
+      name: A name in SOURCES: "digits" (scikit-learn's handwritten digits), "synthetic" (colored
+        shapes), "folder" (class folders of image files), "arrayrecord" (packed image files),
+        "tfds:NAME" (TensorFlow Datasets); or "package.module:Class", a class of that module which
+        takes a `SourceOptions`.
       on_corrupt: "error" raises on an unreadable image file; "skip" takes the next readable record
         in its place, so that the stream remains a function of (seed, step).
-      fit: How image files are brought to that size, see `images.FITS`; "resize_shorter_side"
-        gives images of different shapes, to be cropped by `make_batches`.
+      **options: Fields of `SourceOptions`. "resize_shorter_side" as `fit` gives images of different
+        shapes, to be cropped by `make_batches`.
 
     Raises:
       DataError: If there is no such source, the files are not there, or there are more classes than
         `num_classes`.
+      ConfigError: If "package.module:Class" cannot be imported.
     """
     if on_corrupt not in ("error", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r}", "choose from error, skip")
-    source = _make(name, image_size, channels, root, split, num_classes, fit_name(fit))
+    kind, _, dataset = name.partition(":")
+    values = SourceOptions(**options)
+    if kind in SOURCES and (kind == "tfds") == bool(dataset):
+        if values.class_map and kind != "folder":
+            raise DataError(
+                f"data source {name!r} has its own labels, not those of class_map="
+                f"{values.class_map!r}",
+                "leave config.data.class_map empty; it is for source=folder",
+            )
+        source = SOURCES[kind](dataclasses.replace(values, dataset=dataset))
+    elif kind not in SOURCES and is_reference(name):
+        source = load_object("config.data.source", name)(values)
+    else:
+        raise DataError(
+            f"no data source is called {name!r}",
+            "choose from digits, synthetic, folder, arrayrecord, tfds:NAME, package.module:Class",
+        )
+    check_label_table(source, values.num_classes)
+    return SkipUnreadable(source) if on_corrupt == "skip" else source
+
+
+def check_label_table(source: Source, num_classes: int | None) -> None:
+    """Checks that the model's label table has a row for each class.
+
+    Raises:
+      DataError: If it has not.
+    """
     if num_classes is not None and source.num_classes > num_classes:
         raise DataError(
             f"{source.name} has {source.num_classes} classes, the label table {num_classes}",
             f"set config.data.num_classes={source.num_classes}",
         )
-    return SkipUnreadable(source) if on_corrupt == "skip" else source
-
-
-def _make(
-    name: str,
-    image_size: int,
-    channels: int,
-    root: str | None,
-    split: str,
-    num_classes: int | None,
-    fit: str,
-) -> Source:
-    kind, _, dataset = name.partition(":")
-    if kind in ("folder", "arrayrecord") and not root:
-        raise DataError(f"data source {name!r} needs a folder", "set config.data.root")
-    if kind != "synthetic" and channels not in (1, 3):
-        raise DataError(f"{channels} channels of {name!r}", "set config.data.channels to 1 or 3")
-    if kind == "digits":
-        return bundled.Digits(split, image_size, channels)
-    if kind == "synthetic":
-        return bundled.Shapes(split, image_size, channels, num_classes or 10)
-    if kind == "folder":
-        return folder.ImageFolder(str(root), split, image_size, channels, fit)
-    if kind == "arrayrecord":
-        return records.ArrayRecords(str(root), split, image_size, channels, num_classes, fit)
-    if kind == "tfds" and dataset:
-        return records.Tfds(dataset, root or None, split, image_size, channels, fit)
-    raise DataError(
-        f"no data source is called {name!r}",
-        "choose from digits, synthetic, folder, arrayrecord, tfds:NAME",
-    )
 
 
 def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Reads a small source into memory: images [N, H, W, C], uint8, and labels [N], int32."""
     records = [source[index] for index in range(len(source))]
+    for index, record in enumerate(records):
+        check_label(int(record["label"]), source.num_classes, index, source.name)
     labels = np.array([record["label"] for record in records], np.int32)
     return np.stack([record["image"] for record in records]), labels
 

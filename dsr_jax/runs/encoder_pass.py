@@ -16,10 +16,11 @@ from dsr_jax.build.rae import encoding_recipe
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.statistics import FILE, save_statistics
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.files import read_json, write_atomic, write_json
+from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Batch
 from dsr_jax.data import latents as cache
+from dsr_jax.data.classes import compare, describe
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
 from dsr_jax.spaces.statistics import LatentStatistics
@@ -43,6 +44,7 @@ class EncoderPass:
       batch: Images at a time.
       steps: Batches in all; what the last holds beyond `count` belongs to the next epoch.
       recipe: What decides the latents to the bit, as JSON values.
+      data: Classes and fingerprint of the images.
     """
 
     def __init__(self, config: ConfigDict, images: int = 0) -> None:
@@ -58,6 +60,7 @@ class EncoderPass:
         self.count, self.batch = images or len(source), config.data.global_batch
         self.steps = -(-self.count // self.batch)
         self.recipe = _recipe(config, source.name, self.count)
+        self.data = describe(source)
 
     def run(self, steps: range, keep: Callable[[int, np.ndarray, Batch], None]) -> float:
         """Encodes a batch per step; the host works on one while the devices encode the next.
@@ -180,6 +183,7 @@ def cache_latents(
         "shard_steps": shard_steps,
         "num_classes": work.num_classes,
         "recipe": work.recipe,
+        "data": work.data,
     }
     _check_cache(out, json.loads(json.dumps(manifest)))
     wait_for_all("latents checked")
@@ -229,8 +233,15 @@ def _check_cache(out: Path, manifest: dict[str, Any]) -> None:
     """Checks that `out` is empty or holds a cache with this manifest."""
     path = out / cache.MANIFEST
     if path.exists():
-        found = read_json(path)
+        found = cache.read_manifest(out)
         found.pop("provenance", None)
+        data = manifest.pop("data")
+        changes = compare(found.pop("data", data), data)
+        if changes:
+            raise ConfigError(
+                f"{out} was made from other data:\n    " + "\n    ".join(changes[:8]),
+                "name another --out, or restore the data",
+            )
         settings = {key: value for key, value in manifest.items() if key != "recipe"}
         others = {key: value for key, value in found.items() if key != "recipe"}
         _refuse_others(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.data.classes import describe
 from dsr_jax.data.latents import (
     DTYPES,
     CachedLatents,
@@ -15,13 +16,18 @@ from dsr_jax.data.latents import (
     write_shard,
 )
 from dsr_jax.data.pipeline import make_batches
+from dsr_jax.data.sources import check_label_table
 
 SHAPE = (2, 3, 4)
 LATENTS = np.random.default_rng(0).standard_normal((6, *SHAPE)).astype(np.float32)
 
 
+DATA = {"names": ["cat", "dog", "owl"], "counts": [2, 2, 2], "fingerprint": "sha256:0"}
+
+
 def save(folder: Path, dtype: str = "float32", shards: int = 2) -> None:
     manifest = {"shape": SHAPE, "dtype": dtype, "records": 6, "shards": shards, "num_classes": 3}
+    manifest["data"] = DATA
     write_manifest(folder, manifest)
     for shard in range(shards):
         rows = range(6)[shard * 6 // shards : (shard + 1) * 6 // shards]
@@ -62,7 +68,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         CachedLatents(tmp_path)
     path.write_bytes(content)
     write_manifest(tmp_path, read_manifest(tmp_path) | {"records": 7})
-    with pytest.raises(DataError, match="holds 6 latents, its latents.json says 7"):
+    with pytest.raises(DataError, match="holds 6 latents, but latents.json records 7"):
         CachedLatents(tmp_path)
     write_manifest(tmp_path, read_manifest(tmp_path) | {"records": 6, "shape": (3, 3, 4)})
     with pytest.raises(DataError, match="record 0 of .* is damaged"):
@@ -74,3 +80,44 @@ def test_a_value_that_the_dtype_does_not_hold_is_refused(tmp_path: Path) -> None
     with pytest.raises(DataError, match="float16 does not hold.*\n.*bfloat16"):
         write_shard(path, [(LATENTS[0] + 1e6, 0)], "float16")
     assert not path.exists()
+
+
+def test_classes_are_those_of_the_encoded_images(tmp_path: Path) -> None:
+    save(tmp_path)
+    found = describe(CachedLatents(tmp_path))
+    assert (found["names"], found["counts"]) == (DATA["names"], DATA["counts"])
+    with pytest.raises(DataError, match="has 3 classes, the label table 2"):
+        check_label_table(CachedLatents(tmp_path), 2)
+    manifest = read_manifest(tmp_path)
+    write_manifest(tmp_path, manifest | {"num_classes": 2})
+    with pytest.raises(DataError, match="record [25] .* has label 2, which is not in 0 to 1"):
+        next(make_batches(CachedLatents(tmp_path), 0, 6))
+    del manifest["data"]
+    write_manifest(tmp_path, manifest)
+    assert describe(CachedLatents(tmp_path))["names"] == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"shards": 2**63},
+        {"shards": -1},
+        {"records": "6"},
+        {"shape": [2, 3]},
+        {"shape": [2**20, 2**20, 4]},
+        {"dtype": "int8"},
+        {"data": {"names": 3}},
+    ],
+)
+def test_damaged_manifests_are_named(tmp_path: Path, values: dict[str, object]) -> None:
+    save(tmp_path)
+    write_manifest(tmp_path, read_manifest(tmp_path) | values)
+    with pytest.raises(DataError, match=f"latents.json is damaged: {next(iter(values))}"):
+        CachedLatents(tmp_path)
+
+
+def test_a_manifest_that_is_no_json_is_named(tmp_path: Path) -> None:
+    for content in (b"", b"[]", b"\xff", b"[" * 10**5):
+        (tmp_path / "latents.json").write_bytes(content)
+        with pytest.raises(DataError, match="latents.json is damaged"):
+            CachedLatents(tmp_path)

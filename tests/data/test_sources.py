@@ -1,4 +1,4 @@
-"""Bundled sources, image folders, and what happens when files are missing or damaged."""
+"""Toy data sets, image folders, and what happens when files are missing or damaged."""
 
 import logging
 from pathlib import Path
@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.core.errors import DataError, UnreadableRecord
+from dsr_jax.core.errors import ConfigError, DataError, UnreadableRecord
+from dsr_jax.data import classes
+from dsr_jax.data.base import Record, SourceOptions
 from dsr_jax.data.folder import ImageFolder
+from dsr_jax.data.pipeline import iterate_once, make_batches
 from dsr_jax.data.sources import SkipUnreadable, make_source
 
 
@@ -92,7 +95,7 @@ def test_the_class_shows_in_a_shape() -> None:
 
 
 def test_labels_are_class_folders_in_sorted_order(tmp_path: Path) -> None:
-    source = ImageFolder(str(make_folder(tmp_path, {"zebra": 2, "ant": 3})), "train", 8, 3)
+    source = ImageFolder(SourceOptions(8, root=str(make_folder(tmp_path, {"zebra": 2, "ant": 3}))))
     (tmp_path / ".cache").mkdir()
     assert source.class_names == ["ant", "zebra"] and source.num_classes == 2
     assert [int(source[i]["label"]) for i in range(5)] == [0, 0, 0, 1, 1]
@@ -140,6 +143,37 @@ def test_wrong_arguments_are_named() -> None:
         make_source("digits", image_size=8, channels=2)
 
 
+class Stripes:
+    """A source outside the package; its last record has no label."""
+
+    name, num_classes, class_names = "stripes", 2, ("thin", "wide")
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.image_shape = options.image_shape
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Record:
+        image = np.full(self.image_shape, index, np.uint8)
+        return {"image": image, "label": np.int32(-1 if index == 4 else index % 2)}
+
+
+def test_sources_outside_the_package_are_named_by_module() -> None:
+    name = f"{__name__}:Stripes"
+    source = make_source(name, image_size=4, channels=2, num_classes=3, on_corrupt="skip")
+    assert isinstance(source, SkipUnreadable) and source.image_shape == (4, 4, 2)
+    assert classes.describe(source)["names"] == ["thin", "wide"]
+    with pytest.raises(DataError, match="record 4 of stripes has label -1.*\n.*labeled split"):
+        next(make_batches(source, 0, 5))
+    with pytest.raises(DataError, match="record 4 of stripes has label -1"):
+        list(iterate_once(source, 5))
+    with pytest.raises(DataError, match="2 classes, the label table 1"):
+        make_source(name, image_size=4, num_classes=1)
+    with pytest.raises(ConfigError, match="config.data.source.*has no 'Strips'"):
+        make_source(f"{__name__}:Strips", image_size=4)
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Six images of two classes; numbers 1, 2 and 5 are damaged."""
@@ -181,7 +215,7 @@ def test_skip_does_not_hide_a_lost_disk(damaged: Path) -> None:
 
 
 def test_skip_wraps_any_source(damaged: Path) -> None:
-    inner = ImageFolder(str(damaged), "train", 8, 3)
+    inner = ImageFolder(SourceOptions(8, root=str(damaged)))
     source = SkipUnreadable(inner)
     assert (source.name, source.num_classes, source.image_shape, len(source)) == (
         inner.name,

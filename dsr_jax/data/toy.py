@@ -1,11 +1,11 @@
-"""Data sets that need no download: scanned digits and drawn shapes."""
+"""Toy data sets that need no download: scanned digits and generated shapes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.data.base import Record, split_indices
+from dsr_jax.data.base import Record, SourceOptions, split_indices
 
 DIGITS_SIZE = 8
 NUM_SHAPES = 50_000
@@ -16,9 +16,8 @@ class Digits:
     """Scikit-learn's 1,797 handwritten digits, 8 x 8 scans with 17 grey levels.
 
     Args:
-      split: "train", "heldout" (every fifth) or "all".
-      image_size: A multiple of 8; pixels are repeated.
-      channels: 1, or 3 equal ones.
+      options: `image_size` is a multiple of 8, pixels are repeated; `channels` is 1, or 3 equal
+        ones; `split` is "train", "heldout" (every fifth) or "all".
 
     Raises:
       DataError: If scikit-learn is missing, the size is no multiple of 8, or the split unknown.
@@ -27,29 +26,30 @@ class Digits:
     name = "digits"
     num_classes = 10
 
-    def __init__(self, split: str, image_size: int, channels: int) -> None:
+    def __init__(self, options: SourceOptions) -> None:
+        options.require_grey_or_rgb(self.name)
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise DataError(
                 "data source 'digits' needs scikit-learn", "pip install scikit-learn"
             ) from error
-        if image_size % DIGITS_SIZE or image_size <= 0:
+        if options.image_size % DIGITS_SIZE or options.image_size <= 0:
             raise DataError(
-                f"digits cannot be drawn at {image_size} pixels",
+                f"digits of {DIGITS_SIZE} pixels cannot become {options.image_size} pixels",
                 f"set config.data.image_size to a multiple of {DIGITS_SIZE}",
             )
         images, labels = load_digits(return_X_y=True)
-        indices = split_indices(len(images), split, self.name)
+        indices = split_indices(len(images), options.split, self.name)
         grey = np.round(images[indices] * (255 / 16)).astype(np.uint8)
         grey = grey.reshape(-1, DIGITS_SIZE, DIGITS_SIZE)
-        scale = image_size // DIGITS_SIZE
+        scale = options.image_size // DIGITS_SIZE
         grey = grey.repeat(scale, axis=1).repeat(scale, axis=2)
-        self._images = np.repeat(grey[..., None], channels, axis=-1)
+        self._images = np.repeat(grey[..., None], options.channels, axis=-1)
         self._labels = labels[indices].astype(np.int32)
         self.class_names = [str(digit) for digit in range(self.num_classes)]
         self.class_counts = np.bincount(self._labels, minlength=self.num_classes).tolist()
-        self.image_shape = (image_size, image_size, channels)
+        self.image_shape = options.image_shape
 
     def __len__(self) -> int:
         return len(self._images)
@@ -62,10 +62,8 @@ class Shapes:
     """One disk, square, diamond or ring on a shaded ground; the label fixes form and colour.
 
     Args:
-      split: "train", "heldout" (every fifth) or "all".
-      image_size: Any side.
-      channels: Any number.
-      num_classes: Any number; classes are equally frequent.
+      options: Any `image_size` and `channels`; `split` is "train", "heldout" (every fifth) or
+        "all"; `num_classes`, 10 by default, are equally frequent.
 
     Raises:
       DataError: If the split is unknown.
@@ -73,10 +71,10 @@ class Shapes:
 
     name = "synthetic"
 
-    def __init__(self, split: str, image_size: int, channels: int, num_classes: int) -> None:
-        self._indices = split_indices(NUM_SHAPES, split, self.name)
-        self.num_classes = num_classes
-        self.image_shape = (image_size, image_size, channels)
+    def __init__(self, options: SourceOptions) -> None:
+        self._indices = split_indices(NUM_SHAPES, options.split, self.name)
+        self.num_classes = options.num_classes or 10
+        self.image_shape = options.image_shape
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -84,7 +82,7 @@ class Shapes:
     def __getitem__(self, index: int) -> Record:
         number = int(self._indices[index])
         rng = np.random.default_rng([SHAPES_SEED, number])
-        # Drawn, since number % num_classes would leave some classes out of a split.
+        # At random, since number % num_classes would leave some classes out of a split.
         label = int(rng.integers(self.num_classes))
         size, _, channels = self.image_shape
         grid = (np.arange(size) + 0.5) / size
