@@ -1,4 +1,4 @@
-"""Draws images from a trained run: `python -m dsr_jax.sample --workdir=runs/digits --guidance=2.0`.
+"""Samples images of a trained run: `python -m dsr_jax.sample --workdir=runs/digits --guidance=2.0`.
 
 Settings are those of the run's config unless the command line says otherwise, by the arguments
 below or any `--config.KEY=VALUE`. They alone decide which image belongs to an index: the same
@@ -14,32 +14,41 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.data.classes import DataDescription, read_class_names, trained_labels
+from dsr_jax.diffusion.samplers import SAMPLERS
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel.processes import is_process_zero, log, start_processes
-from dsr_jax.runs.sampling import draw_samples
+from dsr_jax.runs.sampled_classes import classes_to_sample, parse_classes
+from dsr_jax.runs.sampling import save_samples
 from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
 
 GRID_IMAGES = 100
+OWN = "default: the config's"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args, overrides = _parser().parse_known_args(argv)
+    folder = Path(args.workdir or args.converted).expanduser()
     config = load_config(args, overrides)
-    labels = make_labels(args, config)
+    data = None if args.converted else read_class_names(folder)
+    labels = make_labels(args, config, data)
     start_processes()
     build.set_precision(config)
-    path = draw_samples(
+    if data is not None:
+        _warn_of_untrained(labels, config.data.num_classes, data)
+    path = save_samples(
         config,
         labels,
-        Path(args.workdir or args.converted),
+        folder,
         converted=bool(args.converted),
         checkpoint_step=args.checkpoint_step,
         out=args.out,
         name=args.name,
+        data=data,
     )
     if args.grid and is_process_zero():
         images = next(open_samples(path).batches(GRID_IMAGES))
@@ -63,7 +72,7 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     elif args.config:
         raise ConfigError("--config goes with --converted", "a run has its own config")
     else:
-        config = configs.load_run(args.workdir)
+        config = configs.load_run(Path(args.workdir).expanduser())
         # The mesh is this machine's, not the one that trained.
         config.mesh.update(data=-1, fsdp=1, tensor=1, dcn_data=-1, dcn_fsdp=1)
     section = config.sample
@@ -74,60 +83,73 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     ]
     configs.apply_overrides(config, [*shortcuts, *overrides])
     configs.check(config)
-    for key in ("num", "batch"):
-        if section[key] < 1:
-            raise ConfigError(f"config.sample.{key}={section[key]}", "it must be positive")
     return config
 
 
-def make_labels(args: argparse.Namespace, config: configs.ConfigDict) -> np.ndarray:
+def make_labels(
+    args: argparse.Namespace, config: configs.ConfigDict, data: DataDescription | None
+) -> np.ndarray:
     """Returns the class of every sample [N], int32.
 
+    Args:
+      args: The command line.
+      config: The config.
+      data: The run's classes, where they are known.
+
     Raises:
-      DataError: If a label file cannot be read or a label names no class.
+      DataError: If a label file cannot be read, a label names no class, or a name is unknown.
     """
-    num, classes, seed = config.sample.num, config.data.num_classes, config.sample.seed
+    num, rows, seed = config.sample.num, config.data.num_classes, config.sample.seed
+    classes = classes_to_sample(config, data)
     if args.label_file:
         labels = tables.load_labels(args.label_file, num)
     elif args.classes:
-        labels = tables.cycled_labels(args.classes, num)
+        labels = tables.cycled_labels(parse_classes(args.classes, data), num)
     elif args.random_labels:
         labels = tables.random_labels(num, classes, seed)
     else:
         labels = tables.balanced_labels(num, classes, seed)
-    tables.check_labels(labels, classes)
+    tables.check_labels(labels, rows)
     return labels
 
 
-def _class_list(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+def _warn_of_untrained(labels: np.ndarray, rows: int, data: DataDescription) -> None:
+    if untrained := sorted(set(labels.tolist()) - set(trained_labels(data, rows))):
+        shown = ", ".join(map(str, untrained[:8])) + (", ..." if len(untrained) > 8 else "")
+        log(f"warning: training had no images of the classes {shown}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.sample")
     add = parser.add_argument
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--workdir", help="the run's folder")
     weights.add_argument("--converted", help="folder that python -m dsr_jax.convert wrote")
     add("--config", help="with --converted: config file of the same sizes")
     add("--checkpoint-step", type=int, help="which checkpoint; default: the newest")
-    add("--ema", help="decay of the averaged weights, or none for the weights themselves")
-    add("--num-samples", dest="num", help="how many images")
-    add("--batch", help="images at a time over all devices; does not change the images")
-    add("--method", help="ODE solver, or sde-euler, sde-heun")
-    add("--num-points", dest="num_points", help="points of the time grid, one more than steps")
-    add("--guidance", help="scale of classifier-free guidance, 1 for none")
-    add("--interval", help="LOW,HIGH: times (0 data, 1 noise) in which guidance is on")
-    add("--seed", help="of noise and labels")
+    add("--ema", help=f"decay of the EMA weights, or none for the weights themselves; {OWN}")
+    add("--num-samples", dest="num", help=f"how many images; {OWN}")
+    add("--batch", help=f"images at a time over all devices, which changes no image; {OWN}")
+    add("--method", help=f"{', '.join(SAMPLERS)}, or package.module:function; {OWN}")
+    add("--num-points", dest="num_points", help=f"points of the time grid, steps + 1; {OWN}")
+    add("--guidance", help=f"scale of guidance, 1 for none; {OWN}")
+    add("--autoguidance", help=f"folder of a weaker model that guidance leads away from; {OWN}")
+    add("--interval", help=f"LOW,HIGH: times (0 data, 1 noise) in which guidance is on; {OWN}")
+    add("--seed", help=f"of noise and labels; {OWN}")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--label-file", help=".npy, .npz or .txt with the class of every sample")
-    which.add_argument("--classes", type=_class_list, help="for example 3,7: these in turn")
+    which.add_argument(
+        "--classes", help="labels or names, for example 3,7 or cat,dog: these in turn"
+    )
     which.add_argument(
         "--random-labels", action="store_true", help="independent labels; default: balanced ones"
+    )
+    add(
+        "--all-classes",
+        dest="all_classes",
+        action="store_const",
+        const="True",
+        help="also the classes that training had no images of; default: the others alone",
     )
     add("--out", help="folder of the files; default: samples/ in the run's")
     add("--name", help="their name; default: made from the settings")

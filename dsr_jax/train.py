@@ -23,6 +23,7 @@ from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.runs.training_evaluation import Results, open_scorer
+from dsr_jax.telemetry.progress import announce_first_call
 from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
 
@@ -60,9 +61,10 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         # A space that gives no images says so now, not at the first picture.
         latents = jax.ShapeDtypeStruct((1, *space.latent_shape), jnp.float32)
         image_shape = jax.eval_shape(space.decode, variables, latents).shape[1:]
-    draw = build.make_sampler(config, model, space, mesh, rules)
+    sampler = build.make_sampler(config, model, space, mesh, rules)
+    sample = announce_first_call(sampler, "the sampler")
     scorer = open_scorer(config, mesh, image_shape)
-    results = Results(config, workdir, draw, variables, mesh.size, image_shape, scorer)
+    results = Results(config, workdir, sample, variables, mesh.size, image_shape, data, scorer)
     return TrainingJob(
         summary_text=_run_summary(config, model, abstract.params, data, mesh),
         mesh=mesh,
@@ -71,7 +73,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         step=lambda state, batch: step(state, batch, variables),
         batches=build.global_batches(config, source, sharding),
         hooks=[
-            Hook(config.sample.every_steps, results.draw_grid),
+            Hook(config.sample.every_steps, results.save_grid),
             Hook(config.eval.every_steps, results.score),
         ],
         finish=results.finish,

@@ -1,6 +1,8 @@
 """The sample command on a run with random weights: exact jobs, invariance, errors."""
 
 import argparse
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,10 +10,14 @@ import pytest
 
 from dsr_jax import build, sample
 from dsr_jax import config as configs
+from dsr_jax.build.from_run import load_denoiser
+from dsr_jax.convert.files import save_converted
 from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
 from dsr_jax.core.files import file_digest, read_json
+from dsr_jax.data.classes import read_class_names, write_class_names
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.runs.folder import write_run_files
+from dsr_jax.runs.sampled_classes import parse_classes
 from dsr_jax.training.checkpoints import Checkpoints
 
 
@@ -57,14 +63,14 @@ def run(workdir, out, *arguments):
 
 
 @pytest.fixture(scope="module")
-def drawn(workdir, tmp_path_factory):
+def sampled(workdir, tmp_path_factory):
     """Folder and result of the command with the run's own settings."""
     out = tmp_path_factory.mktemp("out")
     return out, run(workdir, out, "--grid")
 
 
-def test_samples_come_with_labels_picture_and_recipe(drawn):
-    out, (images, labels, record) = drawn
+def test_samples_come_with_labels_picture_and_recipe(sampled):
+    out, (images, labels, record) = sampled
     assert images.shape == (24, 8, 8, 1) and len(np.unique(images)) > 50
     assert sorted(np.bincount(labels)) == [2] * 6 + [3] * 4
     recipe = record["recipe"]
@@ -76,8 +82,8 @@ def test_samples_come_with_labels_picture_and_recipe(drawn):
     assert (out / "samples0.png").is_file()
 
 
-def test_batch_and_mesh_do_not_change_the_images(workdir, drawn, tmp_path):
-    _, (images, labels, record) = drawn
+def test_batch_and_mesh_do_not_change_the_images(workdir, sampled, tmp_path):
+    _, (images, labels, record) = sampled
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     others, other_labels, other_record = run(workdir, tmp_path, "--batch=24", *mesh)
     assert np.abs(others - images).max() <= 1 and (others != images).mean() < 0.01
@@ -86,8 +92,8 @@ def test_batch_and_mesh_do_not_change_the_images(workdir, drawn, tmp_path):
     assert [r["starts"][0]["batch"] for r in (record, other_record)] == [8, 24]
 
 
-def test_killed_command_is_finished_by_the_same_command(workdir, drawn, tmp_path, monkeypatch):
-    out, _ = drawn
+def test_killed_command_is_finished_by_the_same_command(workdir, sampled, tmp_path, monkeypatch):
+    out, _ = sampled
     build_sampler, calls = build.make_sampler, []
 
     def mortal(*args):
@@ -114,8 +120,8 @@ def test_killed_command_is_finished_by_the_same_command(workdir, drawn, tmp_path
         sample.main([*command, "--seed=1"])
 
 
-def test_weights_and_labels_are_those_asked_for(workdir, drawn, tmp_path):
-    _, (images, labels, record) = drawn
+def test_weights_and_labels_are_those_asked_for(workdir, sampled, tmp_path):
+    _, (images, labels, record) = sampled
     np.save(tmp_path / "labels.npy", labels)
     digests = {record["recipe"]["weights"]}
     for weights in ("--checkpoint-step=1", "--ema=none"):
@@ -134,11 +140,11 @@ def test_labels_are_balanced_unless_asked_otherwise():
         args = argparse.Namespace(
             label_file=label_file, classes=classes, random_labels=random_labels
         )
-        return sample.make_labels(args, config)
+        return sample.make_labels(args, config, None)
 
     assert np.ptp(np.bincount(labels())) == 1
     assert np.ptp(np.bincount(labels(random_labels=True), minlength=10)) > 1
-    assert labels(classes=[3, 7]).tolist() == [3, 7] * 12
+    assert labels(classes="3,7").tolist() == [3, 7] * 12
 
 
 @pytest.mark.parametrize(
@@ -147,6 +153,11 @@ def test_labels_are_balanced_unless_asked_otherwise():
         ("--ema=0.5", ConfigError, "sample.ema='0.5' .*\n.*none, 0.9"),
         ("--method=leapfrog", ConfigError, "'leapfrog'"),
         ("--num-samples=0", ConfigError, "config.sample.num=0"),
+        ("--batch=0", ConfigError, "config.sample.batch=0"),
+        ("--interval=0.9", ConfigError, "config.sample.interval=.0.9,. .*\n.*LOW,HIGH"),
+        ("--classes=-1", DataError, "sample 0 has label -1"),
+        ("--classes=cat", DataError, "'cat', since the weights come without class names"),
+        ("--autoguidance=none", ConfigError, "autoguidance='none' holds neither a run nor"),
         ("--guidance=much", ConfigError, "sample.guidance=much"),
         ("--samples=4", ConfigError, "'--samples=4'"),
         ("--checkpoint-step=7", CheckpointError, "step 7 .*\n.*steps there: 1, 2"),
@@ -158,6 +169,70 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, argument, error, message):
     with pytest.raises(error, match=message):
         sample.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}", argument])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def three_classes(workdir, tmp_path):
+    """The run, with images of three classes called 2, 10 and cat in training."""
+    folder = shutil.copytree(workdir, tmp_path / "three")
+    description = {"source": "x", "images": 6, "fingerprint": "sha256:0"}
+    write_class_names(folder, {**description, "names": ["10", "2", "cat"], "counts": [3, 2, 1]})
+    return folder
+
+
+def test_only_trained_classes_are_sampled_unless_asked(three_classes, tmp_path, capsys):
+    _, labels, record = run(three_classes, tmp_path, "--num-samples=9")
+    assert np.bincount(labels).tolist() == [3, 3, 3]
+    assert record["class_names"] == {"0": "10", "1": "2", "2": "cat"}
+    assert "warning" not in capsys.readouterr().err
+
+    _, labels, record = run(three_classes, tmp_path, "--all-classes", "--num-samples=10")
+    assert sorted(labels) == list(range(10))
+    assert "no images of the classes 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().err
+    assert record["class_names"]["2"] == "cat" and len(record["class_names"]) == 3
+
+
+def test_classes_are_named_or_numbered(three_classes):
+    data = read_class_names(three_classes)
+    assert parse_classes("cat, 0,name:10", data) == [2, 0, 0]
+    assert parse_classes("name:2,label:2,9", data) == [1, 2, 9]
+    with pytest.raises(DataError, match="2 is class 'cat', and .* '2' has label 1\n.*name:2"):
+        parse_classes("2", data)
+    with pytest.raises(DataError, match="'dog'.*\n.*cat"):
+        parse_classes("dog", data)
+
+
+def test_the_null_class_guides_only_where_it_was_trained(workdir, tmp_path):
+    """With label dropout 0, training itself refuses classifier-free guidance, too."""
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    config = configs.load_run(folder)
+    config.objective.label_dropout = 0.0
+    (folder / "config.json").write_text(json.dumps(configs.to_json(config)))
+    with pytest.raises(ConfigError, match="null class.*never trained\n.*guidance=1.0"):
+        sample.main([f"--workdir={folder}", f"--out={tmp_path / 'out'}"])
+    with pytest.raises(ConfigError, match="null class"):
+        configs.check(config)
+    config.sample.guidance = 1.0
+    configs.check(config)
+    config.sample.update(guidance=1.5, autoguidance=str(workdir))
+    configs.check(config)
+
+
+def test_autoguidance_by_a_run_or_a_converted_folder(workdir, sampled, tmp_path):
+    """The guide is the run itself, which changes nothing; another checkpoint as guide does."""
+    _, (images, labels, _) = sampled
+    np.save(tmp_path / "labels.npy", labels)
+    plain, _, _ = run(workdir, tmp_path, "--guidance=1.0")
+    itself, _, record = run(workdir, tmp_path, f"--autoguidance={workdir}")
+    np.testing.assert_allclose(itself, plain, atol=1)
+    guide = record["recipe"]["autoguidance"]
+    assert guide == {"step": 2, "ema": "0.9", "weights": record["recipe"]["weights"]}
+
+    model, params, conversion, _ = load_denoiser(workdir, 1)
+    save_converted(tmp_path / "guide", params, conversion)
+    guided, _, record = run(workdir, tmp_path, f"--autoguidance={tmp_path / 'guide'}")
+    assert (np.abs(guided - plain) > 1).mean() > 0.1
+    assert record["recipe"]["autoguidance"]["params_digest"].startswith("sha256:")
 
 
 def test_missing_run(tmp_path):

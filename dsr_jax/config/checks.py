@@ -57,8 +57,9 @@ def check(config: ConfigDict) -> None:
         "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
         "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
         "decoder.depth decoder.num_heads decoder.mlp_dim decoder.patch_size gan.kernel_size "
-        "objective.time_bins eval.batch log.every_steps checkpoint.every_steps "
-        "checkpoint.keep_latest checkpoint.save_seconds failures.lost_seconds"
+        "objective.time_bins sample.num sample.batch eval.batch log.every_steps "
+        "checkpoint.every_steps checkpoint.keep_latest checkpoint.save_seconds "
+        "failures.lost_seconds"
     )
     values = dict(leaves(config))
     for key in positive.split():

@@ -178,7 +178,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "sample.num": free(64, "samples of a grid"),
         "sample.batch": free(64, "samples that are made at once"),
         "sample.ema": free("0.9999", "decay of the EMA weights that sample; none for the weights"),
-        "sample.method": free("euler", "solver: euler, heun, dopri5, sde-euler, sde-heun, ..."),
+        "sample.method": free("euler", "euler, heun, dopri5, sde-euler, ..., or module:function"),
         "sample.num_points": free(50, "points of the time grid, one more than solver steps"),
         "sample.guidance": free(1.0, "scale of classifier-free guidance or autoguidance; 1: none"),
         "sample.autoguidance": free(
@@ -188,6 +188,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "sample.interval": free((0.0, 1.0), "times (0 data, 1 noise) in which guidance is on"),
         "sample.open_interval": free(False, "leave out the interval's ends, as JiT does"),
         "sample.seed": free(0, "seed of the samples' noise"),
+        "sample.all_classes": free(False, "also sample classes that training had no images of"),
         "sample.uint8": free("truncate", "cast of images to uint8: truncate, round or sit"),
         "sample.rtol": free(1e-3, "dopri5: relative tolerance"),
         "sample.atol": free(1e-6, "dopri5: absolute tolerance"),

@@ -7,14 +7,17 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
+from dsr_jax.data.classes import DataDescription
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import log
+from dsr_jax.runs.sampled_classes import class_notes
 from dsr_jax.sampling.job import SampleJob
+from dsr_jax.telemetry.progress import announce, announce_first_call
 from dsr_jax.training.checkpoints import restore_params
 
 
-def draw_samples(
+def save_samples(
     config: ConfigDict,
     labels: np.ndarray,
     folder: Path,
@@ -23,6 +26,7 @@ def draw_samples(
     checkpoint_step: int | None = None,
     out: str | None = None,
     name: str | None = None,
+    data: DataDescription | None = None,
 ) -> Path:
     """Restores the weights and runs the job; returns the path of the `.npz`.
 
@@ -34,34 +38,40 @@ def draw_samples(
       checkpoint_step: Which checkpoint of the run; None for the newest.
       out: Folder of the files; None for samples/ beside the weights.
       name: Their name; None makes one from the settings.
+      data: The run's classes, whose names the record carries.
     """
     section = config.sample
     mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
     space, variables = build.make_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
-    sample = build.make_sampler(config, model, space, mesh, rules)
+    sampler = build.make_sampler(config, model, space, mesh, rules)
+    sample = announce_first_call(sampler, "the sampler")
     abstract = build.abstract_params(model, space, mesh, rules)
     if converted:
-        params, record = build.restore_converted(str(folder), model, abstract)
+        with announce(f"reading {folder}"):
+            params, record = build.restore_converted(str(folder), model, abstract)
         recipe, weights = build.sampling_recipe(config, None, None), "converted"
         recipe["converted"] = {key: record[key] for key in ("source", "source_digest", "entry")}
     else:
         ema = None if section.ema == "none" else section.ema
-        params, meta = restore_params(folder / "checkpoints", abstract, checkpoint_step, ema)
+        with announce(f"reading {folder / 'checkpoints'}"):
+            params, meta = restore_params(folder / "checkpoints", abstract, checkpoint_step, ema)
         recipe = build.sampling_recipe(config, meta["step"], section.ema)
         weights = f"step{meta['step']:08d}-ema{section.ema}"
-    settings = f"{weights}-{section.method}{section.num_points}-cfg{section.guidance:g}"
+    method, kind = section.method.replace(":", "."), "ag" if section.autoguidance else "cfg"
+    settings = f"{weights}-{method}{section.num_points}-{kind}{section.guidance:g}"
     latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
     job = SampleJob(
-        Path(out or folder / "samples"),
+        Path(out or folder / "samples").expanduser(),
         name or f"{settings}-seed{section.seed}-n{section.num}",
         labels,
         jax.eval_shape(space.decode, variables, latents).shape[1:],
         {"weights": build.weights_digest(params), **recipe},
+        class_notes(data, labels.tolist()),
     )
     # The batch does not decide the images, so it may grow to divide over the devices.
     batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size
-    log(f"drawing {section.num} images: {job.name}")
+    log(f"sampling {section.num} images: {job.name}")
     return job.run(
         lambda indices, labels: sample(params, variables, indices, labels), batch, report=log
     )

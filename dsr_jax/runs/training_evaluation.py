@@ -1,5 +1,6 @@
 """What a training run shows of itself: pictures and scores, and summary.json at the end."""
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dsr_jax import build
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.files import write_json
 from dsr_jax.core.typing import Params, PyTree
+from dsr_jax.data.classes import DataDescription
 from dsr_jax.data.sources import read_all
 from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.comparison import SHOWN
@@ -18,6 +20,7 @@ from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
 from dsr_jax.parallel.shardings import fetch
+from dsr_jax.runs.sampled_classes import class_notes, classes_to_sample
 from dsr_jax.runs.scoring import make_scorer, score_to_file
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
@@ -31,15 +34,16 @@ CLASSIFIER_SPLITS = ("train", "heldout")
 
 
 class Results:
-    """Draws with a run's weights and writes down what came out.
+    """Samples with a run's weights and writes pictures and scores.
 
     Args:
       config: The run's config.
       workdir: Its folder.
-      draw: From `build.make_sampler`.
+      sample: From `build.make_sampler`.
       variables: Frozen arrays of the input space.
       num_devices: Batches are multiples of this.
-      image_shape: Height, width and channels of what it draws; () if that is never asked for.
+      image_shape: Height, width and channels of its images; () if that is never asked for.
+      data: The run's classes. Those without images are sampled only if config.sample.all_classes.
       scorer: From `open_scorer`.
     """
 
@@ -47,31 +51,33 @@ class Results:
         self,
         config: ConfigDict,
         workdir: Path,
-        draw: SampleFn,
+        sample: SampleFn,
         variables: PyTree,
         num_devices: int,
         image_shape: tuple[int, ...],
+        data: DataDescription,
         scorer: Scorer | None = None,
     ) -> None:
         self.config, self.workdir = config, workdir
-        self._draw, self._variables, self._num_devices = draw, variables, num_devices
+        self._sample, self._variables, self._num_devices = sample, variables, num_devices
+        self._data, self._classes = data, classes_to_sample(config, data)
         self._image_shape, self._scorer = image_shape, scorer
         self._last: tuple[int, dict[str, Any]] = (-1, {})
 
-    def draw_grid(self, step: int, state: TrainState) -> None:
+    def save_grid(self, step: int, state: TrainState) -> None:
         """Writes a picture of samples, a class per column."""
-        section, classes = self.config.sample, self.config.data.num_classes
+        section, classes = self.config.sample, self._classes
         batch = self._batch_for(section.num)
         indices = np.arange(batch, dtype=np.uint32)
-        labels = cycled_labels(range(classes), batch)
-        samples = self._draw(self._weights(state), self._variables, indices, labels)
+        labels = cycled_labels(classes, batch)
+        samples = self._sample(self._weights(state), self._variables, indices, labels)
         images = fetch(samples.images)[: section.num]
         if is_process_zero():
             path = self.workdir / "samples" / f"step_{step:08d}.png"
-            save_png_grid(path, images, columns=classes)
+            save_png_grid(path, images, columns=len(classes))
 
     def score(self, step: int, state: TrainState) -> dict[str, float]:
-        """Draws and scores samples as config.eval says; returns the numbers for the log.
+        """Samples and scores as config.eval asks; returns the numbers for the log.
 
         The samples of the last step stay, those on the way are removed. The scores with their
         recipe go to `scores/`, where tools/compare_scores.py finds them.
@@ -83,7 +89,7 @@ class Results:
             if not last:
                 # What a stop has left may be of weights that no checkpoint kept.
                 self._remove(name)
-            path = self._draw_samples(step, state, name)
+            path = self._save_samples(step, state, name)
             if self._scorer is not None:
                 out = self.workdir / "scores" / f"step_{step:08d}.scores.json"
                 metrics = list(section.metrics)
@@ -96,7 +102,7 @@ class Results:
         return {key: float(x) for key, x in scores.items() if isinstance(x, (int, float))}
 
     def finish(self, summary: Summary) -> None:
-        """Draws and scores samples where the config asks for it; writes summary.json."""
+        """Samples and scores where the config asks for it; writes summary.json."""
         if self._last[0] != summary.step:
             self.score(summary.step, summary.state)
         scores, path = self._last[1], self.workdir / "summary.json"
@@ -122,12 +128,18 @@ class Results:
             log(f"{self.config.eval.num_samples} samples: {', '.join(found)}")
         log(
             f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
-            "next, draw your own: python -m dsr_jax.sample "
-            f"--workdir={self.workdir} --num-samples=100 --guidance=2.0 --grid"
+            f"next, sample more: {self._command()}"
         )
 
+    def _command(self) -> str:
+        """A command that samples from the run."""
+        words = ["python", "-m", "dsr_jax.sample", f"--workdir={self.workdir}", "--num-samples=100"]
+        if self.config.objective.label_dropout:
+            words.append("--guidance=2.0")
+        return shlex.join([*words, "--grid"])
+
     def _weights(self, state: TrainState) -> Params:
-        """The parameters, or the average of them, that config.sample.ema names."""
+        """The parameters, or their EMA, that config.sample.ema names."""
         name = self.config.sample.ema
         return state.params if name == "none" else state.ema[name]
 
@@ -135,17 +147,18 @@ class Results:
         """The smallest batch of at least `count` that divides over the devices."""
         return -(-count // self._num_devices) * self._num_devices
 
-    def _draw_samples(self, step: int, state: TrainState, name: str) -> Path:
+    def _save_samples(self, step: int, state: TrainState, name: str) -> Path:
         config, weights = self.config, self._weights(state)
         job = SampleJob(
             self.workdir / "samples",
             name,
-            balanced_labels(config.eval.num_samples, config.data.num_classes, config.sample.seed),
+            balanced_labels(config.eval.num_samples, self._classes, config.sample.seed),
             self._image_shape,
             build.sampling_recipe(config, step, config.sample.ema),
+            class_notes(self._data, self._classes),
         )
         return job.run(
-            lambda indices, labels: self._draw(weights, self._variables, indices, labels),
+            lambda indices, labels: self._sample(weights, self._variables, indices, labels),
             self._batch_for(config.sample.batch),
             report=log,
         )

@@ -14,24 +14,24 @@ import numpy as np
 from dsr_jax.core.errors import DataError
 
 
-def balanced_labels(num_samples: int, num_classes: int, seed: int) -> np.ndarray:
-    """Returns labels [N], int32, as many of each class as possible.
+def balanced_labels(num_samples: int, classes: Sequence[int], seed: int) -> np.ndarray:
+    """Returns labels [N], int32, as many of each of `classes` as possible.
 
-    Samples are cut into blocks of `num_classes` indices, and each block holds every class once, in
-    an order drawn for that block. So every prefix is balanced to within one, more samples extend
-    the same table, and the order is shuffled as the Inception Score's chunks need it.
+    Samples are cut into blocks of `len(classes)` indices, and each block holds every class once, in
+    a random order of its own. So every prefix is balanced to within one, more samples extend the
+    same table, and the order is shuffled as the Inception Score's chunks need it.
     """
-    blocks = -(-num_samples // num_classes)
+    blocks = -(-num_samples // len(classes))
     # RandomState, not Generator: NumPy promises the stream of the former for ever (NEP 19).
-    draws = np.random.RandomState(seed).random_sample((blocks, num_classes))
-    order = np.argsort(draws, axis=1, kind="stable")
-    return order.reshape(-1)[:num_samples].astype(np.int32)
+    numbers = np.random.RandomState(seed).random_sample((blocks, len(classes)))
+    order = np.argsort(numbers, axis=1, kind="stable")
+    return np.asarray(classes, np.int32)[order.reshape(-1)[:num_samples]]
 
 
-def random_labels(num_samples: int, num_classes: int, seed: int) -> np.ndarray:
-    """Returns independent uniform labels [N], int32, as ADM, SiT and REPA draw them."""
-    draws = np.random.RandomState(seed).random_sample(num_samples)
-    return (draws * num_classes).astype(np.int32)
+def random_labels(num_samples: int, classes: Sequence[int], seed: int) -> np.ndarray:
+    """Returns independent uniform labels [N], int32, of `classes`, as ADM, SiT and REPA do."""
+    numbers = np.random.RandomState(seed).random_sample(num_samples)
+    return np.asarray(classes, np.int32)[(numbers * len(classes)).astype(np.int32)]
 
 
 def cycled_labels(classes: Sequence[int], num_samples: int) -> np.ndarray:
@@ -113,5 +113,5 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         raise DataError(
             f"sample {first} has label {int(labels[first])}, and {len(outside)} of {len(labels)} "
             f"labels are outside the model's classes 0..{num_classes - 1}",
-            "mend --classes or the label file",
+            "correct --classes or the label file",
         )

@@ -12,7 +12,7 @@ PINNED_RANDOM = [2, 3, 3, 2, 2, 3, 2, 4, 4, 1, 3, 2]
 
 @pytest.mark.parametrize(("num", "classes"), [(50, 10), (53, 10), (7, 10), (1000, 1)])
 def test_balanced_counts_differ_by_at_most_one(num, classes):
-    labels = labels_lib.balanced_labels(num, classes, seed=3)
+    labels = labels_lib.balanced_labels(num, range(classes), seed=3)
     counts = np.bincount(labels, minlength=classes)
     assert labels.dtype == np.int32 and labels.shape == (num,)
     assert counts.max() - counts.min() == (0 if num % classes == 0 else 1)
@@ -20,24 +20,37 @@ def test_balanced_counts_differ_by_at_most_one(num, classes):
 
 def test_label_of_a_sample_does_not_depend_on_the_number_of_samples():
     for make in (labels_lib.balanced_labels, labels_lib.random_labels):
-        np.testing.assert_array_equal(make(35, 10, seed=1), make(500, 10, seed=1)[:35])
+        np.testing.assert_array_equal(
+            make(35, range(10), seed=1), make(500, range(10), seed=1)[:35]
+        )
 
 
 def test_labels_depend_on_the_seed_and_are_not_in_class_order():
-    first, second = (labels_lib.balanced_labels(100, 10, seed=seed) for seed in (0, 1))
+    first, second = (labels_lib.balanced_labels(100, range(10), seed=seed) for seed in (0, 1))
     assert (first != second).any()
     assert (first[:10] != np.arange(10)).any() and (first[:10] != first[10:20]).any()
 
 
 def test_tables_are_pinned():
     """Published samples name only a seed, so the table of a seed must never change."""
-    assert labels_lib.balanced_labels(12, 5, seed=0).tolist() == PINNED_BALANCED
-    assert labels_lib.random_labels(12, 5, seed=0).tolist() == PINNED_RANDOM
+    assert labels_lib.balanced_labels(12, range(5), seed=0).tolist() == PINNED_BALANCED
+    assert labels_lib.random_labels(12, range(5), seed=0).tolist() == PINNED_RANDOM
 
 
 def test_random_labels_cover_all_classes_about_equally():
-    counts = np.bincount(labels_lib.random_labels(10_000, 10, seed=0), minlength=10)
+    counts = np.bincount(labels_lib.random_labels(10_000, range(10), seed=0), minlength=10)
     assert len(counts) == 10 and counts.min() > 850 and counts.max() < 1150
+
+
+def test_labels_of_some_classes_are_those_alone():
+    for make in (labels_lib.balanced_labels, labels_lib.random_labels):
+        labels = make(30, [2, 5, 9], seed=0)
+        assert labels.dtype == np.int32 and set(labels) == {2, 5, 9}
+    assert np.bincount(labels_lib.balanced_labels(30, [2, 5, 9], seed=0))[[2, 5, 9]].tolist() == [
+        10,
+        10,
+        10,
+    ]
 
 
 def test_cycled_labels():
