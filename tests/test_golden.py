@@ -1,5 +1,6 @@
 """The project against recorded numbers of the original code, and the command that compares them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tools import check_golden
-from tools.golden.compare import find_cases, run_case
+from tools.golden.compare import Case, Check, find_cases, run_case
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = "denoiser_loss_weighting"
@@ -82,6 +83,54 @@ def test_incomplete_case_fails(folder, capsys):
     status, first, last = check(capsys, folder)
     assert status == 1
     assert "KeyError" in first and last == "0 passed, 1 failed, 0 unsupported"
+
+
+def test_missing_reference_fails_and_is_named(tmp_path, capsys):
+    case = tmp_path / "denoiser_transport_paths"
+    shutil.copytree(GOLDEN / case.name, case)
+    with np.load(case / "io.npz") as arrays:
+        np.savez(case / "io.npz", **{k: v for k, v in arrays.items() if k != "Linear/xt"})
+    status, first, _ = check(capsys, tmp_path)
+    assert status == 1 and "KeyError" in first and "Linear/xt" in first
+
+
+def test_reference_that_nothing_reads_fails_and_is_named(folder, capsys):
+    with np.load(folder / SMALL / "io.npz") as arrays:
+        np.savez(folder / SMALL / "io.npz", **arrays, another=np.zeros(3))
+    status, first, _ = check(capsys, folder)
+    assert status == 1 and "1 arrays of io.npz were not compared: another" in first
+
+
+def test_an_outlier_token_does_not_hide_errors_of_the_others():
+    want = np.ones((1, 4, 8))
+    want[0, 0] *= 1000
+    got = want.copy()
+    got[0, 1] += 1e-3
+    assert Check("tokens", got, want, "encoder").error == pytest.approx(1e-3)
+    assert Check("parameters", got, want, "gradient").error == pytest.approx(1e-6)
+    images, wrong = np.moveaxis(want, -1, 1)[..., None], np.moveaxis(got, -1, 1)[..., None]
+    assert Check("latents", wrong, images, "encoder").error == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"warmup_epochs": 0.5, "decay_end_epoch": 3}, (2, 15)),
+        ({"warmup_steps": 3, "decay_end_steps": 9}, (3, 9)),
+    ],
+)
+def test_schedules_are_in_epochs_or_in_steps(tmp_path, settings, steps):
+    warmup, end = steps
+    scheduler = {"type": "linear", "base_lr": 1.0, "final_lr": 0.5, "warmup_from_zero": True}
+    table = {"steps_per_epoch": 5, "n": 20, "scheduler": scheduler | settings}
+    case = tmp_path / "encoder_lr_schedule_tiny"
+    case.mkdir()
+    (case / "config.json").write_text(json.dumps({"schedules": [table]}))
+    k = np.arange(20)
+    fraction = np.clip((k - warmup) / (end - warmup), 0, 1)
+    rate = np.where(k < warmup, (k + 1) / warmup, 1 - 0.5 * fraction)
+    np.savez(case / "io.npz", lr_0=rate)
+    assert run_case(Case(case)).status == "pass"
 
 
 def test_name_behind_the_prefix_and_depth_of_the_folder_do_not_matter(folder, capsys):

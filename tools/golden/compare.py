@@ -4,9 +4,10 @@ import fnmatch
 import functools
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,15 @@ TOLERANCES: Mapping[str, float] = {
     "clip_score": 1e-5,
     "logic": 1e-9,
 }
-"""Largest error as a share of the reference's largest magnitude, float32 at highest precision."""
+"""Largest relative error, float32 at highest precision; see `Check.error` for relative to what."""
+
+PER_TOKEN = frozenset({"forward", "encoder", "trajectory", "roundtrip"})
+"""Rows whose arrays hold tokens: each token's error is relative to that token's own norm. Beside an
+outlier token of a hundred times the norm, the largest value of the array would hide all others."""
+
+TOKEN_FLOOR = 1e-2
+"""Share of the median norm below which a token's norm is not what its error is divided by: a token
+that is zero, such as the sine of position 0, has rounding errors all the same."""
 
 ABSOLUTE = frozenset(
     {
@@ -67,6 +76,31 @@ RUNNER_MODULES = (
     *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit", "jit", "vae"),
     *("stage1", "inception", "evaluation"),
 )
+
+
+class Arrays(Mapping[str, np.ndarray]):
+    """Arrays by name, which remembers the names that were read."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = dict(arrays)
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self._read.add(name)
+        return self._arrays[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def unread(self) -> list[str]:
+        """Names of the arrays that nothing has read."""
+        return sorted(set(self._arrays) - self._read)
 
 
 @dataclass(frozen=True)
@@ -86,13 +120,13 @@ class Case:
         return json.loads((self.path / "config.json").read_text())
 
     @functools.cached_property
-    def io(self) -> dict[str, np.ndarray]:
+    def io(self) -> Arrays:
         """Inputs and outputs; empty where the case has none."""
         path = self.path / "io.npz"
         if not path.is_file():
-            return {}
+            return Arrays({})
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+            return Arrays(dict(arrays))
 
     def weights(self, name: str = "weights") -> dict[str, np.ndarray]:
         """Tensors of `<name>.safetensors`, under the original's names."""
@@ -111,6 +145,8 @@ class Check:
       want: The original's.
       kind: A row of TOLERANCES.
       tolerance: Replaces the row's value where the case's own config.json names one.
+      axis: The features of a token, in rows of PER_TOKEN; None for -3 in images [B, C, h, w] and
+        their trajectories [S, B, C, h, w], else for the last.
     """
 
     label: str
@@ -118,6 +154,7 @@ class Check:
     want: Any
     kind: str
     tolerance: float | None = None
+    axis: int | None = None
 
     @property
     def limit(self) -> float:
@@ -126,21 +163,63 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Largest difference, over the reference's largest magnitude; infinite for other shapes."""
-        got, want = np.asarray(self.got), np.asarray(self.want)
+        """Largest error; infinite for other shapes and for values that are not finite.
+
+        Relative to each token's norm in rows of PER_TOKEN, absolute in rows of ABSOLUTE, else
+        relative to the reference's largest magnitude.
+        """
+        got, want = (np.asarray(array).astype(np.float64) for array in (self.got, self.want))
         if got.shape != want.shape:
             return float("inf")
         if not want.size:
             return 0.0
-        difference = np.max(np.abs(got.astype(np.float64) - want.astype(np.float64)))
-        scale = 0.0 if self.kind in ABSOLUTE else np.max(np.abs(want.astype(np.float64)))
-        error = float(difference / scale) if scale else float(difference)
+        if self.kind in PER_TOKEN and want.ndim >= 2:
+            axis = (-3 if want.ndim > 3 else -1) if self.axis is None else self.axis
+            error = _token_error(got, want, axis)
+        else:
+            scale = 0.0 if self.kind in ABSOLUTE else np.max(np.abs(want))
+            error = float(np.max(np.abs(got - want)) / (scale or 1.0))
         return error if np.isfinite(error) else float("inf")
 
     @property
     def passed(self) -> bool:
         """Whether the error is within the limit."""
         return self.error <= self.limit
+
+
+def _token_error(got: np.ndarray, want: np.ndarray, axis: int) -> float:
+    """Largest ratio of a token's error to its norm."""
+    errors, norms = (np.linalg.norm(x, axis=axis) for x in (got - want, want))
+    floor = TOKEN_FLOOR * np.median(norms)
+    return float(np.max(errors / np.maximum(norms, floor or 1.0)))
+
+
+def checks_of(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, np.ndarray],
+    kind: str,
+    *,
+    optional: Sequence[str] = (),
+    axes: Mapping[str, int] = MappingProxyType({}),
+) -> list[Check]:
+    """Compares arrays with the references of the same names.
+
+    Args:
+      found: Ours.
+      wanted: The original's.
+      kind: A row of TOLERANCES.
+      optional: Patterns of the names that not every case of this kind records.
+      axes: `Check.axis` by name.
+
+    Raises:
+      KeyError: If a reference is missing that is not optional.
+    """
+    names = [
+        name
+        for name in found
+        if name in wanted or not any(fnmatch.fnmatchcase(name, glob) for glob in optional)
+    ]
+    return [Check(name, found[name], wanted[name], kind, axis=axes.get(name)) for name in names]
 
 
 Runner = Callable[[Case], Sequence[Check]]
@@ -200,6 +279,9 @@ def run_case(case: Case) -> Outcome:
         return Outcome(case, "FAIL", f"{type(error).__name__}: {error}".splitlines()[0])
     if not checks:
         return Outcome(case, "FAIL", "nothing was compared")
+    if unread := case.io.unread():
+        names = ", ".join(unread[:4])
+        return Outcome(case, "FAIL", f"{len(unread)} arrays of io.npz were not compared: {names}")
     worst = max(checks, key=lambda check: (not check.passed, check.error / (check.limit or 1e-30)))
     detail = f"{worst.error:.2e} of {worst.limit:.0e} ({worst.label}; {len(checks)} arrays)"
     return Outcome(case, "pass" if all(check.passed for check in checks) else "FAIL", detail)

@@ -12,7 +12,7 @@ from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.diffusion.paths import get_path
 from dsr_jax.diffusion.time_sampling import make_time_sampler
 from dsr_jax.diffusion.token_weights import TokenWeights
-from tools.golden.compare import Case, Check
+from tools.golden.compare import Case, Check, checks_of
 from tools.golden.denoiser import case_network, is_denoiser, nchw, nhwc, strength_off
 
 Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -67,7 +67,7 @@ def run_paths(case: Case) -> list[Check]:
         found = {f"{name}/xt": xt, f"{name}/ut": ut}
         for form in ("sigma", "linear", "decreasing", "inccreasing-decreasing", "SBDM"):
             found[f"{name}/diffusion/{form}"] = path.diffusion(xt, t, form, norm)
-        checks += [Check(key, got, io[key], "forward") for key, got in found.items() if key in io]
+        checks += checks_of(found, io, "forward", optional=("*/diffusion/*",))
     for combo in case.config["combos"]:
         name, prediction, weight = combo.split("/")
         objective = make_objective(name, prediction, "" if weight == "None" else weight)

@@ -14,7 +14,7 @@ from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.rope import centred_rope_tables
 from dsr_jax.models.vit import EncoderOutput, ViT, ViTConfig, resample_positions
 from dsr_jax.registers.neurons import neurons_to_mask
-from tools.golden.compare import Case, Check
+from tools.golden.compare import Case, Check, checks_of
 from tools.golden.denoiser import nhwc
 
 MODEL_TYPES = {
@@ -58,9 +58,17 @@ def run_encoder(
 
 
 def _common(
-    pattern: str, out: EncoderOutput, found: Mapping[str, Any], io: Mapping[str, np.ndarray]
+    pattern: str,
+    out: EncoderOutput,
+    found: Mapping[str, Any],
+    io: Mapping[str, np.ndarray],
+    *,
+    only_other: bool = False,
 ) -> list[Check]:
-    """What most cases hold of a forward pass, under names of the form `pattern`."""
+    """What most cases hold of a forward pass, under names of the form `pattern`.
+
+    Its features are always there, but for variants of which a case may hold another output only.
+    """
     layers = found["layers"]
     arrays = {
         "features": out.tokens,
@@ -71,11 +79,11 @@ def _common(
         "embeddings": found["embeddings"],
         "embeddings_sample0": found["embeddings"][:1],
     }
-    return [
-        Check(key, array, io[key], "encoder")
-        for name, array in arrays.items()
-        if (key := pattern.format(name)) in io
-    ]
+    named = {pattern.format(name): array for name, array in arrays.items()}
+    optional = [key for key in named if key != pattern.format("features")]
+    if only_other:
+        optional.append(pattern.format("features"))
+    return checks_of(named, io, "encoder", optional=optional, axes=dict.fromkeys(named, -1))
 
 
 def run_plain(case: Case) -> list[Check]:
@@ -142,7 +150,7 @@ def run_registers(case: Case) -> list[Check]:
         if not any(key.startswith(name) for key in io):
             continue
         out, found = run_encoder(config, params, pixels, dataclasses.replace(plain, **changes))
-        checks += _common(f"{name}_{{}}", out, found, io)
+        checks += _common(f"{name}_{{}}", out, found, io, only_other=True)
         key = f"{name}_last_hidden_with_register"
         if key in io:
             hidden = _normalised(found["layers"][-1], config.layer_norm_eps)

@@ -21,7 +21,7 @@ from dsr_jax.registers.neurons import neurons_to_mask
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.spaces.rae import RAE, Noise
 from dsr_jax.spaces.statistics import LatentStatistics
-from tools.golden.compare import Case, Check
+from tools.golden.compare import Case, Check, checks_of
 from tools.golden.denoiser import nchw, nhwc
 from tools.golden.encoder import MODEL_TYPES
 
@@ -62,7 +62,13 @@ def run_decoder(case: Case) -> list[Check]:
         }
     table = sincos_2d(config.hidden_size, config.grid)
     found["pos_embed_sincos_init"] = np.pad(table, ((1, 0), (0, 0)))[None]
-    return [Check(key, array, io[key], "encoder") for key, array in found.items() if key in io]
+    return checks_of(
+        found,
+        io,
+        "encoder",
+        optional=("hidden_states_*", "image_drop_cls"),
+        axes={key: -1 for key in found if key.startswith("hidden_states")},
+    )
 
 
 NOISES: Mapping[str, Mapping[str, Any]] = {
@@ -143,7 +149,7 @@ def run_roundtrip(case: Case) -> list[Check]:
             noise = Noise(io[f"{key}_u"].reshape(-1), _grid(io[f"{key}_n"], space.latent_shape))
             z, z_norms = noisy.encode_noised(normed, images, noise)
             found |= {f"{key}_z": nchw(z), f"{key}_token_norm": z_norms[:, None]}
-    checks += [Check(k, array, io[k], "roundtrip") for k, array in found.items() if k in io]
+    checks += checks_of(found, io, "roundtrip", optional=("preln_*", "noise_*_token_norm"))
     return [*checks, *_bytes(io, decoded), *_statistics_file(case)]
 
 

@@ -42,7 +42,7 @@ from dsr_jax.training.decoder_step import (
 from dsr_jax.training.diffaug import augment
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.step import apply_gradients
-from tools.golden.compare import Case, Check
+from tools.golden.compare import Case, Check, checks_of
 from tools.golden.denoiser import nchw, nhwc
 from tools.golden.rae import load_decoder
 
@@ -107,7 +107,12 @@ def run_discriminator(case: Case) -> list[Check]:
         prefix = "buffer_after" if name.endswith(("weight_u", "weight_v")) else "grad"
         found[f"{prefix}/{name}"] = array
     found, wanted = _with_kernels(found), _with_kernels(io)
-    return [Check(key, x, wanted[key], "encoder") for key, x in found.items() if key in wanted]
+    gradients = {key: x for key, x in found.items() if "grad" in key}
+    others = {key: x for key, x in found.items() if key not in gradients}
+    return [
+        *checks_of(gradients, wanted, "gradient"),
+        *checks_of(others, wanted, "encoder", axes={"dino_activations": -2}),
+    ]
 
 
 def _with_kernels(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,18 +162,31 @@ def run_schedules(case: Case) -> list[Check]:
     """The rate of every step of each schedule."""
     checks = []
     for number, table in enumerate(case.config["schedules"]):
-        settings, per_epoch = table["scheduler"], table["steps_per_epoch"]
+        settings, per_epoch = table["scheduler"], table.get("steps_per_epoch")
         rate = LearningRate(
             settings["base_lr"],
             settings["type"],
-            settings["final_lr"],
-            warmup_steps=int(settings["warmup_epochs"] * per_epoch),
-            decay_end_steps=int(settings["decay_end_epoch"] * per_epoch),
+            settings.get("final_lr", settings["base_lr"]),
+            warmup_steps=_in_steps(settings, "warmup_steps", "warmup_epochs", per_epoch),
+            decay_end_steps=_in_steps(settings, "decay_end_steps", "decay_end_epoch", per_epoch),
             warmup_from_zero=settings.get("warmup_from_zero", False),
         )
         want = case.io[f"lr_{number}"]
         checks.append(Check(f"lr_{number}", jax.vmap(rate)(jnp.arange(len(want))), want, "encoder"))
     return checks
+
+
+def _in_steps(settings: Mapping[str, Any], steps: str, epochs: str, per_epoch: int | None) -> int:
+    """Returns a time of a schedule, which the original takes in steps or else in epochs.
+
+    Raises:
+      ValueError: If it is given in neither, or in epochs of unknown length.
+    """
+    if steps in settings:
+        return int(settings[steps])
+    if epochs not in settings or per_epoch is None:
+        raise ValueError(f"neither {steps} nor {epochs} with steps_per_epoch in {dict(settings)}")
+    return int(settings[epochs] * per_epoch)
 
 
 def step_settings(config: Mapping[str, Any]) -> tuple[LossSettings, Optimizer]:
@@ -242,10 +260,11 @@ def run_step(case: Case) -> list[Check]:
     for prefix, tree in trees.items():
         names = flax_to_torch(tree, decoder_rules(sizes))
         found |= {f"{prefix}/{name}": array for name, array in names.items()}
+    gradients = {key: array for key, array in found.items() if key.startswith("grad/")}
+    others = {key: array for key, array in found.items() if key not in gradients}
     return [
-        Check(key, array, io[key], "gradient" if key.startswith("grad/") else "encoder")
-        for key, array in found.items()
-        if key in io
+        *checks_of(gradients, io, "gradient", optional=("grad/*",)),
+        *checks_of(others, io, "encoder", optional=("updated/*", "ema_updated/*")),
     ]
 
 
