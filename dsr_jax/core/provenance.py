@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 
-from dsr_jax.core.rng import generator
-
 _PACKAGES = (
     "dsr_jax",
     "jax",
@@ -101,5 +99,4 @@ def provenance() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
-        "random_generator": generator(),
     }
