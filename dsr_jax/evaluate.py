@@ -20,8 +20,9 @@ from dsr_jax.core import cli
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
-from dsr_jax.evaluation.features import METRICS, SAVE_EVERY
 from dsr_jax.evaluation.image_sets import open_images
+from dsr_jax.evaluation.metrics import METRICS
+from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.processes import is_process_zero, start_processes

@@ -23,8 +23,8 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
-from dsr_jax.evaluation.features import forget
 from dsr_jax.evaluation.pairs import PairScorer
+from dsr_jax.evaluation.passes import forget
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel.processes import is_process_zero, start_processes
 from dsr_jax.runs.decoder_evaluation import COLUMNS, save_pairs

@@ -12,9 +12,10 @@ import numpy as np
 from dsr_jax.convert.inception import inception_rules, infer_inception
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.evaluation.features import Extractor
-from dsr_jax.evaluation.frechet import Gaussian, frechet_distance, gaussian_moments
+from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 from dsr_jax.evaluation.networks import inception_features
 from dsr_jax.evaluation.precision_recall import precision_recall
+from dsr_jax.evaluation.reference import Gaussian
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from tools.benchmark_sides import require_close
 

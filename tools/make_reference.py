@@ -23,13 +23,17 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.data.sources import make_source
-from dsr_jax.evaluation.features import Extractor, extract_statistics, forget, outputs_of
-from dsr_jax.evaluation.frechet import Gaussian
+from dsr_jax.evaluation.features import Extractor
+from dsr_jax.evaluation.frechet import FrechetMetric
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
-from dsr_jax.evaluation.reference import MOMENTS, open_reference
+from dsr_jax.evaluation.metric import Metric
+from dsr_jax.evaluation.metrics import METRICS
+from dsr_jax.evaluation.passes import forget, update_metrics
+from dsr_jax.evaluation.precision_recall import PR
+from dsr_jax.evaluation.reference import Gaussian, open_reference
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.processes import is_process_zero, log, start_processes
-from dsr_jax.runs.scoring import make_extractor
+from dsr_jax.parallel.processes import is_process_zero, start_processes
+from dsr_jax.runs.scoring import PassReport, make_extractor
 from dsr_jax.sampling.npz import write_npz
 
 _COPY = 256
@@ -62,8 +66,12 @@ class Maker:
     def __init__(self, extractor: Extractor, out: Path, allow_constant: bool) -> None:
         self._extractor, self._out = extractor, out
         self._allow_constant = allow_constant
-        self._metrics = [name for name in MOMENTS if outputs_of([name]) <= set(extractor.widths)]
-        self._recipe = extractor.recipe(outputs_of(self._metrics))
+        self._kinds = [
+            kind
+            for kind in METRICS.values()
+            if issubclass(kind, FrechetMetric) and kind.needs <= set(extractor.widths)
+        ]
+        self._recipe = extractor.recipe(frozenset(kind.feature for kind in self._kinds))
         self._folder = out.with_name(f"{out.name}.parts")
 
     def from_source(self, args: argparse.Namespace) -> None:
@@ -81,11 +89,12 @@ class Maker:
             num_classes=args.classes,
         )
         images = SourceImages(source)
-        statistics = self._extract(images, self._metrics, "moments")
-        arrays = {}
-        for metric in self._metrics:
-            if is_process_zero():
-                arrays |= _named(metric, statistics.gaussian(metric))
+        moments = [kind() for kind in self._kinds]
+        self._update(images, moments, "moments")
+        arrays: dict[str, np.ndarray] = {}
+        if is_process_zero():
+            for metric in moments:
+                arrays |= _named(metric, metric.gaussian())
         kept = SourceImages(source, min(args.keep, len(source))) if args.keep else None
         recipe = {
             **images.describe(),
@@ -113,16 +122,15 @@ class Maker:
         arrays: dict[str, np.ndarray] = {}
         count = given.images.shape[0]
         # Moments that the file has may be of many more images than it holds.
-        missing = [] if given.statistics else self._metrics
-        statistics = self._extract(given.images, missing, "moments") if missing else None
-        for metric in MOMENTS:
-            gaussian = given.statistics.get(metric)
-            if gaussian is not None:
-                count = gaussian.count
-            elif metric in missing and statistics is not None and is_process_zero():
-                gaussian = statistics.gaussian(metric)
-            if gaussian is not None:
-                arrays |= _named(metric, gaussian)
+        missing = [] if given.statistics else [kind() for kind in self._kinds]
+        if missing:
+            self._update(given.images, missing, "moments")
+        for keys, gaussian in given.statistics.items():
+            count = gaussian.count
+            arrays |= dict(zip(keys, (gaussian.mean, gaussian.cov), strict=True))
+        if is_process_zero():
+            for metric in missing:
+                arrays |= _named(metric, metric.gaussian())
         recipe = {
             "source": path.name,
             "digest": given.digest(),
@@ -131,15 +139,15 @@ class Maker:
         }
         self._write(given.images, arrays, count, recipe)
 
-    def _extract(self, images: ImageSet, metrics: Sequence[str], name: str) -> Any:
-        return extract_statistics(
+    def _update(self, images: ImageSet, metrics: Sequence[Metric], name: str) -> None:
+        update_metrics(
             images,
             self._extractor,
             metrics,
             folder=self._folder / name,
             identity={"images": images.describe()},
             allow_constant=self._allow_constant,
-            report=lambda done, total: log(f"{name}: {done}/{total}") if done == total else None,
+            report=PassReport(name),
         )
 
     def _write(
@@ -151,8 +159,9 @@ class Maker:
     ) -> None:
         extra = {**arrays}
         if kept is not None:
-            features = self._extract(kept, ["pr"], "features")
-            extra["features"] = features.rows
+            features = PR()
+            self._update(kept, [features], "features")
+            extra["features"] = features.features()
         if not is_process_zero():
             return
         if count:
@@ -168,9 +177,9 @@ class Maker:
         print(f"{count or 'unknown number of'} images in the moments: {self._out}")
 
 
-def _named(metric: str, gaussian: Gaussian) -> dict[str, np.ndarray]:
-    """A metric's moments under the names that references give them."""
-    return dict(zip(MOMENTS[metric], (gaussian.mean, gaussian.cov), strict=True))
+def _named(metric: FrechetMetric, gaussian: Gaussian) -> dict[str, np.ndarray]:
+    """Returns a metric's moments under the names that reference files give them."""
+    return dict(zip(metric.keys, (gaussian.mean, gaussian.cov), strict=True))
 
 
 def _parser() -> argparse.ArgumentParser:

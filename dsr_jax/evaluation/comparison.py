@@ -1,7 +1,7 @@
 """Files of scores side by side: which recipes agree, a table, a plot of FID against guidance."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import flatten_names
 
-SHOWN = ("fid", "sfid", "fd_dinov2", "inception_score", "precision", "recall", "kid")
-_OF_METRICS = ("inception_score", "precision_recall", "kid", "dinov2", "weights", "resize")
-"""Sections of a recipe that exist only beside their metric."""
+_FIRST = ("fid", "sfid", "fd_dinov2", "inception_score", "precision", "recall", "kid")
+_OF_ALL = (
+    *("arithmetic", "reference", "reference_preprocessing", "num_samples", "image_shape"),
+    *("labels", "rounding"),
+)
+"""Sections that every recipe has; others are of a metric or of its network."""
 _SETTINGS = ("step", "ema", "guidance", "interval", "method", "num_points")
 
 
@@ -33,6 +36,12 @@ class Scores:
     recipe: dict[str, Any]
     sampling: dict[str, Any]
     packages: dict[str, str]
+
+
+def shown(names: Iterable[str]) -> list[str]:
+    """Returns names of scores in the order in which they are shown, without spreads ("kid_std")."""
+    given = dict.fromkeys(name for name in names if not name.endswith("_std"))
+    return [*(name for name in _FIRST if name in given), *(n for n in given if n not in _FIRST)]
 
 
 def read_scores(path: str | os.PathLike[str]) -> Scores:
@@ -72,7 +81,7 @@ def differences(all_scores: Sequence[Scores]) -> dict[str, list[Any]]:
         holders = [
             r
             for r, s in zip(flat, all_scores, strict=True)
-            if section not in _OF_METRICS or section in s.recipe
+            if section in _OF_ALL or section in s.recipe
         ]
         if len({str(recipe.get(key)) for recipe in holders}) > 1:
             found[key] = [recipe.get(key) for recipe in flat]
@@ -102,7 +111,7 @@ def check_comparable(all_scores: Sequence[Scores]) -> None:
 def make_table(all_scores: Sequence[Scores]) -> list[list[str]]:
     """Rows of cells: a heading, then a row per file; columns that nobody fills are left out."""
     settings = [key for key in _SETTINGS if any(key in s.sampling for s in all_scores)]
-    metrics = [key for key in SHOWN if any(key in s.scores for s in all_scores)]
+    metrics = shown(key for s in all_scores for key in s.scores)
     rows = [["scores", *settings, *metrics]]
     for scores in all_scores:
         cells = [str(scores.sampling.get(key, "")) for key in settings]

@@ -3,22 +3,17 @@
 Source: ADM evaluator (guided-diffusion evaluations/evaluator.py); spec evaluation 6.1 and 9.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import numpy as np
 import scipy.linalg
 
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.moments import Moments
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean [D] and covariance [D, D] (divided by N - 1), float64, of `count` rows."""
-
-    mean: np.ndarray
-    cov: np.ndarray
-    count: int
+from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.metric import Metric
+from dsr_jax.evaluation.reference import Gaussian, Reference
 
 
 class FeatureMoments(Moments):
@@ -126,3 +121,114 @@ def frechet_distance(
     trace_root = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
     gap = mean1 - mean2
     return float(gap @ gap + np.trace(cov1) + np.trace(cov2) - 2 * trace_root)
+
+
+class FrechetMetric(Metric):
+    """Frechet distance between the features of samples and of a reference.
+
+    Attributes:
+      feature: The features it compares.
+      keys: Names of mean and covariance in a reference file.
+    """
+
+    feature: ClassVar[str]
+    keys: ClassVar[tuple[str, str]]
+    min_images: ClassVar[int] = 2
+
+    def __init__(self) -> None:
+        self._moments: FeatureMoments | None = None
+        self._given: Gaussian | None = None
+
+    def update(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Adds features; errors as in `FeatureMoments.update`."""
+        if self._moments is None:
+            self._moments = FeatureMoments(batch[self.feature].shape[-1])
+        self._moments.update(batch[self.feature])
+
+    def gaussian(self) -> Gaussian:
+        """Returns the moments of all images; errors as in `FeatureMoments.gaussian`."""
+        return self._given or (self._moments or FeatureMoments(0)).gaussian()
+
+    def compute(self, reference: Self | None) -> dict[str, float]:
+        """Returns the distance under the metric's name; errors as in `frechet_distance`."""
+        assert reference is not None
+        x, y = self.gaussian(), reference.gaussian()
+        return {self.name: frechet_distance(x.mean, x.cov, y.mean, y.cov)}
+
+    def warnings(self, images: ImageSet) -> list[str]:
+        """Points out samples that are fewer than the papers'."""
+        count, dim = images.shape[0], len(self.gaussian().mean)
+        # As many points as dimensions span a hyperplane.
+        if count <= dim:
+            return [
+                f"{self.name} of {count} samples for {dim} features: covariances lack rank, and "
+                "the distance is far too large; compare it only with that of as many samples"
+            ]
+        if count < 50_000:
+            return [
+                f"{count} samples: papers use 50,000, and FID grows as samples get fewer (by 2 to "
+                "3 at 10,000)"
+            ]
+        return []
+
+    @classmethod
+    def from_reference(cls, reference: Reference) -> Self | None:
+        """Takes moments from the file; they precede those of its images.
+
+        ADM's files hold moments of the whole training set, but only 10,000 of its images.
+        """
+        if (given := reference.gaussian(cls.keys)) is None:
+            return None
+        metric = cls()
+        metric._given = given
+        return metric
+
+    @classmethod
+    def reference_widths(cls, reference: Reference) -> dict[str, int]:
+        """Returns the width of the file's mean."""
+        given = reference.gaussian(cls.keys)
+        return {} if given is None else {cls.feature: len(given.mean)}
+
+    @classmethod
+    def missing(cls, reference: Reference) -> str:
+        """Names the keys that the file lacks."""
+        problem = super().missing(reference)
+        names = " and ".join(cls.keys)
+        return f"{reference.path} has neither {names} nor images" if problem else ""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the sums."""
+        return {} if self._moments is None else self._moments.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continues from the sums."""
+        if state:
+            self._moments = FeatureMoments(len(state["mean"]))
+            self._moments.restore(state)
+
+
+class FID(FrechetMetric):
+    """Frechet Inception Distance, of pooled features."""
+
+    name: ClassVar[str] = "fid"
+    feature: ClassVar[str] = "pool"
+    needs: ClassVar[frozenset[str]] = frozenset((feature,))
+    keys: ClassVar[tuple[str, str]] = ("mu", "sigma")
+
+
+class SFID(FrechetMetric):
+    """The same of spatial features."""
+
+    name: ClassVar[str] = "sfid"
+    feature: ClassVar[str] = "spatial"
+    needs: ClassVar[frozenset[str]] = frozenset((feature,))
+    keys: ClassVar[tuple[str, str]] = ("mu_s", "sigma_s")
+
+
+class FDDINOv2(FrechetMetric):
+    """The same of DINOv2's class tokens."""
+
+    name: ClassVar[str] = "fd_dinov2"
+    feature: ClassVar[str] = "class_token"
+    needs: ClassVar[frozenset[str]] = frozenset((feature,))
+    keys: ClassVar[tuple[str, str]] = ("mu_dinov2", "sigma_dinov2")

@@ -4,10 +4,13 @@ Source: ADM evaluator (chunks of 5000 in file order, logits without bias); spec 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
+from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.metric import Metric
 
 SPLIT_SIZE = 5000
 """Rows of one chunk in the ADM evaluator."""
@@ -105,3 +108,51 @@ def score_splits(logits: np.ndarray, edges: Sequence[int]) -> np.ndarray:
         one.update(logits[first:end])
         found.append(one.score())
     return np.array(found)
+
+
+class IS(Metric):
+    """Inception Score as the ADM evaluator computes it."""
+
+    name: ClassVar[str] = "is"
+    needs: ClassVar[frozenset[str]] = frozenset(("logits",))
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._score: InceptionScore | None = None
+
+    def update(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Adds logits; errors as in `InceptionScore.update`."""
+        if self._score is None:
+            self._score = InceptionScore(batch["logits"].shape[-1])
+        self._score.update(batch["logits"])
+
+    def compute(self, reference: Self | None) -> dict[str, float]:
+        """Returns "inception_score"."""
+        score = self._score or InceptionScore(0)
+        return {"inception_score": score.score()}
+
+    def recipe(self, reference: Self | None) -> dict[str, Any]:
+        """Returns how rows are split, and that logits have no bias."""
+        return {"inception_score": {"rows_per_split": SPLIT_SIZE, "bias": False}}
+
+    def warnings(self, images: ImageSet) -> list[str]:
+        """Points out samples that are sorted by class."""
+        labels = images.labels
+        if labels is None or images.shape[0] <= SPLIT_SIZE:
+            return []
+        if (np.diff(labels) < 0).any() or labels[0] == labels[-1]:
+            return []
+        return [
+            "samples are sorted by class: the Inception Score, taken over runs of "
+            f"{SPLIT_SIZE}, is far too low; shuffle them"
+        ]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the sums."""
+        return {} if self._score is None else self._score.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continues from the sums."""
+        if state:
+            self._score = InceptionScore(state["sums"].shape[1])
+            self._score.restore(state)

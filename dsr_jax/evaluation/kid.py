@@ -3,16 +3,17 @@
 Source: torch-fidelity metric_kid.py; spec evaluation 6.4.
 """
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
+from dsr_jax.evaluation.metric import PooledFeatureMetric
 
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020
 
 
-class KID(NamedTuple):
+class KIDResult(NamedTuple):
     """Mean and population standard deviation over the subsets."""
 
     mean: float
@@ -52,7 +53,7 @@ def kernel_inception_distance(
     subset_size: int = SUBSET_SIZE,
     sigma: float | None = None,
     seed: int = SEED,
-) -> KID:
+) -> KIDResult:
     """KID of samples [N, D] against a reference [M, D].
 
     Args:
@@ -82,4 +83,27 @@ def kernel_inception_distance(
     for _ in range(subsets):
         x, y = (rows[random.choice(len(rows), subset_size, False)] for rows in (samples, reference))
         values.append(squared_mmd(x, y, sigma))
-    return KID(float(np.mean(values)), float(np.std(values)))
+    return KIDResult(float(np.mean(values)), float(np.std(values)))
+
+
+class KID(PooledFeatureMetric):
+    """KID as torch-fidelity computes it; subsets are as large as both sets allow, up to 1000."""
+
+    name: ClassVar[str] = "kid"
+    min_images: ClassVar[int] = 2
+
+    def compute(self, reference: Self | None) -> dict[str, float]:
+        """Returns "kid" and "kid_std"; errors as in `kernel_inception_distance`."""
+        assert reference is not None
+        rows = self.features(), reference.features()
+        found = kernel_inception_distance(*rows, subset_size=self._subset_size(reference))
+        return {"kid": found.mean, "kid_std": found.std}
+
+    def recipe(self, reference: Self | None) -> dict[str, Any]:
+        """Returns the subsets' number, size and seed."""
+        assert reference is not None
+        size = self._subset_size(reference)
+        return {"kid": {"subsets": SUBSETS, "subset_size": size, "seed": SEED}}
+
+    def _subset_size(self, reference: Self) -> int:
+        return min(SUBSET_SIZE, self.count, reference.count)

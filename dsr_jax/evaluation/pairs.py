@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import open_atomic
 from dsr_jax.core.typing import Array, Params
-from dsr_jax.evaluation.features import agree
 from dsr_jax.evaluation.image_sets import ImageSet
+from dsr_jax.evaluation.passes import agree
 from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.lpips import LPIPS
 from dsr_jax.parallel.axes import make_rules

@@ -4,7 +4,7 @@ Source: Kynkaanniemi et al. 2019, as the ADM evaluator computes it; spec evaluat
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.typing import Array
+from dsr_jax.evaluation.metric import PooledFeatureMetric
 
 NEIGHBOUR = 3
 ROWS = 1024
@@ -19,11 +20,11 @@ ROWS = 1024
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares of points in the other set's manifold, and whether each is.
+    """Fractions of points inside the other set's manifold, and whether each point is.
 
     Attributes:
-      precision: Share of samples within the radius of a reference point.
-      recall: Share of reference points within the radius of a sample.
+      precision: Fraction of samples within the radius of a reference point.
+      recall: Fraction of reference points within the radius of a sample.
       sample_inside: [N], bool.
       reference_inside: [M], bool.
     """
@@ -37,9 +38,9 @@ class PrecisionRecall(NamedTuple):
 @jax.jit
 def _squared_distances(rows: Array, columns: Array) -> Array:
     """Squared Euclidean distances [b, M], at least 0."""
-    products = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+    inner = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.sum(jnp.square(rows), axis=1)[:, None] + jnp.sum(jnp.square(columns), axis=1)
-    return jnp.maximum(norms - 2 * products, 0)
+    return jnp.maximum(norms - 2 * inner, 0)
 
 
 @jax.jit
@@ -56,7 +57,7 @@ def _nearest(distances: Array) -> Array:
 def _inside(
     rows: Array, columns: Array, row_radii: Array, column_radii: Array
 ) -> tuple[Array, Array]:
-    """Whether each row lies in a column's ball [b], and each column in a row's [M]."""
+    """Whether each row is within a column's radius [b], and each column within a row's [M]."""
     distances = _squared_distances(rows, columns)
     return (
         jnp.any(distances <= column_radii, axis=1),
@@ -91,7 +92,7 @@ def neighbour_radii(features: Array) -> np.ndarray:
 def precision_recall(samples: np.ndarray, reference: np.ndarray) -> PrecisionRecall:
     """Precision and recall of samples [N, D] against a reference [M, D].
 
-    Distances are float32; the official ones are float16, whose ties raise both shares by about
+    Distances are float32; the official ones are float16, whose ties raise both fractions by about
     0.001 to 0.003. Both sets are moved by the reference's mean first, which changes no distance but
     spares the digits that large norms would cost. Both counts belong to the result: fewer samples
     lower the recall, and a larger reference raises the precision.
@@ -121,3 +122,26 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> PrecisionRec
     return PrecisionRecall(
         float(hits.mean()), float(reference_inside.mean()), hits, reference_inside
     )
+
+
+class PR(PooledFeatureMetric):
+    """Precision and recall as the ADM evaluator computes them, with distances in float32."""
+
+    name: ClassVar[str] = "pr"
+    min_images: ClassVar[int] = NEIGHBOUR + 1
+
+    def compute(self, reference: Self | None) -> dict[str, float]:
+        """Returns "precision" and "recall"; errors as in `precision_recall`."""
+        assert reference is not None
+        found = precision_recall(self.features(), reference.features())
+        return {"precision": found.precision, "recall": found.recall}
+
+    def recipe(self, reference: Self | None) -> dict[str, Any]:
+        """Returns the number of neighbours and of reference images."""
+        assert reference is not None
+        settings = {
+            "neighbour": NEIGHBOUR,
+            "distances": "float32",
+            "reference_images": reference.count,
+        }
+        return {"precision_recall": settings}

@@ -7,30 +7,25 @@ and, where asked for, `mu_dinov2`, `sigma_dinov2`. Source: spec evaluation 2.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import file_digest
-from dsr_jax.evaluation.frechet import Gaussian
 from dsr_jax.evaluation.image_sets import ImageFiles, ImageSet
 from dsr_jax.evaluation.samples import open_samples, read_member, read_names
 
-MOMENTS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "fid": ("mu", "sigma"),
-        "sfid": ("mu_s", "sigma_s"),
-        "fd_dinov2": ("mu_dinov2", "sigma_dinov2"),
-    }
-)
-"""Keys of mean and covariance by metric."""
 
-_OF_IMAGES = {*MOMENTS, "pr", "kid"}
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] (divided by N - 1), float64, of `count` rows."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    count: int
 
 
 @dataclass(frozen=True)
@@ -39,45 +34,27 @@ class Reference:
 
     Attributes:
       path: File or folder.
-      statistics: Moments by "fid", "sfid" and "fd_dinov2", where the file has them.
       images: Its images, or None.
+      statistics: Moments by their keys in the file: {("mu", "sigma"): ...}.
       features: Pooled features of images [M, D], float32, or None.
-      recipe: What tools/make_reference.py wrote down, or None.
+      recipe: What tools/make_reference.py recorded, or None.
     """
 
     path: Path
-    statistics: dict[str, Gaussian]
     images: ImageSet | None
-    features: np.ndarray | None
-    recipe: dict[str, Any] | None
+    statistics: dict[tuple[str, str], Gaussian]
+    features: np.ndarray | None = None
+    recipe: dict[str, Any] | None = None
 
     def digest(self) -> str:
-        """SHA-256 of the file, or of a folder's images."""
+        """Returns the SHA-256 of the file, or of a folder's images."""
         if isinstance(self.images, ImageFiles):
             return self.images.digest()
         return file_digest(self.path)
 
-    def missing(self, metric: str) -> str:
-        """Why a metric cannot be computed against this reference; "" where it can."""
-        if metric == "is" or metric in self.statistics or self.images is not None:
-            return ""
-        if metric in MOMENTS:
-            return f"{self.path} has neither {' and '.join(MOMENTS[metric])} nor images"
-        return "" if self.features is not None else f"{self.path} has no images"
-
-    def passes(self, metrics: list[str]) -> list[str]:
-        """The metrics for which the reference's images must go through the network.
-
-        Moments in the file take precedence over those of its images: ADM's files hold moments of
-        the whole training set, but only 10,000 of its images.
-        """
-        return [
-            name
-            for name in metrics
-            if name in _OF_IMAGES
-            and name not in self.statistics
-            and not (name in ("pr", "kid") and self.features is not None)
-        ]
+    def gaussian(self, keys: tuple[str, str]) -> Gaussian | None:
+        """Returns the moments that the file has under these keys of mean and covariance."""
+        return self.statistics.get(keys)
 
 
 def open_reference(path: str | os.PathLike[str]) -> Reference:
@@ -88,7 +65,7 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
     """
     path = Path(path)
     if path.is_dir():
-        return Reference(path, {}, ImageFiles(path), None, None)
+        return Reference(path, ImageFiles(path), {})
     if path.suffix in (".pkl", ".pickle", ".pt"):
         raise EvaluationError(
             f"reference {path} is a pickle, which could run code when read; refused",
@@ -96,25 +73,37 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
         )
     names = read_names(path, "reference")
     images = open_samples(path) if "arr_0" in names else None
-    statistics = {}
-    for metric, (mean, cov) in MOMENTS.items():
-        if mean in names or cov in names:
-            statistics[metric] = _read_gaussian(path, names, mean, cov)
-    if not statistics and images is None:
+    statistics = _read_statistics(path, names)
+    if images is None and not statistics:
         raise EvaluationError(
             f"reference {path} has no statistics and no images, its keys are {sorted(names)}",
             "give an ADM reference, or make one with tools/make_reference.py",
         )
     features = _read_floats(path, "features", 2) if "features" in names else None
     recipe = json.loads(str(read_member(path, "recipe"))) if "recipe" in names else None
-    return Reference(path, statistics, images, features, recipe)
+    return Reference(path, images, statistics, features, recipe)
+
+
+def _read_statistics(path: Path, names: list[str]) -> dict[tuple[str, str], Gaussian]:
+    """Reads every pair of `mu*` and `sigma*`."""
+    found = {}
+    tails = {
+        name.removeprefix(start): None
+        for name in names
+        for start in ("mu", "sigma")
+        if name.startswith(start)
+    }
+    for tail in tails:
+        mean, cov = f"mu{tail}", f"sigma{tail}"
+        if absent := [name for name in (mean, cov) if name not in names]:
+            raise EvaluationError(
+                f"reference {path} has {mean} or {cov}, but no {absent[0]}", "copy or make it again"
+            )
+        found[mean, cov] = _read_gaussian(path, names, mean, cov)
+    return found
 
 
 def _read_gaussian(path: Path, names: list[str], mean: str, cov: str) -> Gaussian:
-    if absent := [name for name in (mean, cov) if name not in names]:
-        raise EvaluationError(
-            f"reference {path} has {mean} or {cov}, but no {absent[0]}", "copy or make it again"
-        )
     values, matrix = _read_floats(path, mean, 1), _read_floats(path, cov, 2)
     if matrix.shape != (len(values), len(values)):
         raise EvaluationError(

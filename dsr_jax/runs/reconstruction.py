@@ -11,9 +11,10 @@ from dsr_jax import build
 from dsr_jax.build.rae import file_digests
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.evaluation.features import Extractor, extract_statistics
-from dsr_jax.evaluation.frechet import frechet_distance
+from dsr_jax.evaluation.features import Extractor
+from dsr_jax.evaluation.frechet import FID
 from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
+from dsr_jax.evaluation.passes import update_metrics
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.sampling.images import to_uint8
@@ -102,20 +103,16 @@ def rfid(
     Raises:
       EvaluationError: If features are not finite, or there are fewer than two images.
     """
-    found = []
-    for name, each in (("reconstructions", outputs), ("images", images)):
-        statistics = extract_statistics(
+    ours, theirs = FID(), FID()
+    for name, each, metric in (("reconstructions", outputs, ours), ("images", images, theirs)):
+        update_metrics(
             each,
             extractor,
-            ["fid"],
+            [metric],
             folder=out / "rfid.parts" / name,
             identity={"images": each.describe(), "recipe": recipe},
             # An image of a single colour is reconstructed like any other.
             allow_constant=True,
         )
         log(f"features of {name}: {each.shape[0]}/{each.shape[0]}")
-        found.append(statistics)
-    if not is_process_zero():
-        return float("nan")
-    ours, theirs = (statistics.gaussian("fid") for statistics in found)
-    return frechet_distance(ours.mean, ours.cov, theirs.mean, theirs.cov)
+    return ours.compute(theirs)["fid"] if is_process_zero() else float("nan")

@@ -13,16 +13,16 @@ from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.classifier import classifier_scores
-from dsr_jax.evaluation.features import SAVE_EVERY, Extractor
+from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.networks import dinov2_features, inception_features
+from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import SampleFile, check_levels
 from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_process_zero, log
-
-_REPORT_SECONDS = 10.0
+from dsr_jax.telemetry.progress import LINE_SECONDS, format_seconds
 
 
 def make_extractor(
@@ -69,7 +69,7 @@ def make_scorer(
     """
     opened = open_reference(reference)
     extractor = make_extractor(inception, dinov2, batch, resize, mesh)
-    return Scorer(extractor, opened, _Report())
+    return Scorer(extractor, opened, PassReport)
 
 
 def score_to_file(
@@ -103,7 +103,7 @@ def score_to_file(
         reference = scorer.reference
         about = {
             "file": reference.path.name,
-            "statistics": sorted(reference.statistics),
+            "statistics": sorted(map(", ".join, reference.statistics)),
             "images": 0 if reference.images is None else reference.images.shape[0],
             "recipe": reference.recipe,
         }
@@ -143,13 +143,32 @@ def score_with_classifier(samples: SampleFile, source: str) -> dict[str, Any]:
     return classifier_scores(images, labels, train, heldout)
 
 
-class _Report:
-    """Says every few seconds how far a pass is."""
+class PassReport:
+    """Logs every few seconds how far a pass is, its rate and the time that remains.
 
-    def __init__(self) -> None:
-        self._said = monotonic()
+    Args:
+      what: What passes through the networks; it is part of each line.
+    """
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if done == total or monotonic() - self._said >= _REPORT_SECONDS:
-            self._said = monotonic()
-            log(f"features of {what}: {done}/{total}")
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._start: tuple[int, float] | None = None
+        self._logged = monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Takes images done, and in all."""
+        now = monotonic()
+        if self._start is None:
+            # The first batch has waited for the compilation, or was there already.
+            self._start = (done, now)
+        elif done < total and now - self._logged < LINE_SECONDS:
+            return
+        self._logged = now
+        first, began = self._start
+        text = f"features of {self._what}: {done}/{total}"
+        if done > first and now > began:
+            rate = (done - first) / (now - began)
+            text += f", {rate:.4g} images/s"
+            if done < total:
+                text += f", ETA {format_seconds((total - done) / rate)}"
+        log(text)

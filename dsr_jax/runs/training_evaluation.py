@@ -15,7 +15,7 @@ from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.data.classes import DataDescription
 from dsr_jax.data.sources import read_all
 from dsr_jax.evaluation.classifier import classifier_scores
-from dsr_jax.evaluation.comparison import SHOWN
+from dsr_jax.evaluation.comparison import shown
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
@@ -63,6 +63,7 @@ class Results:
         self._data, self._classes = data, classes_to_sample(config, data)
         self._image_shape, self._scorer = image_shape, scorer
         self._last: tuple[int, dict[str, Any]] = (-1, {})
+        self._shown: list[str] = []
 
     def save_grid(self, step: int, state: TrainState) -> None:
         """Writes a picture of samples, a class per column."""
@@ -93,7 +94,8 @@ class Results:
             if self._scorer is not None:
                 out = self.workdir / "scores" / f"step_{step:08d}.scores.json"
                 metrics = list(section.metrics)
-                scores |= score_to_file(self._scorer, open_samples(path), metrics, out).scores
+                found = score_to_file(self._scorer, open_samples(path), metrics, out).scores
+                self._shown, scores = shown(found), {**scores, **found}
             if section.classifier and is_process_zero():
                 scores |= self._classify(path)
             if not last:
@@ -124,7 +126,7 @@ class Results:
                 f"{scores['frechet_distance']:.3g} (real {scores['frechet_distance_real']:.3g})"
             )
         if self._scorer is not None:
-            found = (f"{key} {scores[key]:.5g}" for key in SHOWN if key in scores)
+            found = (f"{key} {scores[key]:.5g}" for key in self._shown)
             log(f"{self.config.eval.num_samples} samples: {', '.join(found)}")
         log(
             f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
@@ -197,5 +199,5 @@ def open_scorer(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, ...]) ->
     scorer = make_scorer(
         section.reference, section.inception, section.dinov2, section.batch, mesh=mesh
     )
-    scorer.check(image_shape, list(section.metrics), Result())
+    scorer.check((section.num_samples, *image_shape), list(section.metrics), Result())
     return scorer

@@ -182,6 +182,11 @@ class Progress:
         print(text, file=self._stream, flush=True)
 
 
+def format_seconds(seconds: float) -> str:
+    """Returns a duration as [hours:]minutes:seconds."""
+    return tqdm.format_interval(seconds)
+
+
 def _describe(loss: float | None, timing: Timing | None, mfu: float | None) -> str:
     parts = []
     if loss is not None:
@@ -190,7 +195,7 @@ def _describe(loss: float | None, timing: Timing | None, mfu: float | None) -> s
         parts += [
             f"{timing.step_seconds:.3g} s/step",
             f"{timing.images_per_second:.4g} images/s",
-            f"ETA {tqdm.format_interval(timing.eta_seconds)}",
+            f"ETA {format_seconds(timing.eta_seconds)}",
         ]
     if mfu is not None:
         parts.append(f"MFU {100 * mfu:.1f} %")

@@ -6,9 +6,9 @@ import pytest
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 from dsr_jax.evaluation.image_sets import open_images
-from dsr_jax.evaluation.inception_score import SPLIT_SIZE
+from dsr_jax.evaluation.inception_score import IS, SPLIT_SIZE
 from dsr_jax.evaluation.reference import open_reference
-from dsr_jax.evaluation.scoring import Scorer, label_balance, rounding_of, warnings_of
+from dsr_jax.evaluation.scoring import Scorer, label_balance, rounding_of
 from tests.tiny_inception import StandIn
 
 RANDOM = np.random.RandomState(0)
@@ -90,9 +90,9 @@ def test_warnings(tmp_path):
         shape = (SPLIT_SIZE * 2, 1, 1, 3)
         labels = np.repeat([0, 1], SPLIT_SIZE)
 
-    assert "sorted by class" in warnings_of(Sorted, ["is"], StandIn.widths)[0]
+    assert "sorted by class" in IS().warnings(Sorted)[0]
     Sorted.labels = Sorted.labels[::-1].copy()
-    assert not warnings_of(Sorted, ["is"], StandIn.widths)
+    assert not IS().warnings(Sorted)
 
 
 @pytest.mark.parametrize(

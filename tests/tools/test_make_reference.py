@@ -5,7 +5,7 @@ import pytest
 
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import file_digest
-from dsr_jax.evaluation.frechet import gaussian_moments
+from dsr_jax.evaluation.frechet import FID, SFID, FDDINOv2, gaussian_moments
 from dsr_jax.evaluation.reference import open_reference
 from tests.tiny_inception import StandIn
 from tools import make_reference
@@ -30,10 +30,12 @@ def test_a_data_source_becomes_a_reference(command):
     size = ("--image-size", "8", "--channels", "1")
     out = command("digits", "digits.npz", *size, "--keep", "20")
     found = open_reference(out)
-    assert found.statistics["fid"].count == found.recipe["images"] > 1000
+    assert found.statistics["mu", "sigma"].count == found.recipe["images"] > 1000
     assert found.images.shape == (20, 8, 8, 1) and found.features.shape == (20, 12)
     assert found.recipe["weights"] == "sha256:w" and "8" in found.recipe["preprocessing"]
-    assert set(found.statistics) == {"fid", "sfid", "fd_dinov2"} and found.recipe["size"] == [8, 8]
+    assert set(found.statistics) == {kind.keys for kind in (FID, SFID, FDDINOv2)} and found.recipe[
+        "size"
+    ] == [8, 8]
     again = command("digits", "again.npz", *size, "--keep", "20")
     assert file_digest(again) == file_digest(out)
     bare = open_reference(command("digits", "bare.npz", *size, "--keep", "0"))
@@ -44,9 +46,9 @@ def test_a_data_source_becomes_a_reference(command):
 def test_given_moments_are_kept_and_features_added(command, tmp_path):
     np.savez(tmp_path / "virtual.npz", arr_0=IMAGES, mu=np.ones(12), sigma=np.eye(12))
     found = open_reference(command(tmp_path / "virtual.npz", "ready.npz"))
-    np.testing.assert_array_equal(found.statistics["fid"].mean, np.ones(12))
+    np.testing.assert_array_equal(found.statistics["mu", "sigma"].mean, np.ones(12))
     # Those of spatial features would be of other images than the given ones.
-    assert set(found.statistics) == {"fid"}
+    assert set(found.statistics) == {FID.keys}
     want = np.asarray(StandIn()(IMAGES, frozenset(["pool"]))["pool"])
     np.testing.assert_array_equal(found.features, want)
     assert found.recipe["digest"] == file_digest(tmp_path / "virtual.npz")
@@ -56,8 +58,8 @@ def test_images_alone_gain_moments(command, tmp_path):
     np.savez(tmp_path / "images.npz", IMAGES)
     found = open_reference(command(tmp_path / "images.npz", "ready.npz"))
     want = gaussian_moments(found.features)
-    np.testing.assert_array_equal(found.statistics["fid"].cov, want.cov)
-    assert set(found.statistics) == {"fid", "sfid", "fd_dinov2"}
+    np.testing.assert_array_equal(found.statistics["mu", "sigma"].cov, want.cov)
+    assert set(found.statistics) == {kind.keys for kind in (FID, SFID, FDDINOv2)}
 
 
 def test_what_cannot_be_made(command, tmp_path):
