@@ -21,9 +21,10 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.evaluation.comparison import as_csv, as_text, make_table, plot_guidance, read_scores
-from dsr_jax.evaluation.features import outputs_of
 from dsr_jax.evaluation.image_sets import open_images
-from dsr_jax.evaluation.scoring import DEFAULT_METRICS, Scorer
+from dsr_jax.evaluation.metric import needs_of
+from dsr_jax.evaluation.metrics import DEFAULT, find_metrics
+from dsr_jax.evaluation.scoring import Scorer
 from dsr_jax.parallel.processes import is_process_zero, log, start_processes
 from dsr_jax.runs.scoring import make_scorer, score_to_file
 from dsr_jax.training.checkpoints import list_steps
@@ -101,7 +102,7 @@ def check_scored(
     """
     recipe = read_scores(path).recipe
     wanted = {
-        **scorer.extractor.recipe(outputs_of(metrics or DEFAULT_METRICS)),
+        **scorer.extractor.recipe(needs_of(find_metrics(metrics or DEFAULT))),
         "reference": scorer.reference.digest(),
         "num_samples": num_samples,
     }

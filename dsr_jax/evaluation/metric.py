@@ -1,7 +1,7 @@
 """What a metric is: one object with what it needs of each image, `update` and `compute`."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -85,6 +85,11 @@ class Metric(abc.ABC):
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Continues from what `state` returned."""
         raise NotImplementedError
+
+
+def needs_of(metrics: Iterable[Metric | type[Metric]]) -> frozenset[str]:
+    """Returns what these metrics need of each image, all together."""
+    return frozenset[str]().union(*(metric.needs for metric in metrics))
 
 
 class PooledFeatureMetric(Metric):

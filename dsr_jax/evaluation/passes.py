@@ -23,7 +23,7 @@ from dsr_jax.core.files import write_atomic
 from dsr_jax.core.typing import Array
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
-from dsr_jax.evaluation.metric import Metric
+from dsr_jax.evaluation.metric import Metric, needs_of
 from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.parallel.shardings import check_row_order, fetch
 
@@ -61,7 +61,7 @@ def update_metrics(
       EvaluationError: If images are constant or too dark to be of 0 to 255, labels are missing,
         features are not finite, or the folder is of something else.
     """
-    needs = frozenset[str]().union(*(metric.needs for metric in metrics))
+    needs = needs_of(metrics)
     outputs = needs - {"labels"}
     total, batch = images.shape[0], extractor.batch
     if "labels" in needs and images.labels is None:
@@ -124,7 +124,7 @@ class _Progress:
         self._settings = json.loads(json.dumps(settings))
         # Metrics without a state receive again what they have received.
         replayed = [metric for metric in metrics if metric.state() is None]
-        self._kept = sorted(frozenset[str]().union(*(metric.needs for metric in replayed)))
+        self._kept = sorted(needs_of(replayed))
         self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in self._kept}
         self._parts: list[dict[str, Any]] = []
 

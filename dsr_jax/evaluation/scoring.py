@@ -14,7 +14,7 @@ import numpy as np
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
-from dsr_jax.evaluation.metric import Metric
+from dsr_jax.evaluation.metric import Metric, needs_of
 from dsr_jax.evaluation.metrics import DEFAULT, find_metrics
 from dsr_jax.evaluation.passes import SAVE_EVERY, forget, update_metrics
 from dsr_jax.evaluation.reference import Reference
@@ -79,7 +79,7 @@ class Scorer:
         """
         result = Result()
         chosen = self.check(images.shape, metrics, result)
-        networks = self.extractor.recipe(_needs(chosen))
+        networks = self.extractor.recipe(needs_of(chosen))
         # Digests are compared before a pass is continued, and written beside the scores.
         about = result.samples = images.describe()
         reference_digest = self.reference.digest()
@@ -135,7 +135,7 @@ class Scorer:
           EvaluationError: If images, reference and metrics do not fit.
         """
         chosen = self._choose(metrics, result)
-        recipe = self.extractor.recipe(_needs(chosen))
+        recipe = self.extractor.recipe(needs_of(chosen))
         _check_sizes(shape[1:], self.reference, recipe)
         for metric in chosen:
             _check_count(metric, shape[0], self.reference)
@@ -153,7 +153,7 @@ class Scorer:
         wanted = DEFAULT if names is None else names
         metrics = find_metrics(wanted)
         known = {*self.extractor.widths, "images", "labels"}
-        if absent := _needs(metrics) - known:
+        if absent := needs_of(metrics) - known:
             folder = "--dinov2" if "class_token" in absent else "--inception"
             raise EvaluationError(
                 f"no network for {', '.join(wanted)}",
@@ -209,10 +209,6 @@ def _check_count(metric: type[Metric], count: int, reference: Reference) -> None
                 f"{metric.name} needs at least {metric.min_images} {what}, there are {number}",
                 f"give more {what}, or leave {metric.name} out of --metrics",
             )
-
-
-def _needs(metrics: Sequence[type[Metric]]) -> frozenset[str]:
-    return frozenset[str]().union(*(metric.needs for metric in metrics))
 
 
 def _check_sizes(
