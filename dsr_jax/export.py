@@ -3,38 +3,38 @@
     python -m dsr_jax.export --workdir=runs/rae_dit_xl --out=ep-last.pt
     python -m dsr_jax.export --workdir=runs/rae_dit_xl --out=converted/rae_dit_xl
 
-The averaged weights, unless --ema says otherwise. A name that ends in .pt, .pth or .safetensors
-becomes a file under the original's names, which its code loads strictly; any other a folder such as
-`python -m dsr_jax.convert` writes, which sample and train read (config.train.init_from).
+Writes the EMA weights that the run samples with, or those of --ema. An --out that ends in .pt, .pth
+or .safetensors becomes a file under the original's names, which its code loads strictly; any other
+a folder such as `python -m dsr_jax.convert` writes, which sample and train
+(config.train.init_from) read.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.convert.converter import require_converter
 from dsr_jax.convert.families import export_denoiser
-from dsr_jax.convert.files import save_converted, save_state
-from dsr_jax.core.cli import run_main
+from dsr_jax.convert.files import check_new_file, check_new_folder, save_converted, save_state
+from dsr_jax.core.cli import make_parser, run_main
 
 _FILES = (".pt", ".pth", ".safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.export")
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="new file, or new folder")
     parser.add_argument("--checkpoint-step", type=int, help="which one; default: the newest")
-    parser.add_argument("--ema", help="decay of the averaged weights, or none for those themselves")
+    parser.add_argument(
+        "--ema", help="decay of the EMA weights, or none for the weights without EMA"
+    )
     args = parser.parse_args(argv)
+    to_file = Path(args.out).suffix in _FILES
+    (check_new_file if to_file else check_new_folder)(args.out)
     model, params, record, _ = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
-    if Path(args.out).suffix in _FILES:
+    if to_file:
         state = export_denoiser(params, record)
         save_state(args.out, state, require_converter(type(model)).entries)
     else:

@@ -86,6 +86,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "space.name": never("pixels", "what is diffused: pixels, vae or rae"),
         "space.vae": ask("", "vae: folder of the converted autoencoder"),
         "space.scale": ask(0.18215, "vae: factor on its latents"),
+        "space.shift": ask(0.0, "vae: taken from its latents before the factor"),
         "space.encoder": ask("", "rae: folder of the converted encoder, or random:NAME"),
         "space.decoder": free("", "rae: folder of its decoder; needed for samples only"),
         "space.statistics": ask("", "rae: file of the latents' mean and variance"),

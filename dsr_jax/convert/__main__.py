@@ -14,7 +14,7 @@ from dsr_jax.convert.discriminator import FAMILY as DISCRIMINATOR
 from dsr_jax.convert.discriminator import add_discriminator_command, export_backbone
 from dsr_jax.convert.encoders import FAMILIES, encoder_rules
 from dsr_jax.convert.families import add_denoiser_commands, export_denoiser
-from dsr_jax.convert.files import load_converted, save_state
+from dsr_jax.convert.files import check_new_file, load_converted, save_state
 from dsr_jax.convert.hub import add_encoder_commands, config_of_record
 from dsr_jax.convert.inception import FAMILY as INCEPTION
 from dsr_jax.convert.inception import add_inception_command, inception_rules, network_of_record
@@ -24,7 +24,7 @@ from dsr_jax.convert.rules import flax_to_torch
 from dsr_jax.convert.sdvae import FAMILY as SDVAE
 from dsr_jax.convert.sdvae import add_vae_command, export_vae
 from dsr_jax.convert.statistics import add_statistics_command
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.models.decoder import DecoderConfig
 from dsr_jax.models.registry import denoiser_class
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> None:
     """Writes a converted model as a torch or safetensors state dict."""
+    check_new_file(args.out)
     params, record = load_converted(args.source)
     entries: Sequence[str] = ("ema",)
     if record["family"] in FAMILIES:
@@ -54,18 +55,14 @@ def export(args: argparse.Namespace) -> None:
         state, entries = flax_to_torch(params, inception_rules(network_of_record(record))), ()
     else:
         state = export_denoiser(params, record)
-        # Whichever of a checkpoint's averages the original reads, it finds these weights.
+        # Whichever of a checkpoint's entries the original reads, it finds these weights.
         entries = require_converter(denoiser_class(record["family"])).entries
     save_state(args.out, state, entries)
     print(f"{args.source} -> {args.out}: {len(state)} tensors")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.convert")
     families = parser.add_subparsers(required=True, metavar="FAMILY")
     add_denoiser_commands(families)
     add_encoder_commands(families)

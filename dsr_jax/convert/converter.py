@@ -28,6 +28,8 @@ class DenoiserConverter:
       help: The kind of denoiser in a few words.
       prefix: What checkpoints put before every name.
       entries: State dicts of the original's checkpoints.
+      obstacle: Returns what of a network the original's class cannot hold; "" for nothing.
+      has_registers: The released class has registers; an export with some is pointed out if not.
     """
 
     rules: Callable[[Any], RuleSet]
@@ -37,6 +39,8 @@ class DenoiserConverter:
     help: str
     prefix: str = ""
     entries: tuple[str, ...] = ("ema",)
+    obstacle: Callable[[Any], str] = lambda model: ""
+    has_registers: bool = True
 
     def strip_prefix(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns a state dict without `prefix`, if all of its names begin with it."""

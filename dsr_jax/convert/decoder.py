@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsr_jax.convert.commands import add_source_arguments, open_for
 from dsr_jax.convert.encoders import layer_rules, mae_table, norm_rules, stacked_rules
-from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.readers import read_state, shape_of
-from dsr_jax.convert.rules import Rule, RuleSet, shapes_of, torch_to_flax
+from dsr_jax.convert.rules import Rule, RuleSet, lazy_params, shapes_of, torch_to_flax
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
@@ -164,17 +165,18 @@ def save_decoder(
 
 def convert_decoder(args: argparse.Namespace) -> None:
     """Reads a decoder into our format."""
-    config, params = read_decoder(args.source, num_heads=args.num_heads, entry=args.entry)
-    save_decoder(args.out, config, params, {"entry": args.entry, **source_record(args.source)})
+    opened = open_for(args, FAMILY)
+    state = take_decoder(opened.state)
+    config = infer_decoder(state, args.num_heads)
+    params = lazy_params(state, decoder_rules(config))
+    save_decoder(args.out, config, params, opened.record)
     print(f"{args.source}: decoder with {count_params(params):,} parameters -> {args.out}")
 
 
 def add_decoder_command(families: Any) -> None:
     """Adds the decoder to the command line's families (argparse subparsers)."""
     parser = families.add_parser(FAMILY, help="RAE's decoder")
-    parser.add_argument("--source", required=True, help="its own file, or a checkpoint of RAE")
-    parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--entry", help="state dict inside a torch file; default ema")
+    add_source_arguments(parser, "its own file, or a checkpoint of RAE")
     parser.add_argument(
         "--num-heads", type=int, default=0, help="of decoders that are none of the released sizes"
     )

@@ -113,7 +113,7 @@ def register_rows(model: DiffusionTransformer, prefix: str = "") -> dict[str, in
 def rope_constants(
     model: DiffusionTransformer, width: int, heads: int, rows: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """Rope's tables, which the original keeps in its state dict, and needs there to load it.
+    """Returns rope's tables, which the original keeps in its state dict and needs to load it.
 
     Args:
       model: The network.
@@ -127,13 +127,34 @@ def rope_constants(
         f"{name}.freqs_{part}": table
         for name, count in rows.items()
         for part, table in zip(
-            ("cos", "sin"), rope_tables(width // heads, model.grid, count), strict=True
+            ("cos", "sin"), _official_rope_tables(width // heads, model.grid, count), strict=True
         )
     }
 
 
+def _official_rope_tables(
+    head_dim: int, grid: int, num_prefix: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tables of `models.rope.rope_tables` as PyTorch computes them.
+
+    PyTorch's power, cosine and sine round other last bits than NumPy's. Without PyTorch, NumPy's
+    tables are returned, which differ by one unit in the last place.
+    """
+    try:
+        import torch
+    except ImportError:
+        return rope_tables(head_dim, grid, num_prefix)
+    half = head_dim // 2
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2).float() / half)
+    angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=-1)
+    sides = angles[:, None].expand(grid, grid, half), angles[None].expand(grid, grid, half)
+    table = torch.cat(sides, dim=-1).reshape(grid * grid, head_dim)
+    table = torch.cat([torch.zeros(num_prefix, head_dim), table])
+    return table.cos().numpy(), table.sin().numpy()
+
+
 def check_keys(state: Mapping[str, np.ndarray], model: str, needed: Sequence[str]) -> None:
-    """Checks that a state dict holds what tells a model's sizes.
+    """Checks that a state dict holds what a model's sizes are read off.
 
     Raises:
       ConversionError: Naming what it lacks, and how it begins.
@@ -143,7 +164,7 @@ def check_keys(state: Mapping[str, np.ndarray], model: str, needed: Sequence[str
         raise ConversionError(
             f"this is no {model}: {', '.join(absent)} missing; it begins with "
             f"{', '.join(list(state)[:4])}",
-            "name the family that the file belongs to",
+            "name the family that the file belongs to; python -m dsr_jax.convert --help lists them",
         )
 
 
@@ -170,7 +191,7 @@ def infer_registers(
     registers = state[tokens].shape[1]
     if register_start < 0:
         raise ConversionError(
-            f"the file has {registers} registers but does not say before which block they join",
+            f"the file has {registers} registers but not the block before which they are inserted",
             "give --register-start (the paper: 8 of 28 blocks, 4 of 12)",
         )
     return {"num_registers": registers, "register_start": register_start}
@@ -187,7 +208,7 @@ def infer_heads(
     for key in keys:
         if key in state:
             return width // state[key].shape[-1]
-    raise ConversionError("the file does not tell the number of heads", f"give {option}")
+    raise ConversionError("the number of heads cannot be read off the file", f"give {option}")
 
 
 def infer_ratio(width: int, hidden: int, swiglu: bool) -> float:

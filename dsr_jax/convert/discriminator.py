@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dsr_jax.convert.commands import add_source_arguments, open_for
 from dsr_jax.convert.encoders import Table, layer_rules, norm_rules, stacked_rules
-from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.hub import config_of_record
 from dsr_jax.convert.readers import read_state, shape_of
 from dsr_jax.convert.rules import (
@@ -27,6 +28,7 @@ from dsr_jax.convert.rules import (
     RuleSet,
     Stack,
     flax_to_torch,
+    lazy_params,
     shapes_of,
     torch_to_flax,
 )
@@ -210,18 +212,18 @@ def heads_to_flax(
 
 def convert_backbone(args: argparse.Namespace) -> None:
     """Reads a backbone into our format."""
-    config, params = read_backbone(args.source, args.num_heads, args.entry)
-    record = {"family": FAMILY, "model": dataclasses.asdict(config), "entry": args.entry}
-    save_converted(args.out, params, {**record, **source_record(args.source)})
+    opened = open_for(args, FAMILY)
+    config = infer_backbone(opened.state, args.num_heads)
+    params = lazy_params(split_qkv(opened.state), backbone_rules(config))
+    record = {"family": FAMILY, "model": dataclasses.asdict(config)}
+    save_converted(args.out, params, {**record, **opened.record})
     print(f"{args.source}: DINO with {count_params(params):,} parameters -> {args.out}")
 
 
 def add_discriminator_command(families: Any) -> None:
     """Adds the backbone to the command line's families (argparse subparsers)."""
     parser = families.add_parser(FAMILY, help="frozen DINO ViT for training a decoder")
-    parser.add_argument("--source", required=True, help="dino_vit_small_patch8_224.pth")
-    parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--entry", help="state dict inside the file")
+    add_source_arguments(parser, "dino_vit_small_patch8_224.pth")
     parser.add_argument(
         "--num-heads", type=int, default=0, help="of ViTs of other than the released widths"
     )

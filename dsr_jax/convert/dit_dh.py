@@ -48,6 +48,15 @@ def rope_buffers(model: DiTDH) -> dict[str, np.ndarray]:
     ) | parts.rope_constants(model, *head, parts.register_rows(model, "dec_"))
 
 
+def obstacle(model: DiTDH) -> str:
+    """Returns what of a network the original's class cannot hold; spec denoiser 13."""
+    if model.patch_size != 1:
+        return f"patches of {model.patch_size}, where it has patches of 1 only"
+    if not model.use_rope:
+        return "no rotary position"
+    return ""
+
+
 def infer_model(
     state: Mapping[str, np.ndarray],
     *,
@@ -148,4 +157,5 @@ CONVERTER = DenoiserConverter(
     infer_model,
     ("num_heads", "register_start", "decoder_num_heads", "decoder_depth"),
     "their denoiser with a wide shallow head (DiTwDDTHead)",
+    obstacle=obstacle,
 )

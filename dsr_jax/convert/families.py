@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dsr_jax.convert.commands import add_source_arguments, open_for
 from dsr_jax.convert.converter import DenoiserConverter, find_converter, require_converter
-from dsr_jax.convert.files import save_converted, source_record
-from dsr_jax.convert.readers import read_state
-from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
+from dsr_jax.convert.files import save_converted
+from dsr_jax.convert.rules import flax_to_torch, lazy_params
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
@@ -37,25 +37,18 @@ def converters() -> dict[str, DenoiserConverter]:
 def convert_denoiser(args: argparse.Namespace) -> None:
     """Reads an official denoiser's file into our format."""
     family = require_converter(denoiser_class(args.family))
-    state = family.strip_prefix(read_state(args.source, args.entry))
+    opened = open_for(args, args.family)
+    state = family.strip_prefix(opened.state)
     model = family.infer(state, **{name: getattr(args, name) for name in family.options})
-    params = torch_to_flax(state, family.rules(model))
-    save_converted(
-        args.out,
-        params,
-        {
-            "family": args.family,
-            "model": model_sizes(model),
-            "entry": args.entry,
-            **source_record(args.source),
-        },
-    )
+    params = lazy_params(state, family.rules(model))
+    record = {"family": args.family, "model": model_sizes(model)}
+    save_converted(args.out, params, {**record, **opened.record})
     kind, count = type(model).__name__, count_params(params)
     print(f"{args.source}: {kind} with {count:,} parameters -> {args.out}")
 
 
 def export_denoiser(params: Params, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's state dict of a converted denoiser.
+    """Returns the original's state dict of a converted denoiser.
 
     Raises:
       ConversionError: If the denoiser has no converter, or has what the original lacks.
@@ -68,6 +61,16 @@ def export_denoiser(params: Params, record: Mapping[str, Any]) -> dict[str, np.n
             "train with config.registers.gate=False to export, or take the registers away with "
             "tools/add_registers.py --ablate",
         )
+    if obstacle := family.obstacle(model):
+        raise ConversionError(
+            f"the official {type(model).__name__} cannot hold this denoiser: {obstacle}",
+            "export to a folder (--out without .pt or .safetensors), which sample and train read",
+        )
+    if getattr(model, "num_registers", 0) and not family.has_registers:
+        print(
+            f"note: the released {type(model).__name__} has no registers; its class needs them "
+            "before it loads this export"
+        )
     state = flax_to_torch(params, family.rules(model)) | family.constants(model)
     return {family.prefix + name: value for name, value in state.items()}
 
@@ -76,11 +79,7 @@ def add_denoiser_commands(families: Any) -> None:
     """Adds a command for each denoiser to the subparsers."""
     for name, family in converters().items():
         parser = families.add_parser(name, help=family.help)
-        parser.add_argument("--source", required=True, help="ep-*.pt or a safetensors file")
-        parser.add_argument("--out", required=True, help="new folder")
-        parser.add_argument(
-            "--entry", help=f"state dict inside the file; default {family.entries[0]}, else model"
-        )
+        add_source_arguments(parser, "ep-*.pt, a safetensors file, or a folder that holds one")
         for option in family.options:
             default, explanation = _OPTIONS[option]
             flag = f"--{option.replace('_', '-')}"

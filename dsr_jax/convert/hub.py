@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsr_jax.convert.commands import add_source_arguments, open_for
 from dsr_jax.convert.encoders import (
     FAMILIES,
     config_from_hub,
@@ -13,56 +14,15 @@ from dsr_jax.convert.encoders import (
     pixel_statistics,
     take_encoder,
 )
-from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.fetch import fetch_snapshot
+from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.readers import read_state
-from dsr_jax.convert.rules import torch_to_flax
+from dsr_jax.convert.rules import lazy_params, torch_to_flax
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
 from dsr_jax.models.vit import ViTConfig
-
-_FILES = ("*.json", "*.safetensors")
-
-
-def fetch_snapshot(source: str) -> Path:
-    """A local file or folder as it is; a hub id as the folder of its files in the hub's cache.
-
-    Raises:
-      ConversionError: If it is neither, or the hub cannot be reached.
-    """
-    path = Path(source)
-    if path.exists():
-        return path
-    if source.count("/") != 1 or source.startswith(("/", ".")) or path.suffix:
-        raise ConversionError(
-            f"{source} does not exist and is no hub id", "give a folder, a file or OWNER/NAME"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ConversionError(
-            f"fetching {source} needs huggingface_hub",
-            f"pip install 'dsr_jax[hub]', or {_fetch_elsewhere(source)}",
-        ) from error
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
-    # The client's errors for no network, no such repository and no permission are all OSErrors;
-    # an id that cannot be one is a ValueError.
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"{source} is no local folder and cannot be fetched from the hub: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            _fetch_elsewhere(source),
-        ) from error
-
-
-def _fetch_elsewhere(source: str) -> str:
-    name = source.split("/")[1]
-    return (
-        f"on a machine with a network run `hf download {source} --local-dir {name}`, copy the "
-        f"folder here and give --source {name} (gated models need `hf auth login` there first)"
-    )
 
 
 def read_encoder(
@@ -85,12 +45,18 @@ def read_encoder(
       ConversionError: If anything is missing, unknown or does not fit.
     """
     path = fetch_snapshot(str(source))
+    sizes = _read_sizes(path, config, class_output)
+    state = take_encoder(read_state(path, entry), sizes.family)
+    return sizes, torch_to_flax(state, encoder_rules(sizes))
+
+
+def _read_sizes(path: Path, config: str | Path | None, class_output: bool) -> ViTConfig:
     folder = path if path.is_dir() else path.parent
     if config is not None:
         folder = fetch_snapshot(str(config))
     if not (folder / "config.json").is_file():
         raise ConversionError(
-            f"{folder} holds no config.json, which says what encoder this is",
+            f"{folder} holds no config.json, which describes the encoder",
             "give --config with the encoder's snapshot folder or hub id",
         )
     sizes = config_from_hub(read_json(folder / "config.json"))
@@ -98,31 +64,22 @@ def read_encoder(
     if processor.is_file():
         statistics: dict[str, Any] = pixel_statistics(read_json(processor))
         sizes = dataclasses.replace(sizes, **statistics)
-    sizes = dataclasses.replace(sizes, class_output=class_output)
-    state = take_encoder(read_state(path, entry), sizes.family)
-    return sizes, torch_to_flax(state, encoder_rules(sizes))
+    return dataclasses.replace(sizes, class_output=class_output)
 
 
 def convert_encoder(args: argparse.Namespace) -> None:
     """Reads an encoder into our format."""
-    config, params = read_encoder(
-        args.source, config=args.config, entry=args.entry, class_output=args.class_output
-    )
+    opened = open_for(args, args.family)
+    config = _read_sizes(opened.path, args.config, args.class_output)
     if config.family != FAMILIES[args.family]:
         raise ConversionError(
             f"{args.source} is of the family {config.family}, not {args.family}",
             f"use python -m dsr_jax.convert {names_of(config.family)}",
         )
-    save_converted(
-        args.out,
-        params,
-        {
-            "family": args.family,
-            "model": dataclasses.asdict(config),
-            "entry": args.entry,
-            **source_record(args.source),
-        },
-    )
+    state = take_encoder(opened.state, config.family)
+    params = lazy_params(state, encoder_rules(config))
+    record = {"family": args.family, "model": dataclasses.asdict(config)}
+    save_converted(args.out, params, {**record, **opened.record})
     print(f"{args.source}: {args.family} with {count_params(params):,} parameters -> {args.out}")
 
 
@@ -172,12 +129,8 @@ def add_encoder_commands(families: Any) -> None:
     """Adds the encoders to the command line's families (argparse subparsers)."""
     for family in FAMILIES:
         parser = families.add_parser(family, help="frozen encoder")
-        parser.add_argument(
-            "--source", required=True, help="snapshot folder, hub id, or a checkpoint of RAE"
-        )
-        parser.add_argument("--out", required=True, help="new folder")
+        add_source_arguments(parser, "snapshot folder, hub id, or a checkpoint of RAE")
         parser.add_argument("--config", help="snapshot or hub id that describes a bare file")
-        parser.add_argument("--entry", help="state dict inside a torch file; default ema")
         parser.set_defaults(run=convert_encoder, family=family, class_output=False)
         if family == "dinov2":
             parser.add_argument(

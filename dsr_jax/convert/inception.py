@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.files import check_new_folder, load_converted, save_converted, source_record
 from dsr_jax.convert.graphdef import read_constants
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import CONV, LINEAR, SAME, Rule, RuleSet, shapes_of, torch_to_flax
@@ -182,6 +182,7 @@ def network_of_record(record: Mapping[str, Any]) -> InceptionV3:
 
 def convert_inception(args: argparse.Namespace) -> None:
     """Reads Inception into our format."""
+    check_new_folder(args.out)
     network, params = read_inception(args.source)
     record = source_record(args.source)
     # Nobody publishes a digest of the graph file; which weights it holds, params_digest says.

@@ -36,10 +36,10 @@ def jit_rules(model: JiT) -> RuleSet:
     return RuleSet(tuple(rules), parts.shapes_of_model(model), ("feat_rope*.freqs_*",))
 
 
-def rope_buffers(model: JiT) -> dict[str, np.ndarray]:
-    """The constants that the original keeps in its state dict, and needs there to load it."""
-    rows = {"feat_rope": 0, "feat_rope_incontext": model.num_class_tokens + model.num_registers}
-    return parts.rope_constants(model, model.hidden_size, model.num_heads, rows)
+def no_constants(model: JiT) -> dict[str, np.ndarray]:
+    """Returns {}: the original computes rope's tables anew and has no other buffers."""
+    del model
+    return {}
 
 
 def infer_model(
@@ -99,7 +99,7 @@ def _infer_class_tokens(state: Mapping[str, np.ndarray], start: int) -> dict[str
         start = released.get((width, depth), -1)
     if start < 0:
         raise ConversionError(
-            f"the file has {count} class tokens but does not say before which block they join",
+            f"the file has {count} class tokens but not the block before which they are inserted",
             "give --class-token-start (JiT-B: 4 of 12, JiT-L: 8 of 24, JiT-H: 10 of 32)",
         )
     return {"num_class_tokens": count, "class_token_start": start}
@@ -107,11 +107,12 @@ def _infer_class_tokens(state: Mapping[str, np.ndarray], start: int) -> dict[str
 
 CONVERTER = DenoiserConverter(
     jit_rules,
-    rope_buffers,
+    no_constants,
     infer_model,
     ("num_heads", "class_token_start", "register_start"),
     "JiT, the denoiser on pixels",
     prefix="net.",
     entries=("model_ema1", "model_ema2", "model"),
+    has_registers=False,
 )
 """The first of its entries is what the original samples with."""

@@ -33,6 +33,13 @@ def rope_buffers(model: LightningDiT) -> dict[str, np.ndarray]:
     return parts.rope_constants(model, model.hidden_size, model.num_heads, rows)
 
 
+def obstacle(model: LightningDiT) -> str:
+    """Returns what of a network the original's class cannot hold; spec denoiser 13."""
+    if model.num_registers and not model.use_rope:
+        return "registers without rotary position"
+    return ""
+
+
 def infer_model(
     state: Mapping[str, np.ndarray], *, num_heads: int = 0, register_start: int = -1
 ) -> LightningDiT:
@@ -93,4 +100,5 @@ CONVERTER = DenoiserConverter(
     infer_model,
     ("num_heads", "register_start"),
     "DSR's and RAE's denoiser",
+    obstacle=obstacle,
 )

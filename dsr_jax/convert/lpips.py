@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.convert.files import load_converted, save_converted, source_record
+from dsr_jax.convert.files import check_new_folder, load_converted, save_converted, source_record
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import CONV, Rule, RuleSet, shapes_of, torch_to_flax
 from dsr_jax.core.errors import ConversionError
@@ -120,6 +120,7 @@ def load_lpips(folder: str | Path) -> tuple[LPIPS, Params]:
 
 def convert_lpips(args: argparse.Namespace) -> None:
     """Reads LPIPS into our format."""
+    check_new_folder(args.out)
     network, params = read_lpips(args.source, args.vgg)
     record: dict[str, Any] = {"family": FAMILY, "model": {"channels": network.channels}}
     if args.vgg:

@@ -1,4 +1,4 @@
-"""The SD-VAE: its rule table, its sizes as diffusers states them or read off a file, the command.
+"""AutoencoderKL: its rule table, its sizes from a config.json or read off a file, the command.
 
 Source: diffusers autoencoder_kl.py; spec denoiser 9.5 and 10.4.
 """
@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.convert.files import load_converted, save_converted, source_record
-from dsr_jax.convert.hub import fetch_snapshot
+from dsr_jax.convert.commands import add_source_arguments, open_for
+from dsr_jax.convert.fetch import fetch_snapshot
+from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import (
     CONV,
@@ -25,21 +27,20 @@ from dsr_jax.convert.rules import (
     SAME,
     Rule,
     RuleSet,
+    check_values,
     flax_to_torch,
+    lazy_params,
     shapes_of,
-    torch_to_flax,
 )
+from dsr_jax.convert.vae_names import NameStyle, modernize, restyle
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.files import read_json
-from dsr_jax.core.trees import count_params
+from dsr_jax.core.trees import count_params, flatten_names, unflatten_names
 from dsr_jax.core.typing import Params
-from dsr_jax.models.vae import AutoencoderKL, VAEConfig
+from dsr_jax.models.vae import AutoencoderKL, LatentNormalization, VAEConfig
 
 FAMILY = "sdvae"
 """What conversion.json calls it."""
-
-SCALING_FACTOR = 0.18215
-"""What diffusers takes where config.json names no other."""
 
 _SEGMENTS = {
     "mid": "mid_block",
@@ -56,35 +57,22 @@ _SEGMENTS = {
     "kernel": "weight",
     "scale": "weight",
 }
-_NUMBERED = {"down": "down_blocks", "up": "up_blocks", "resnet": "resnets"}
+_NUMBERED = {
+    "down": "down_blocks",
+    "up": "up_blocks",
+    "resnet": "resnets",
+    "attn": "attentions",
+}
 """The originals' names of parts, where they are others than ours."""
 
-_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-"""Names of attention's layers in files of diffusers before 0.18."""
-
-_REQUIRED: Mapping[str, Any] = {
-    "act_fn": "silu",
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
+_REQUIRED: Mapping[str, Any] = {"act_fn": "silu"}
 """Options for which only the default is supported."""
 
-
-@dataclass(frozen=True)
-class AttentionStyle:
-    """How a file writes attention's four layers.
-
-    Attributes:
-      old_names: As query, key, value and proj_attn.
-      convolutions: Their weights as [C, C, 1, 1].
-    """
-
-    old_names: bool = False
-    convolutions: bool = False
+_LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+}
+"""Kinds of levels without attention and with it."""
 
 
 def sdvae_rules(config: VAEConfig) -> RuleSet:
@@ -108,46 +96,6 @@ def _source(path: str) -> str:
     return ".".join(parts)
 
 
-def modernise(
-    state: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], AttentionStyle]:
-    """Gives attention's layers today's names and shapes; says what the file has.
-
-    Raises:
-      ConversionError: If a layer is there under both names.
-    """
-    today = {old: new for new, old in _OLD_NAMES.items()}
-    found, old_names, convolutions = {}, False, False
-    for name, value in state.items():
-        above, _, layer = name.rpartition(".attentions.0.")
-        old, _, kind = layer.rpartition(".")
-        if above and old in today:
-            name, old_names = f"{above}.attentions.0.{today[old]}.{kind}", True
-        if above and value.ndim == 4 and value.shape[2:] == (1, 1):
-            value, convolutions = value[..., 0, 0], True
-        if name in found:
-            raise ConversionError(
-                f"the file holds {name} under its old name, too", "save one of them only"
-            )
-        found[name] = value
-    return found, AttentionStyle(old_names, convolutions)
-
-
-def restyle(state: Mapping[str, np.ndarray], style: AttentionStyle) -> dict[str, np.ndarray]:
-    """The inverse of `modernise`."""
-    styled = {}
-    for name, value in state.items():
-        above, _, layer = name.rpartition(".attentions.0.")
-        new, _, kind = layer.rpartition(".")
-        if above and new in _OLD_NAMES:
-            if style.old_names:
-                name = f"{above}.attentions.0.{_OLD_NAMES[new]}.{kind}"
-            if style.convolutions and kind == "weight":
-                value = value[..., None, None]
-        styled[name] = value
-    return styled
-
-
 def config_from_diffusers(record: Mapping[str, Any]) -> VAEConfig:
     """Sizes from the content of the config.json beside the weights.
 
@@ -167,25 +115,34 @@ def config_from_diffusers(record: Mapping[str, Any]) -> VAEConfig:
         **record,
     }
     levels = len(sizes["block_out_channels"])
-    needed = {
-        **_REQUIRED,
-        "out_channels": sizes["in_channels"],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-    if wrong := {
+    needed = {**_REQUIRED, "out_channels": sizes["in_channels"]}
+    wrong = {
         name: record[name] for name, value in needed.items() if record.get(name, value) != value
-    }:
+    }
+    for name, kinds in _LEVELS.items():
+        given = record.get(name, [kinds[0]] * levels)
+        if len(given) != levels or not set(given) <= set(kinds):
+            wrong[name], needed[name] = given, f"{levels} of {' or '.join(kinds)}"
+    if wrong:
         raise ConversionError(
             f"config.json sets {wrong}, which is not supported",
             f"needed is { {name: needed[name] for name in wrong} }",
         )
+    attending = {
+        name: tuple(i for i, kind in enumerate(record.get(name, ())) if kind == kinds[1])
+        for name, kinds in _LEVELS.items()
+    }
     return VAEConfig(
         image_channels=sizes["in_channels"],
         latent_channels=sizes["latent_channels"],
         widths=tuple(sizes["block_out_channels"]),
         layers_per_block=sizes["layers_per_block"],
         num_groups=sizes["norm_num_groups"],
+        encoder_attention=attending["down_block_types"],
+        decoder_attention=attending["up_block_types"],
+        middle_attention=record.get("mid_block_add_attention", True),
+        quant_conv=record.get("use_quant_conv", True),
+        post_quant_conv=record.get("use_post_quant_conv", True),
     )
 
 
@@ -193,29 +150,38 @@ def infer_config(state: Mapping[str, np.ndarray], num_groups: int = 0) -> VAECon
     """Reads the sizes off a state dict under today's names.
 
     Args:
-      state: Arrays by the original's names.
-      num_groups: Groups of the norms, which no shape tells; 0 for the released 32.
+      state: Arrays by diffusers' names.
+      num_groups: Groups of the norms, which no shape shows; 0 for the released 32.
 
     Raises:
       ConversionError: If the file is of another network.
     """
     width = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
-    needed = ("encoder.conv_in.weight", "post_quant_conv.weight", width.format(0, 0))
+    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", width.format(0, 0))
     if absent := [key for key in needed if key not in state]:
         raise ConversionError(
-            f"this is no AutoencoderKL of diffusers: {', '.join(absent)} missing; it begins with "
-            f"{', '.join(list(state)[:4])}",
+            f"this is no AutoencoderKL of diffusers or latent-diffusion: {', '.join(absent)} "
+            f"missing; it begins with {', '.join(list(state)[:4])}",
             "give the file or folder of the autoencoder itself",
         )
     levels = _count(state, r"encoder\.down_blocks\.(\d+)\.")
+
+    def attending(blocks: str) -> tuple[int, ...]:
+        return tuple(i for i in range(levels) if f"{blocks}.{i}.attentions.0.to_q.weight" in state)
+
     return VAEConfig(
         image_channels=state["encoder.conv_in.weight"].shape[1],
-        latent_channels=state["post_quant_conv.weight"].shape[0],
+        latent_channels=state["decoder.conv_in.weight"].shape[1],
         widths=tuple(
             len(state[key]) for i in range(levels) if (key := width.format(i, 0)) in state
         ),
         layers_per_block=_count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         num_groups=num_groups or VAEConfig.num_groups,
+        encoder_attention=attending("encoder.down_blocks"),
+        decoder_attention=attending("decoder.up_blocks"),
+        middle_attention="encoder.mid_block.attentions.0.to_q.weight" in state,
+        quant_conv="quant_conv.weight" in state,
+        post_quant_conv="post_quant_conv.weight" in state,
     )
 
 
@@ -231,17 +197,23 @@ class SDVAE:
     Attributes:
       config: Sizes.
       params: The tree.
-      scale: Factor on latents.
-      style: How its file writes attention.
+      normalization: Between its latents and those that a denoiser sees.
+      style: How its file names and shapes tensors.
     """
 
     config: VAEConfig
     params: Params
-    scale: float = SCALING_FACTOR
-    style: AttentionStyle = AttentionStyle()
+    normalization: LatentNormalization = LatentNormalization()
+    style: NameStyle = NameStyle()
 
 
-def read_vae(source: str | Path, *, num_groups: int = 0, entry: str | None = None) -> SDVAE:
+def read_vae(
+    source: str | Path,
+    *,
+    num_groups: int = 0,
+    entry: str | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> SDVAE:
     """Reads an autoencoder.
 
     Args:
@@ -249,20 +221,93 @@ def read_vae(source: str | Path, *, num_groups: int = 0, entry: str | None = Non
         the file, states the sizes; else they are read off the weights.
       num_groups: Groups of the norms, where there is no config.json; 0 for the released 32.
       entry: State dict inside a torch file.
+      given: Fields of `LatentNormalization` that take the place of the config.json's.
 
     Raises:
       ConversionError: If anything is missing, unknown or does not fit.
     """
     path = fetch_snapshot(str(source))
-    state, style = modernise(read_state(path, entry))
-    record, described = {}, (path if path.is_dir() else path.parent) / "config.json"
-    if described.is_file():
+    vae = _open_vae(path, read_state(path, entry), num_groups, given)
+    params = {name: leaf.read() for name, leaf in flatten_names(vae.params).items()}
+    return dataclasses.replace(vae, params=unflatten_names(params))
+
+
+def _open_vae(
+    path: Path, state: Mapping[str, np.ndarray], num_groups: int, given: Mapping[str, Any]
+) -> SDVAE:
+    """Returns the autoencoder with parameters that are read when they are written."""
+    state, style = modernize(state)
+    record: Mapping[str, Any] = {}
+    described = (path if path.is_dir() else path.parent) / "config.json"
+    if described.is_file() and not style.ldm:
         record = read_json(described)
         config = config_from_diffusers(record)
     else:
         config = infer_config(state, num_groups)
-    scale = record.get("scaling_factor", SCALING_FACTOR)
-    return SDVAE(config, torch_to_flax(state, sdvae_rules(config)), scale, style)
+    normalization = _normalization(config, record, given)
+    return SDVAE(config, lazy_params(state, sdvae_rules(config)), normalization, style)
+
+
+def _normalization(
+    config: VAEConfig, record: Mapping[str, Any], given: Mapping[str, Any]
+) -> LatentNormalization:
+    """Returns how latents are normalized: as given, else as a config.json has it.
+
+    Raises:
+      ConversionError: If neither does, and the latents are not those of the SD-VAE; or if two ways
+        exclude each other.
+    """
+    names = {
+        "scale": "scaling_factor",
+        "shift": "shift_factor",
+        "mean": "latents_mean",
+        "std": "latents_std",
+    }
+    known = {ours: record[name] for ours, name in names.items() if record.get(name) is not None}
+    known |= given
+    if "scale" not in known:
+        if "std" in known:
+            known["scale"] = 1.0
+        elif record or config.latent_channels == VAEConfig.latent_channels:
+            known["scale"] = LatentNormalization.scale
+        else:
+            raise ConversionError(
+                f"the file does not hold the factor on its {config.latent_channels}-channel "
+                "latents with which denoisers are trained",
+                "give --scale, and --shift or --statistics where there is one (MAR's KL-16: "
+                "--scale 0.2325; Flux: --scale 0.3611 --shift 0.1159; VA-VAE: --statistics "
+                "latents_stats.pt)",
+            )
+    channels = {name: tuple(map(float, known[name])) for name in ("mean", "std") if name in known}
+    if channels and ("shift" in known or len(channels) < 2):
+        raise ConversionError(
+            f"latents are normalized by {', '.join(sorted(known))}",
+            "give mean and standard deviation of the channels, or a shift, and a scale",
+        )
+    if any(len(values) != config.latent_channels for values in channels.values()):
+        raise ConversionError(
+            f"statistics of {', '.join(str(len(x)) for x in channels.values())} channels for "
+            f"latents of {config.latent_channels}",
+            "give the statistics of this autoencoder",
+        )
+    return LatentNormalization(float(known["scale"]), float(known.get("shift", 0.0)), **channels)
+
+
+def read_channel_statistics(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads "mean" and "std" [C] of latents' channels, such as LightningDiT's latents_stats.pt.
+
+    Raises:
+      ConversionError: If the file holds something else.
+    """
+    state = read_state(path)
+    found = {name: np.asarray(x, np.float32).reshape(-1) for name, x in state.items()}
+    if set(found) != {"mean", "std"} or not (found["std"] > 0).all():
+        raise ConversionError(
+            f"{path} holds {', '.join(sorted(found))}",
+            "statistics of channels hold mean and std, and no std of 0",
+        )
+    check_values(found)
+    return found
 
 
 def save_vae(folder: str | Path, vae: SDVAE, record: Mapping[str, Any]) -> None:
@@ -276,7 +321,7 @@ def save_vae(folder: str | Path, vae: SDVAE, record: Mapping[str, Any]) -> None:
     facts = {
         "family": FAMILY,
         "model": dataclasses.asdict(vae.config),
-        "scale": vae.scale,
+        **dataclasses.asdict(vae.normalization),
         "style": dataclasses.asdict(vae.style),
     }
     save_converted(folder, vae.params, {**facts, **record})
@@ -291,37 +336,64 @@ def load_vae(folder: str | Path) -> SDVAE:
     params, record = load_converted(folder)
     if record["family"] != FAMILY:
         raise ConversionError(
-            f"{folder} holds a {record['family']}, not an SD-VAE",
+            f"{folder} holds a {record['family']}, not an autoencoder",
             f"name a folder that python -m dsr_jax.convert {FAMILY} wrote",
         )
     return _from_record(params, record)
 
 
 def _from_record(params: Params, record: Mapping[str, Any]) -> SDVAE:
-    sizes = {**record["model"], "widths": tuple(record["model"]["widths"])}
-    return SDVAE(VAEConfig(**sizes), params, record["scale"], AttentionStyle(**record["style"]))
+    fields = [field.name for field in dataclasses.fields(LatentNormalization)]
+    values = _with_tuples({name: record[name] for name in fields if name in record})
+    return SDVAE(
+        VAEConfig(**_with_tuples(record["model"])),
+        params,
+        LatentNormalization(**values),
+        NameStyle(**record["style"]),
+    )
+
+
+def _with_tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in record.items()}
 
 
 def export_vae(params: Params, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's state dict of a converted autoencoder, as its source wrote it."""
+    """Returns the original's state dict of a converted autoencoder, as its source wrote it."""
     vae = _from_record(params, record)
     return restyle(flax_to_torch(vae.params, sdvae_rules(vae.config)), vae.style)
 
 
 def convert_vae(args: argparse.Namespace) -> None:
     """Reads an autoencoder into our format."""
-    vae = read_vae(args.source, num_groups=args.num_groups, entry=args.entry)
-    save_vae(args.out, vae, {"entry": args.entry, **source_record(args.source)})
-    print(f"{args.source}: SD-VAE with {count_params(vae.params):,} parameters -> {args.out}")
+    given: dict[str, Any] = {
+        name: getattr(args, name) for name in ("scale", "shift") if getattr(args, name) is not None
+    }
+    if args.statistics:
+        given |= read_channel_statistics(args.statistics)
+    opened = open_for(args, FAMILY)
+    vae = _open_vae(opened.path, opened.state, args.num_groups, given)
+    save_vae(args.out, vae, opened.record)
+    print(
+        f"{args.source}: AutoencoderKL with {count_params(vae.params):,} parameters -> {args.out}"
+    )
 
 
 def add_vae_command(families: Any) -> None:
-    """Adds the SD-VAE to the command line's families (argparse subparsers)."""
-    parser = families.add_parser(FAMILY, help="Stable Diffusion's VAE, which SiT works in")
-    parser.add_argument("--source", required=True, help="snapshot folder, hub id or file")
-    parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--entry", help="state dict inside a torch file")
+    """Adds AutoencoderKL to the command line's families (argparse subparsers)."""
+    parser = families.add_parser(
+        FAMILY, help="AutoencoderKL: the VAE of SD and SiT, Flux's, VA-VAE, MAR's KL-16"
+    )
+    add_source_arguments(parser, "snapshot folder, hub id or file")
     parser.add_argument(
         "--num-groups", type=int, default=0, help="of norms, without a config.json; default 32"
+    )
+    parser.add_argument(
+        "--scale", type=float, help="factor on latents; default: that of config.json"
+    )
+    parser.add_argument(
+        "--shift", type=float, help="taken from latents before the factor; default: likewise"
+    )
+    parser.add_argument(
+        "--statistics", help="file of mean and std of the latents' channels (latents_stats.pt)"
     )
     parser.set_defaults(run=convert_vae)

@@ -52,4 +52,5 @@ CONVERTER = DenoiserConverter(
     infer_model,
     ("num_heads", "register_start"),
     "SiT, the denoiser on the latents of a VAE",
+    has_registers=False,
 )

@@ -1,6 +1,8 @@
-"""The SD-VAE (AutoencoderKL): images to a Gaussian over latents an eighth as wide, and back.
+"""AutoencoderKL: images to a Gaussian over latents an eighth or a sixteenth as wide, and back.
 
-Source: diffusers autoencoder_kl.py and vae.py; spec denoiser 10.4.
+The network of Stable Diffusion's VAE, of Flux's and, with attention on a level, of MAR's KL-16 and
+VA-VAE. Source: diffusers autoencoder_kl.py and vae.py, latent-diffusion model.py; spec denoiser
+10.4.
 """
 
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
@@ -35,6 +38,12 @@ class VAEConfig:
       widths: Channels of each level; between two levels the side is halved.
       layers_per_block: Residual blocks of a level of the encoder; the decoder's have one more.
       num_groups: Groups of every norm.
+      encoder_attention: Levels of the encoder, by number, with attention behind every residual
+        block.
+      decoder_attention: The same of the decoder, whose level 0 is the one next to the latents.
+      middle_attention: The middle has attention.
+      quant_conv: A 1x1 convolution follows the encoder.
+      post_quant_conv: A 1x1 convolution comes before the decoder.
     """
 
     image_channels: int = 3
@@ -42,6 +51,11 @@ class VAEConfig:
     widths: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     num_groups: int = 32
+    encoder_attention: tuple[int, ...] = ()
+    decoder_attention: tuple[int, ...] = ()
+    middle_attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
 
     def __post_init__(self) -> None:
         odd = [width for width in self.widths if width % self.num_groups]
@@ -57,6 +71,41 @@ class VAEConfig:
         return 2 ** (len(self.widths) - 1)
 
 
+@dataclass(frozen=True)
+class LatentNormalization:
+    """The affine map between an autoencoder's latents and those that a denoiser is trained on.
+
+    Source: diffusers (scaling_factor, shift_factor, latents_mean, latents_std).
+
+    Attributes:
+      scale: Factor; the default is that of the SD-VAE.
+      shift: Taken from latents before the factor.
+      mean: Of each channel, taken from latents before the factor; () for none.
+      std: Standard deviation of each channel, by which latents are divided; () for none.
+    """
+
+    scale: float = 0.18215
+    shift: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def normalize(self, latents: Array) -> Array:
+        """Maps the autoencoder's latents [B, h, w, C] to the denoiser's."""
+        offset, factor = self._affine()
+        return (latents - offset) * factor
+
+    def denormalize(self, latents: Array) -> Array:
+        """Maps the denoiser's latents [B, h, w, C] to the autoencoder's."""
+        offset, factor = self._affine()
+        return latents / factor + offset
+
+    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what is subtracted and the factor that follows, float32, a number or [C]."""
+        offset = np.asarray(self.mean or self.shift, np.float32)
+        std = np.asarray(self.std or 1.0, np.float64)
+        return offset, np.asarray(self.scale / std, np.float32)
+
+
 class Posterior(NamedTuple):
     """A Gaussian over latents, independent in each number.
 
@@ -69,13 +118,13 @@ class Posterior(NamedTuple):
     log_variance: Array
 
     @property
-    def deviation(self) -> Array:
+    def std(self) -> Array:
         """Standard deviation [B, h, w, C]."""
         return jnp.exp(0.5 * self.log_variance)
 
     def sample(self, normal: Array) -> Array:
-        """The latents [B, h, w, C] that standard normals of that shape give."""
-        return self.mean + self.deviation * normal
+        """Returns the latents [B, h, w, C] that standard normals of that shape stand for."""
+        return self.mean + self.std * normal
 
 
 class Conv(nn.Module):
@@ -170,7 +219,7 @@ def _pointwise(features: int, precision: Precision, name: str | None = None) -> 
 
 
 class SpatialAttention(nn.Module):
-    """One head of attention over all places, behind a norm, added to its input.
+    """One head of attention over all positions, behind a norm, added to its input.
 
     Attributes:
       num_groups: Groups of the norm.
@@ -203,7 +252,7 @@ class SpatialAttention(nn.Module):
 
 
 class Middle(nn.Module):
-    """Attention between two residual blocks; attributes are those of the network.
+    """Two residual blocks with attention between them.
 
     Attributes:
       config: Sizes.
@@ -220,18 +269,21 @@ class Middle(nn.Module):
         """Maps [B, h, w, C] to the same."""
         groups, width = self.config.num_groups, x.shape[-1]
         x = Resnet(width, groups, self.precision, name="resnet_0")(x)
-        x = SpatialAttention(groups, self.attention, self.precision, name="attn")(x)
+        if self.config.middle_attention:
+            x = SpatialAttention(groups, self.attention, self.precision, name="attn")(x)
         return Resnet(width, groups, self.precision, name="resnet_1")(x)
 
 
 class Level(nn.Module):
-    """Residual blocks of one width, then half or twice the side, unless it is the last level.
+    """Residual blocks of one width, then a change of the side, unless it is the last level.
 
     Attributes:
       features: Width.
       num_layers: Residual blocks.
       num_groups: Groups of the norms.
-      resize: "downsample", "upsample" or "" for none.
+      resize: "downsample" to half the side, "upsample" to twice, or "" for neither.
+      attend: Attention follows every residual block.
+      attention: Attention kernel.
       precision: Dtype policy.
     """
 
@@ -239,6 +291,8 @@ class Level(nn.Module):
     num_layers: int
     num_groups: int
     resize: str
+    attend: bool = False
+    attention: str = "auto"
     precision: Precision = Precision()
 
     @nn.compact
@@ -246,6 +300,10 @@ class Level(nn.Module):
         """Maps [B, h, w, C] to [B, h', w', features]."""
         for i in range(self.num_layers):
             x = Resnet(self.features, self.num_groups, self.precision, name=f"resnet_{i}")(x)
+            if self.attend:
+                x = SpatialAttention(
+                    self.num_groups, self.attention, self.precision, name=f"attn_{i}"
+                )(x)
         if not self.resize:
             return x
         stride, padding = 1, _SAME
@@ -293,13 +351,17 @@ class Tower(nn.Module):
 
     def _levels(self, widths: Sequence[int]) -> list[Level]:
         name, resize = ("down", "downsample") if self.down else ("up", "upsample")
-        layers = self.config.layers_per_block + (0 if self.down else 1)
+        config = self.config
+        layers = config.layers_per_block + (0 if self.down else 1)
+        attending = config.encoder_attention if self.down else config.decoder_attention
         return [
             Level(
                 width,
                 layers,
-                self.config.num_groups,
+                config.num_groups,
                 resize if i < len(widths) - 1 else "",
+                i in attending,
+                self.attention,
                 self.precision,
                 name=f"{name}_{i}",
             )
@@ -327,8 +389,10 @@ class AutoencoderKL(nn.Module):
         config, shared = self.config, (self.attention, self.precision)
         self.encoder = Tower(config, 2 * config.latent_channels, True, *shared)
         self.decoder = Tower(config, config.image_channels, False, *shared)
-        self.quant_conv = _pointwise(2 * config.latent_channels, self.precision)
-        self.post_quant_conv = _pointwise(config.latent_channels, self.precision)
+        if config.quant_conv:
+            self.quant_conv = _pointwise(2 * config.latent_channels, self.precision)
+        if config.post_quant_conv:
+            self.post_quant_conv = _pointwise(config.latent_channels, self.precision)
 
     def encode(self, images: Array) -> Posterior:
         """Maps images [B, H, W, 3] in [-1, 1] to a Gaussian over latents [B, h, w, C], float32.
@@ -345,14 +409,18 @@ class AutoencoderKL(nn.Module):
             )
         out = self.encoder(images)
         self.sow("intermediates", "encoder_out", out)
-        moments = self.precision.to_float32("output", self.quant_conv(out))
+        if self.config.quant_conv:
+            out = self.quant_conv(out)
+        moments = self.precision.to_float32("output", out)
         self.sow("intermediates", "moments", moments)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, *LOG_VARIANCES))
 
     def decode(self, latents: Array) -> Array:
         """Maps latents [B, h, w, C] to images [B, H, W, 3], about [-1, 1], float32."""
-        return self.precision.to_float32("output", self.decoder(self.post_quant_conv(latents)))
+        if self.config.post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.precision.to_float32("output", self.decoder(latents))
 
     def __call__(self, images: Array) -> Array:
         """Reconstructs images [B, H, W, 3] from the means of their latents."""

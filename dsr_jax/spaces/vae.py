@@ -1,4 +1,4 @@
-"""The SD-VAE as input space: latents are samples of its posterior, scaled to about unit variance.
+"""A VAE as input space: latents are samples of its posterior, normalized to about unit variance.
 
 Source: SiT train.py and sample_ddp.py; spec denoiser 10.3.
 """
@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample
 from dsr_jax.core.typing import Array, Params, PyTree
-from dsr_jax.models.vae import AutoencoderKL, Posterior
-
-SCALE = 0.18215
-"""Factor on latents with which the released denoisers were trained."""
+from dsr_jax.models.vae import AutoencoderKL, LatentNormalization, Posterior
 
 
 @dataclass(frozen=True)
@@ -25,12 +21,12 @@ class VAE:
     Attributes:
       network: Encoder and decoder.
       image_size: Side of the images.
-      scale: Factor on latents.
+      normalization: Between its latents and those of the space.
     """
 
     network: AutoencoderKL
     image_size: int
-    scale: float = SCALE
+    normalization: LatentNormalization = LatentNormalization()
 
     def __post_init__(self) -> None:
         factor = self.network.config.factor
@@ -40,8 +36,10 @@ class VAE:
                 f"by {factor}",
                 f"use a multiple of {factor}",
             )
-        if not self.scale > 0:
-            raise ConfigError(f"config.space.scale={self.scale}", "it must be positive")
+        if not self.normalization.scale > 0:
+            raise ConfigError(
+                f"config.space.scale={self.normalization.scale}", "it must be positive"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -51,11 +49,11 @@ class VAE:
         return (side, side, config.latent_channels)
 
     def make_variables(self, params: Params) -> dict[str, Any]:
-        """What `encode` and `decode` take, of the network's parameters."""
+        """Returns what `encode` and `decode` take, from the network's parameters."""
         return {"vae": params}
 
     def posterior(self, variables: PyTree, images: Array) -> Posterior:
-        """Maps images [B, H, W, 3], float in [0, 1], to a Gaussian over unscaled latents."""
+        """Maps images [B, H, W, 3], float in [0, 1], to a Gaussian over the VAE's latents."""
         posterior: Any = self.network.apply(
             {"params": variables["vae"]}, images * 2 - 1, method="encode"
         )
@@ -73,11 +71,11 @@ class VAE:
         latents = posterior.mean
         if keys is not None:
             latents = posterior.sample(normal_per_sample(keys, self.latent_shape))
-        return jax.lax.stop_gradient(latents * self.scale)
+        return jax.lax.stop_gradient(self.normalization.normalize(latents))
 
     def decode(self, variables: PyTree, latents: Array) -> Array:
         """Maps latents [B, h, w, C] to images [B, H, W, 3], not clipped to [0, 1]."""
         images: Any = self.network.apply(
-            {"params": variables["vae"]}, latents / jnp.float32(self.scale), method="decode"
+            {"params": variables["vae"]}, self.normalization.denormalize(latents), method="decode"
         )
         return (images + 1) / 2

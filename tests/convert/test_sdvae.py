@@ -12,15 +12,13 @@ from safetensors.numpy import load_file, save, save_file
 from dsr_jax.convert.__main__ import main
 from dsr_jax.convert.rules import flax_to_torch
 from dsr_jax.convert.sdvae import (
-    AttentionStyle,
     config_from_diffusers,
     infer_config,
     load_vae,
-    modernise,
     read_vae,
-    restyle,
     sdvae_rules,
 )
+from dsr_jax.convert.vae_names import NameStyle, modernize, restyle
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.vae import VAEConfig
@@ -49,13 +47,13 @@ TINY = RELEASED | {
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
 STYLES = {
-    "today": AttentionStyle(),
-    "old": AttentionStyle(old_names=True),
-    "older": AttentionStyle(old_names=True, convolutions=True),
+    "today": NameStyle(),
+    "old": NameStyle(old_names=True),
+    "older": NameStyle(old_names=True, convolutions=True),
 }
 
 
-def state(style: AttentionStyle = STYLES["today"]) -> dict[str, np.ndarray]:
+def state(style: NameStyle = STYLES["today"]) -> dict[str, np.ndarray]:
     """An original's state dict."""
     return restyle(flax_to_torch(vae_params(), sdvae_rules(CONFIG)), style)
 
@@ -73,7 +71,7 @@ def test_the_command_and_its_way_back_are_exact(name: str, tmp_path: Path) -> No
     source = snapshot(tmp_path / "hub", state(STYLES[name]))
     main(["sdvae", f"--source={source.parent}", f"--out={tmp_path / 'out'}"])
     vae = load_vae(tmp_path / "out")
-    assert (vae.config, vae.scale, vae.style) == (CONFIG, 0.18215, STYLES[name])
+    assert (vae.config, vae.normalization.scale, vae.style) == (CONFIG, 0.18215, STYLES[name])
     want = flatten_names(vae_params())
     for path, value in flatten_names(vae.params).items():
         np.testing.assert_array_equal(value, want[path], err_msg=path)
@@ -127,7 +125,7 @@ def test_a_bare_file_tells_all_but_the_groups(tmp_path: Path) -> None:
 
 def test_the_scale_of_another_autoencoder_is_kept(tmp_path: Path) -> None:
     source = snapshot(tmp_path / "hub", state(), TINY | {"scaling_factor": 0.13025})
-    assert read_vae(source).scale == 0.13025
+    assert read_vae(source).normalization.scale == 0.13025
 
 
 @pytest.mark.parametrize(
@@ -135,10 +133,8 @@ def test_the_scale_of_another_autoencoder_is_kept(tmp_path: Path) -> None:
     [
         ({"_class_name": "VQModel"}, "describes a 'VQModel'"),
         ({"act_fn": "relu"}, "'act_fn': 'relu'"),
-        ({"use_quant_conv": False}, "use_quant_conv"),
-        ({"shift_factor": 0.1}, "shift_factor"),
         ({"out_channels": 4}, "'out_channels': 4"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "AttnDown"),
+        ({"down_block_types": ["AttnSkipDownBlock2D"] * 2}, "AttnSkip"),
     ],
 )
 def test_options_without_an_implementation_are_refused(change: dict[str, Any], match: str) -> None:
@@ -160,5 +156,5 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     refuse(2, {**whole, key: whole[key][:4]}, rf"{key} is \[4, 12, 1, 1\]")
     with pytest.raises(ConversionError, match="no AutoencoderKL of diffusers.*encoder.conv_in"):
         infer_config({"a": np.zeros(1)})
-    with pytest.raises(ConversionError, match=r"attentions\.0\.to_.* under its old name, too"):
-        modernise({**whole, **state(STYLES["old"])})
+    with pytest.raises(ConversionError, match=r"attentions\.0\.to_.* under two names"):
+        modernize({**whole, **state(STYLES["old"])})

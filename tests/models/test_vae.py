@@ -44,7 +44,7 @@ def test_released_sizes() -> None:
 def test_latents_and_images_have_their_shapes() -> None:
     network, variables = AutoencoderKL(CONFIG), {"params": vae_params()}
     posterior = run(network, variables, IMAGES, method="encode")
-    assert posterior.mean.shape == posterior.deviation.shape == (2, 4, 3, 4)
+    assert posterior.mean.shape == posterior.std.shape == (2, 4, 3, 4)
     images = run(network, variables, posterior.mean, method="decode")
     assert images.shape == IMAGES.shape
     np.testing.assert_allclose(run(network, variables, IMAGES), images, atol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys
-from dsr_jax.models.vae import AutoencoderKL
+from dsr_jax.models.vae import AutoencoderKL, LatentNormalization
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.spaces import VAE
 from tests.programs import quick_programs
@@ -42,7 +42,7 @@ def test_latents_are_scaled_means_or_samples_of_the_posterior() -> None:
     posterior = jax.jit(SPACE.posterior)(VARIABLES, IMAGES)
     np.testing.assert_allclose(encode(), posterior.mean * 0.18215, atol=1e-5)
     given = keys(0, 1, 2, 3)
-    drawn = posterior.mean + posterior.deviation * normal_per_sample(given, SPACE.latent_shape)
+    drawn = posterior.mean + posterior.std * normal_per_sample(given, SPACE.latent_shape)
     np.testing.assert_allclose(encode(keys=given), drawn * 0.18215, atol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_latents_are_not_differentiated() -> None:
     [
         ({"image_size": 7}, "image_size=7 .*divides sides by 2"),
         ({"image_size": 0}, "image_size=0"),
-        ({"scale": 0.0}, "config.space.scale=0.0"),
+        ({"normalization": LatentNormalization(0.0)}, "config.space.scale=0.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

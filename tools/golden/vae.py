@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from dsr_jax.convert.rules import torch_to_flax
-from dsr_jax.convert.sdvae import config_from_diffusers, modernise, sdvae_rules
+from dsr_jax.convert.sdvae import config_from_diffusers, sdvae_rules
+from dsr_jax.convert.vae_names import modernize
 from dsr_jax.models.vae import AutoencoderKL
 from tools.golden.compare import Case, Check
 from tools.golden.denoiser import nchw, nhwc
@@ -16,7 +17,7 @@ from tools.golden.denoiser import nchw, nhwc
 def run_vae(case: Case) -> list[Check]:
     """Encoder, posterior with recorded noise, decoder."""
     config, io = config_from_diffusers(case.config["params"]), case.io
-    params = torch_to_flax(modernise(case.weights())[0], sdvae_rules(config))
+    params = torch_to_flax(modernize(case.weights())[0], sdvae_rules(config))
     network, scale = AutoencoderKL(config), case.config["scale"]
     posterior, kept = jax.jit(
         lambda images: network.apply(
@@ -31,7 +32,7 @@ def run_vae(case: Case) -> list[Check]:
         **{name: kept["intermediates"][name][0] for name in ("encoder_out", "moments")},
         "mean": posterior.mean,
         "logvar": posterior.log_variance,
-        "std": posterior.deviation,
+        "std": posterior.std,
         "z_scaled": latents,
         "decoded": decoded,
     }
