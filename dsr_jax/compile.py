@@ -1,18 +1,17 @@
-"""Compiles a config's training step for a TPU slice that is not there, and says what it needs.
+"""Compiles a config's training step for a TPU slice that is not there, and reports what it needs.
 
     python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --out=plans/rae_dit
 
-Memory of a chip by what it is for, operations, traffic, collectives, the least time of a step and
-of the run; in --out also as report.json and report.html. Exit status 1, and advice, where it does
-not fit. No TPU is needed, but its compiler: pip install 'dsr_jax[tpu]'. Any key of the config can
-be set behind it, as in --config.mesh.fsdp=16. --topology=2xv5e:8x8 is two such slices, with what
-they exchange over the data-centre network.
+Prints memory per chip by purpose, FLOPs, memory traffic, collectives, and the least time of a step
+and of the run; --out also gets report.json and report.html. If the step does not fit, the exit
+status is 1 and the report advises. No TPU is needed, only its compiler: pip install 'dsr_jax[tpu]'.
+Any key of the config can be set, as in --config.mesh.fsdp=16. --topology=2xv5e:8x8 stands for two
+slices that communicate over the data-center network.
 
     python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --sweep
 
-tries meshes, rematerialisation and micro-batches one after the other, which takes minutes each, and
-ranks those that fit; the --try options keep it short. --out gets the best one's report, and
-sweep.json with all.
+compiles meshes, remat policies and micro-batches one after the other, minutes each, and ranks those
+that fit; the --try options restrict it. --out gets the report of the best, and sweep.json with all.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled XLA program: its instructions, loops and how often they run.
+"""Parser for the text of a compiled XLA program: instructions, loops and their trip counts.
 
 XLA's own cost analysis counts the body of a loop once, and so a scanned depth as one block. Here
-every computation is multiplied by the trips of the loops around it.
+every computation is multiplied by the trip counts of the loops around it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Array:
     Attributes:
       dtype: XLA's name.
       shape: Sizes.
-      in_hbm: False where the compiler keeps it in a chip's fast memory.
-      padded: Sizes up to the edges of the tiles in which a TPU stores it; None where it has none.
+      in_hbm: False if the compiler keeps it in the chip's fast memory.
+      padded: Sizes rounded up to the TPU's tiles; None without tiles.
     """
 
     dtype: str
@@ -42,12 +42,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes without the padding of tiles; 0 for what is no array of numbers."""
+        """Bytes without the padding of tiles; 0 for tokens and other non-numeric types."""
         return math.prod(self.shape) * _DTYPE_BITS.get(self.dtype, 0) // 8
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes with the padding of tiles, which a chip reads and writes, too."""
+        """Bytes with the padding of tiles, which the chip also reads and writes."""
         sizes = self.shape if self.padded is None else self.padded
         return math.prod(sizes) * _DTYPE_BITS.get(self.dtype, 0) // 8
 
@@ -58,9 +58,9 @@ class Instruction:
 
     Attributes:
       name: Its name.
-      opcode: What it does.
-      arrays: Shape of its result, of all elements of a tuple.
-      operands: Names of what it reads, in order.
+      opcode: XLA's opcode.
+      arrays: Shapes of its result, one per element of a tuple.
+      operands: Names of its operands, in order.
       attributes: The rest of the line.
       is_root: Whether it is the computation's result.
     """
@@ -73,7 +73,7 @@ class Instruction:
     is_root: bool
 
     def called(self, kind: str) -> list[str]:
-        """Names of the computations that it calls as `kind`: "calls", "body", ..."""
+        """Returns the names of the computations that it calls as `kind`: "calls", "body", ..."""
         return [
             name
             for found, names in _CALLED.findall(self.attributes)
@@ -82,13 +82,13 @@ class Instruction:
         ]
 
     def attribute(self, pattern: str) -> str:
-        """The group of a regular expression in the attributes, "" if it is not there."""
+        """Returns the group of a regular expression in the attributes, "" without a match."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else ""
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from, "" if the compiler does not say."""
+        """Its origin in the traced program, "" if unknown."""
         return self.attribute(r'op_name="([^"]*)"')
 
 
@@ -101,14 +101,14 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """Its result."""
+        """The instruction that gives its result."""
         return next(i for i in reversed(list(self)) if i.is_root)
 
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions.values())
 
     def step(self, element: int) -> int:
-        """What a loop with this body adds to an element of its state; 1 if that is not plain."""
+        """Returns what a loop with this body adds to an element of its state; 1 if unknown."""
         root = self.root
         result = self.instructions.get(root.operands[element]) if root.opcode == "tuple" else None
         while result and result.opcode in ("copy", "bitcast"):
@@ -120,11 +120,11 @@ class Computation:
         return max(1, int(steps[0])) if steps and steps[0] else 1
 
     def users(self, name: str) -> list[Instruction]:
-        """Instructions that read `name`."""
+        """Returns the instructions that read `name`."""
         return [i for i in self if name in i.operands]
 
     def parameters(self) -> list[Instruction]:
-        """Its parameters, in order."""
+        """Returns its parameters, in order."""
         found = [i for i in self if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.attribute(r"^(\d+)") or 0))
 
@@ -134,9 +134,9 @@ class Program:
     """A compiled module.
 
     Attributes:
-      entry: Where it begins.
+      entry: The entry computation.
       computations: All of them by name.
-      slices: TPU slices that it runs on together.
+      slices: Number of TPU slices that it runs on.
     """
 
     entry: Computation
@@ -144,9 +144,9 @@ class Program:
     slices: int = 1
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` runs: its counter goes from 0 in equal steps up to a constant.
+        """Returns the trip count of a `while` that counts from 0 in equal steps to a constant.
 
-        None where its condition is of another form, as in a solver that stops by itself.
+        None for any other condition, as in an adaptive solver.
         """
         condition = self.computations[loop.called("condition")[0]]
         root, counters = condition.root, [i for i in condition if i.opcode == "get-tuple-element"]
@@ -162,7 +162,7 @@ class Program:
 
 
 def parse(text: str, slices: int = 1) -> Program:
-    """Reads `compiled.as_text()` of a program for so many TPU slices.
+    """Parses `compiled.as_text()` of a program for `slices` TPU slices.
 
     Raises:
       ValueError: If the text has no entry computation.
@@ -205,7 +205,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Position behind the bracket that closes the one at `start`."""
+    """Returns the position after the bracket that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)
@@ -221,7 +221,7 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 def _padded(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
-    """Rounds the dimensions that a layout's tile covers, as in "2,0,1:T(8,128)(2,1)S(1)"."""
+    """Rounds up the dimensions covered by a layout's tile, as in "2,0,1:T(8,128)(2,1)S(1)"."""
     if not (tile := _TILE.match(layout)):
         return None
     minor_first, edges = (tuple(map(int, found.split(","))) for found in tile.groups())

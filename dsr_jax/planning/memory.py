@@ -1,4 +1,4 @@
-"""Memory of a compiled program by what it is for, and what to do where it does not fit."""
+"""Memory of a compiled program by purpose, and advice for one that does not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def bytes_per_chip(tree: PyTree) -> int:
-    """Bytes of one device's part of abstract arrays that carry their shardings."""
+    """Returns the bytes of one device's shards of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -27,11 +27,11 @@ def bytes_per_chip(tree: PyTree) -> int:
 
 
 def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that a program needs on one device, by what they are for.
+    """Returns the bytes that a program needs on one device, by purpose.
 
     Args:
       analysis: `compiled.memory_analysis()`.
-      arguments: Bytes of its arguments by name; what the compiler says beyond them is padding.
+      arguments: Bytes of its arguments by name; what the compiler adds to them is padding.
     """
     padding = analysis.argument_size_in_bytes - sum(arguments.values())
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -46,10 +46,13 @@ def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
 
 
 def out_of_memory(message: str, argument_bytes: int) -> tuple[int, int] | None:
-    """Bytes that were needed and that there are, from XLA's message; None if it says no such thing.
+    """Returns (bytes needed, bytes available) from XLA's out-of-memory message, None for others.
 
-    The compiler says how much was used in the end, or, where it gives up earlier, what temporaries
-    need beside the arguments.
+    The compiler reports the total, or, if it gives up earlier, the temporaries alone.
+
+    Args:
+      message: Text of the exception.
+      argument_bytes: Bytes of the program's arguments on one device.
     """
     size = r"([\d.]+)([KMGT])"
     patterns = {
@@ -67,16 +70,16 @@ def out_of_memory(message: str, argument_bytes: int) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how much memory a training step needs.
+    """What the memory of a training step depends on.
 
     Attributes:
       mesh: Devices along data, fsdp and tensor.
-      width: Of the model, which FSDP splits.
+      width: Hidden size of the model, which FSDP splits.
       remat: config.model.remat.
-      batch_per_chip: Images, of all micro-batches together.
+      batch_per_chip: Images per chip, over all micro-batches.
       accumulate: Micro-batches; 0 in a sampler.
-      state_bytes: Of parameters, averages and optimizer on one device.
-      slices: Larger slices of these chips.
+      state_bytes: Bytes of parameters, EMA weights and optimizer state on one device.
+      slices: Names of larger slices of these chips.
     """
 
     mesh: Mapping[str, int]
@@ -88,8 +91,15 @@ class Layout:
     slices: Sequence[str] = ()
 
 
-def advice(layout: Layout, needed: int, limit: int) -> list[str]:
-    """What to change so that `needed` bytes become `limit`, what costs least time first."""
+def advice(layout: Layout, needed: int, limit: int, temporaries: int) -> list[str]:
+    """Returns changes that bring `needed` bytes down to `limit`, the cheapest in time first.
+
+    Args:
+      layout: What the memory depends on.
+      needed: Bytes needed on one chip.
+      limit: Bytes available.
+      temporaries: Bytes of activations and temporaries among those needed.
+    """
     found = []
     chips, fsdp = math.prod(layout.mesh.values()), layout.mesh["fsdp"]
     larger = [n for n in range(2 * fsdp, chips + 1, fsdp) if chips % n == layout.width % n == 0]
@@ -98,26 +108,50 @@ def advice(layout: Layout, needed: int, limit: int) -> list[str]:
     if larger and layout.state_bytes > 0.1 * limit:
         best = enough[0] if enough else larger[-1]
         found.append(
-            f"split the state over more chips: --config.mesh.data=-1 --config.mesh.fsdp={best} "
-            f"makes its {_gib(layout.state_bytes)} a chip {_gib(whole // best)}"
+            f"shard the state over more chips: --config.mesh.data=-1 --config.mesh.fsdp={best} "
+            f"reduces its {_gib(layout.state_bytes)} per chip to {_gib(whole // best)}"
+            f"{_outcome(needed - layout.state_bytes + whole // best, limit)}"
         )
     stronger = {"none": ("dots", "full"), "dots": ("full",)}.get(layout.remat, ())
     for policy in stronger:
         cost = "some" if policy == "dots" else "a third more"
         found.append(
-            f"keep less for the backward pass: --config.model.remat={policy} ({cost} compute)"
+            f"save fewer activations for the backward pass: --config.model.remat={policy} "
+            f"({cost} compute)"
         )
     micro = layout.batch_per_chip / max(layout.accumulate, 1)
     if micro >= 2 and not layout.accumulate:
-        found.append(f"draw fewer at a time: --config.sample.batch={int(micro * chips) // 2}")
-    elif micro >= 2:
         found.append(
-            f"work on fewer images at a time: --config.optim.accumulate={2 * layout.accumulate} "
-            f"({micro / 2:g} instead of {micro:g} a chip), or a smaller config.data.global_batch"
+            f"sample fewer images at a time: --config.sample.batch={int(micro * chips) // 2}"
         )
+    elif micro >= 2:
+        found.append(_smaller_micro_batches(layout, needed, limit, temporaries))
     if layout.slices:
-        found.append(f"take more chips: --topology={layout.slices[0]}")
+        found.append(f"use more chips: --topology={layout.slices[0]}")
     return found
+
+
+def _smaller_micro_batches(layout: Layout, needed: int, limit: int, temporaries: int) -> str:
+    """Returns advice on micro-batches, in proportion to which temporaries shrink."""
+    images = layout.batch_per_chip
+    counts = [
+        layout.accumulate * factor
+        for factor in (2, 4, 8, 16, 32, 64)
+        if images % (layout.accumulate * factor) == 0
+    ] or [2 * layout.accumulate]
+    estimates = {n: needed - temporaries + temporaries * layout.accumulate // n for n in counts}
+    best = next((n for n, size in estimates.items() if size <= limit), counts[-1])
+    return (
+        f"process fewer images at a time: --config.optim.accumulate={best} "
+        f"({images / best:g} instead of {images / layout.accumulate:g} per chip), or a smaller "
+        f"config.data.global_batch{_outcome(estimates[best], limit)}"
+    )
+
+
+def _outcome(size: int, limit: int) -> str:
+    """Returns whether a change is enough by estimate, as the end of a line of advice."""
+    enough = "enough" if size <= limit else "not enough by itself"
+    return f"; {enough}: about {_gib(size)} of {_gib(limit)} in all"
 
 
 def _gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""The report of `planning.report` as one HTML file without any other."""
+"""The report of `planning.report` as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px soli
 
 
 def make_page(report: Report) -> str:
-    """Returns the page."""
+    """Returns the page as HTML."""
     title = f"{report['what']} of {report['config']} on {report['topology']}"
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
-    verdict = "It fits." if report["fits"] else '<b class="bad">It does not fit.</b>'
+    outcome = "It fits." if report["fits"] else '<b class="bad">It does not fit.</b>'
     body = [
         f"<h1>{_text(title)}</h1>",
         f"<p>{report['chips']} chips ({_text(slices_text(report))}), mesh "
-        f"{_text(report['mesh'])}, {report['images_per_chip']:g} images a chip, remat "
+        f"{_text(report['mesh'])}, {report['images_per_chip']:g} images per chip, remat "
         f"{_text(report['remat'])}. Compiled in {report['compile_seconds']:.0f} s with "
         f"{_text(', '.join(f'{k} {v}' for k, v in report['versions'].items()))}.</p>",
         f"<p><code>{_text(report['command'])}</code></p>",
-        f"<h2>Memory of a chip: {need / GIB:.2f} of {limit / GIB:.2f} GiB</h2><p>{verdict}</p>",
+        f"<h2>Memory per chip: {need / GIB:.2f} of {limit / GIB:.2f} GiB</h2><p>{outcome}</p>",
         _bar(report["memory"], max(need, limit)),
         _table(
-            ("what", "GiB"),
+            ("purpose", "GiB"),
             ((_key(i) + _text(name), f"{size / GIB:.3f}") for i, (name, size) in _memory(report)),
         ),
     ]
@@ -77,13 +77,13 @@ def _speed(report: Report) -> list[str]:
     return [
         f"<h2>A step takes {report['step_seconds_estimate']:.3f} s at best</h2>",
         f"<p>{report['images_per_second']:,.0f} images/s; MFU at most {report['mfu_bound']:.1%}, "
-        f"{report['mfu_bound_of_compute_alone']:.1%} if compute were all; "
+        f"{report['mfu_bound_of_compute_alone']:.1%} if bound by compute alone; "
         f"{report['steps']:,} steps are {report['days']:.2f} days and "
         f"{report['chip_hours']:,.0f} chip-hours.</p>",
         _bar({part["name"]: part["seconds"] for part in report["parts"]}),
         _table(heads, rows),
         f"<p>{_text(report['how'])}</p>",
-        "<h2>Collectives of a chip and step</h2>",
+        "<h2>Collectives per chip and step</h2>",
         _table("kind,part,network,chips or slices,MB each,times,MB sent".split(","), collectives),
     ]
 

@@ -1,4 +1,4 @@
-"""What one device computes, moves and sends in a compiled program, loop by loop."""
+"""FLOPs, memory traffic and communication of a compiled program on one device, by part."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Collective:
 
     Attributes:
       kind: One of COLLECTIVES.
-      group: Devices that take part.
-      bytes: Of the whole array, gathered or to be reduced or sent, on one device.
+      group: Number of participating devices.
+      bytes: Size of the whole array that is gathered, reduced or sent, on one device.
       network: "ICI" within a TPU slice; "DCN" between slices, where the group counts slices.
     """
 
@@ -37,7 +37,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that each device sends if the group is a ring."""
+        """Bytes that each device sends in a ring."""
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
         share = (self.group - 1) / max(self.group, 1)
@@ -46,13 +46,13 @@ class Collective:
 
 @dataclass
 class Cost:
-    """Sums over a part of a program, on one device.
+    """Cost of a part of a program, on one device.
 
     Attributes:
-      flops: Of matrix products and convolutions.
-      hbm_bytes: Read from and written to the chip's main memory, as far as instructions tell.
-      collectives: How often each collective runs.
-      unknown_loops: Loops that stop by themselves, counted once.
+      flops: FLOPs of matmuls and convolutions.
+      hbm_bytes: Bytes read from and written to main memory by the instructions.
+      collectives: Number of runs of each collective.
+      unknown_loops: Loops of unknown trip count, counted once.
     """
 
     flops: float = 0
@@ -61,7 +61,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
-        """Adds `times` another part."""
+        """Adds `times` the cost of another part."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         for collective, count in other.collectives.items():
@@ -88,12 +88,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Part:
-    """A stack of layers that the program scans, or the rest.
+    """A scanned stack of layers, or the rest of the program.
 
     Attributes:
       name: As in "forward blocks_reg".
-      trips: How often it runs.
-      cost: Of all its runs together.
+      trips: Trip count.
+      cost: Cost of all trips together.
     """
 
     name: str
@@ -102,11 +102,11 @@ class Part:
 
 
 def split_program(program: Program) -> list[Part]:
-    """The stacks that a program scans, in order, and the rest."""
+    """Splits a program into its scanned stacks, in order, and the rest."""
     found, rest = [], Cost()
     for instruction in program.entry:
         cost = _cost(program, program.entry, instruction)
-        # The compiler makes loops of its own, too: over the pieces of a sharded product.
+        # The compiler adds loops of its own, over the shards of a matmul.
         if instruction.opcode == "while" and instruction.op_name.endswith("/while"):
             name = _scan_name(program, instruction)
             found.append(Part(name, program.trips(instruction) or 1, cost))
@@ -116,7 +116,7 @@ def split_program(program: Program) -> list[Part]:
 
 
 def total(parts: list[Part]) -> Cost:
-    """Sum of all parts."""
+    """Returns the sum of all parts."""
     cost = Cost()
     for part in parts:
         cost.add(part.cost)
@@ -124,7 +124,7 @@ def total(parts: list[Part]) -> Cost:
 
 
 def _scan_name(program: Program, loop: Instruction) -> str:
-    """Direction and the Flax name of what the loop repeats."""
+    """Returns the direction and the Flax name of the loop's body."""
     (body,) = loop.called("body")
     within = re.compile(r"/while/body/(?:(?:closed_call|checkpoint|rematted_computation)/)*(\w+)/")
     names = Counter(
@@ -139,7 +139,7 @@ def _scan_name(program: Program, loop: Instruction) -> str:
 
 
 def _cost(program: Program, computation: Computation, instruction: Instruction) -> Cost:
-    """Cost of an instruction, which stands in `computation`, with all that it calls."""
+    """Returns the cost of an instruction of `computation`, with everything that it calls."""
     cost = Cost(hbm_bytes=_hbm_bytes(program, computation, instruction))
     if instruction.opcode == "while":
         trips = program.trips(instruction)
@@ -167,7 +167,7 @@ def _body_cost(program: Program, names: list[str]) -> Cost:
 def _with_fused(
     program: Program, computation: Computation, instruction: Instruction
 ) -> Iterator[tuple[Computation, Instruction]]:
-    """The instruction, and those of the fusions and asynchronous calls in it."""
+    """Yields the instruction, and those of its fusions and asynchronous calls."""
     yield computation, instruction
     for name in instruction.called("calls"):
         for inner in program.computations[name]:
@@ -180,15 +180,15 @@ def _collective(
     if instruction.opcode == "send" and instruction.attribute(_TRANSFER):
         return _between_slices(program, computation, instruction)
     kind = instruction.opcode.removesuffix("-start")
-    # Spread over fusions that compute meanwhile, one collective is written in each of them.
+    # A collective that overlaps with several fusions is written in each of them.
     piece = instruction.attribute(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
     if kind not in COLLECTIVES or piece not in ("", "-1"):
         return None
     operands = sum(array.bytes for array in _operands(computation, instruction))
     results = sum(array.bytes for array in instruction.arrays)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        results -= operands  # It returns its operands, too.
-    # TPUs have no other word for it: a sum of which each device takes its slice.
+        results -= operands  # Its result includes the operands.
+    # TPU programs write a reduce-scatter as an all-reduce of which each device takes its slice.
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     size = results if kind == "all-gather" else operands
@@ -201,9 +201,9 @@ _TRANSFER = r'_xla_megascale_transfer_type="(\w+)"'
 def _between_slices(
     program: Program, computation: Computation, instruction: Instruction
 ) -> Collective:
-    """What a chip hands to the host, whose runtime exchanges it with other slices.
+    """Returns a transfer to the host, whose runtime exchanges data with other slices.
 
-    The compiler names the slices where all take part; where groups of them do, all are assumed.
+    The compiler names the slices if all participate; for groups of slices, all are assumed.
     """
     kind = instruction.attribute(_TRANSFER).lower().replace("_", "-")
     named = instruction.attribute(r'_xla_megascale_target="\{([\d,]+)\}')
@@ -213,7 +213,7 @@ def _between_slices(
 
 
 def _group_size(instruction: Instruction) -> int:
-    """Devices that communicate with each other, from any of XLA's notations.
+    """Returns the number of devices that communicate, from any of XLA's notations.
 
     Raises:
       ValueError: For another notation.
@@ -243,7 +243,7 @@ def _operands(computation: Computation, instruction: Instruction) -> list[Array]
 
 
 def _flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of a product, two per multiply-accumulate; 0 for anything else."""
+    """Returns the FLOPs of a matmul, two per multiply-accumulate; 0 for anything else."""
     if instruction.opcode == "dot":
         lhs = _operands(computation, instruction)[0]
         contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -256,25 +256,25 @@ def _flops(computation: Computation, instruction: Instruction) -> float:
     return 0
 
 
-_SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
-"""Products of queries x keys x channels in splash's two kernels; dkv makes all gradients."""
+_SPLASH_MATMULS = {"fwd": 2, "dkv": 5}
+"""Matmuls of queries x keys x channels in splash's two kernels; dkv computes all gradients."""
 
 
 def _attention_flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of a splash kernel, which the compiler cannot see into, padding included."""
+    """Returns the FLOPs of a splash kernel, opaque to the compiler, including padding."""
     kernel = re.match(r"splash_mha_(fwd|dkv)", instruction.name)
     if kernel is None:
         return 0
-    # Queries [B, H, L, K] come before keys [B, H, M, K]; tables and numbers have fewer axes.
+    # Queries [B, H, L, K] come before keys [B, H, M, K]; all other operands have fewer axes.
     q, k = [a for a in _operands(computation, instruction) if len(a.shape) == 4][:2]
-    return 2 * _SPLASH_PRODUCTS[kernel.group(1)] * math.prod(q.shape) * k.shape[2]
+    return 2 * _SPLASH_MATMULS[kernel.group(1)] * math.prod(q.shape) * k.shape[2]
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """Counts as XLA does: positions in padding or between dilated inputs cost nothing.
+    """Returns FLOPs as XLA counts them: padding and gaps between dilated inputs cost nothing.
 
-    That matters on TPUs, whose compiler writes a batched product as a convolution over the batch
-    with windows that each hit one input.
+    This matters on TPUs, whose compiler writes a batched matmul as a convolution over the batch
+    with windows that each contain one input.
     """
     lhs, rhs = _operands(computation, instruction)[:2]
     labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)")
@@ -290,8 +290,8 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
             for key in ("size", "stride", "lhs_dilate", "rhs_dilate")
         )
         low = int(window["pad"].split("x")[index].split("_")[0]) if "pad" in window else 0
-        places = np.arange(count)[:, None] * stride + np.arange(size) * dilation - low
-        inside = (places >= 0) & (places <= (side - 1) * holes) & (places % holes == 0)
+        indices = np.arange(count)[:, None] * stride + np.arange(size) * dilation - low
+        inside = (indices >= 0) & (indices <= (side - 1) * holes) & (indices % holes == 0)
         positions *= int(inside.sum())
     groups = 1
     for key in ("feature_group_count", "batch_group_count"):
@@ -305,11 +305,11 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "iota", "opt-barrier"),
 }
-"""Instructions that move nothing by themselves."""
+"""Instructions without memory traffic of their own."""
 
 
 def _hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction reads from and writes to main memory."""
+    """Returns the bytes that an instruction reads from and writes to main memory."""
     code, results = instruction.opcode, instruction.arrays
     allocation = code == "custom-call" and not instruction.operands
     if code in _FREE or code.endswith(("-done", "-update")) or allocation:
@@ -330,7 +330,7 @@ def _hbm_bytes(program: Program, computation: Computation, instruction: Instruct
 
 
 def _fusion_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Reads only what a fusion slices out of an operand; writes only what it updates in place."""
+    """Counts the slices that a fusion reads and the parts that it updates in place."""
     fused = program.computations[instruction.called("calls")[0]]
     moved = 0.0
     for parameter, name in zip(fused.parameters(), instruction.operands, strict=False):
@@ -351,15 +351,15 @@ def _bytes_read(program: Program, fused: Computation, source: Instruction) -> fl
     whole = float(sum(array.stored_bytes for array in source.arrays))
     read = 0.0
     for user in fused.users(source.name):
-        place = user.operands.index(source.name)
+        position = user.operands.index(source.name)
         if user.opcode in ("bitcast", "reshape", "get-tuple-element"):
             read += _bytes_read(program, fused, user)
-        elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
             read += user.arrays[0].stored_bytes
         elif user.opcode == "fusion":
             inner = program.computations[user.called("calls")[0]]
-            read += _bytes_read(program, inner, inner.parameters()[place])
-        elif user.opcode != "dynamic-update-slice" or place:
+            read += _bytes_read(program, inner, inner.parameters()[position])
+        elif user.opcode != "dynamic-update-slice" or position:
             read += whole
     return min(read, whole)
 

@@ -1,4 +1,4 @@
-"""Compiles a config's programs for TPUs that are not there, and reports on them."""
+"""Ahead-of-time (AOT) programs: compiles a config without its devices, and reports on it."""
 
 import importlib.metadata
 import time
@@ -33,17 +33,17 @@ from dsr_jax.telemetry import flops
 
 
 @dataclass(frozen=True)
-class Ahead:
+class AotProgram:
     """A program that can be compiled without its devices.
 
     Attributes:
-      what: Its name.
-      lower: Traces it.
-      arguments: Its abstract arguments, by what they are for.
-      images: Of one run on all chips.
-      steps: Runs of the whole job.
-      model_flops: Of one run, as MFU counts them; None if unknown.
-      layout: What memory depends on.
+      what: Name of the program.
+      lower: Traces and lowers it.
+      arguments: Abstract arguments, by purpose.
+      images: Images per call, over all chips.
+      steps: Calls in the whole job.
+      model_flops: Model FLOPs per call, as counted for MFU; None if unknown.
+      layout: What its memory depends on.
     """
 
     what: str
@@ -55,13 +55,13 @@ class Ahead:
     layout: Layout
 
 
-def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahead:
-    """The training step of `python -m dsr_jax.train`.
+def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> AotProgram:
+    """Returns the training step of `python -m dsr_jax.train`.
 
     Args:
-      config: The config.
-      mesh: Devices that need not be there.
-      slices: Larger slices, for advice.
+      config: Experiment config.
+      mesh: Compile-only devices.
+      slices: Names of larger slices, for the advice.
     """
     rules = build.make_rules(config)
     space, variables = abstract_space(config, mesh)
@@ -80,7 +80,7 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
     lowerable: Any = step
     images = config.data.global_batch
     state = {"parameters": abstract.params, "optimizer": abstract.opt_state, "EMA": abstract.ema}
-    return Ahead(
+    return AotProgram(
         "training step",
         lambda: lowerable.lower(abstract, batch, variables),
         {**state, "frozen networks": variables, "batch": batch},
@@ -99,7 +99,7 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
     )
 
 
-def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahead:
+def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> AotProgram:
     """The program of `python -m dsr_jax.sample` for one batch; arguments as `train_step`'s."""
     rules = build.make_rules(config)
     space, variables = abstract_space(config, mesh)
@@ -115,7 +115,7 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahe
         jax.ShapeDtypeStruct((images,), dtype, sharding=sharding)
         for dtype in (jnp.uint32, jnp.int32)
     )
-    return Ahead(
+    return AotProgram(
         "sampler",
         lambda: sample.lower(params, guide_params, variables, indices, labels),
         {**weights, "frozen networks": variables},
@@ -125,7 +125,7 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahe
         Layout(
             mesh=dict(mesh.shape),
             width=config.model.hidden_size,
-            remat="full",  # Nothing is kept for a backward pass.
+            remat="full",  # There is no backward pass to save activations for.
             batch_per_chip=images / mesh.size,
             accumulate=0,
             state_bytes=bytes_per_chip(weights),
@@ -134,7 +134,7 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Ahe
     )
 
 
-PROGRAMS: Mapping[str, Callable[[ConfigDict, Mesh, tuple[str, ...]], Ahead]] = {
+PROGRAMS: Mapping[str, Callable[[ConfigDict, Mesh, tuple[str, ...]], AotProgram]] = {
     "train": train_step,
     "sampler": sampler,
 }
@@ -147,28 +147,27 @@ def compile_report(
     subject: Mapping[str, Any],
     keep_text: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Compiles one program of a config, and reports on it, also where it does not fit.
+    """Compiles one program of a config and returns its report, also if it does not fit.
 
     Args:
-      config: The config.
+      config: Experiment config.
       topology: The chips.
       program: A key of PROGRAMS.
-      subject: What the report begins with besides what is known here: the config's name and the
-        command.
-      keep_text: Is given the compiled program's text.
+      subject: First fields of the report: the config's name and the command.
+      keep_text: Receives the text of the compiled program.
 
     Raises:
       DsrError: If libtpu is not installed, or the config does not fit the mesh.
     """
     mesh = build.make_mesh(config, compile_only_devices(topology))
-    ahead = PROGRAMS[program](config, mesh, topology.larger)
-    compiled = _compile(ahead, mesh, topology, keep_text)
+    aot = PROGRAMS[program](config, mesh, topology.larger)
+    compiled = _compile(aot, mesh, topology, keep_text)
     about = {
-        "what": ahead.what,
+        "what": aot.what,
         **subject,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "remat": config.model.remat,
-        "global_batch": ahead.images,
+        "global_batch": aot.images,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "git_revision": git_revision(),
     }
@@ -176,21 +175,21 @@ def compile_report(
         about,
         topology,
         compiled,
-        images=ahead.images,
-        steps=ahead.steps,
-        model_flops=ahead.model_flops,
+        images=aot.images,
+        steps=aot.steps,
+        model_flops=aot.model_flops,
     )
 
 
 def _compile(
-    ahead: Ahead, mesh: Mesh, topology: Topology, keep_text: Callable[[str], None]
+    program: AotProgram, mesh: Mesh, topology: Topology, keep_text: Callable[[str], None]
 ) -> Compiled:
-    arguments = {name: bytes_per_chip(tree) for name, tree in ahead.arguments.items()}
+    arguments = {name: bytes_per_chip(tree) for name, tree in program.arguments.items()}
     limit, start = int(topology.chip.hbm_bytes), time.monotonic()
     try:
-        # What is traced is for the mesh's platform, not for this process's.
+        # Tracing chooses kernels by the mesh's platform, not by this process's.
         with jax.set_mesh(mesh):
-            lowered = ahead.lower()
+            lowered = program.lower()
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         refused = out_of_memory(str(error), sum(arguments.values()))
@@ -199,12 +198,14 @@ def _compile(
         needed, limit = refused
         memory = {**arguments, TEMPORARIES: needed - sum(arguments.values())}
         seconds = time.monotonic() - start
-        hints = advice(ahead.layout, needed, limit)
+        hints = advice(program.layout, needed, limit, memory[TEMPORARIES])
         return Compiled(memory, needed, limit, seconds, advice=hints)
     seconds = time.monotonic() - start
     memory = memory_parts(compiled.memory_analysis(), arguments)
     needed = sum(memory.values())
-    hints = [] if needed <= limit else advice(ahead.layout, needed, limit)
+    hints = (
+        [] if needed <= limit else advice(program.layout, needed, limit, memory.get(TEMPORARIES, 0))
+    )
     text = compiled.as_text()
     keep_text(text)
     parts = split_program(parse(text, topology.slices))

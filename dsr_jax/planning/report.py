@@ -1,4 +1,4 @@
-"""What a compiled program needs and how fast it can be, as JSON values and as text."""
+"""The report on a compiled program, its memory and its least time, as JSON values and as text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dsr_jax.planning.program_cost import Part, total
 from dsr_jax.planning.roofline import METHOD, part_times
 
 GIB = 2**30
-_MOST = 12
-"""Lines of collectives that a person is shown."""
+_MAX_COLLECTIVES = 12
+"""Lines of collectives in the text."""
 
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said about a program.
+    """The compiler's results for a program.
 
     Attributes:
-      memory: Bytes on one chip by what they are for.
-      needed: Their sum, or what the compiler says instead where they do not fit.
-      limit: Bytes that there are.
-      seconds: Of tracing and compiling.
-      parts: The program's cost; empty where the compiler gave up.
-      advice: What to do where it does not fit.
+      memory: Bytes on one chip, by purpose.
+      needed: Their sum, or the compiler's own figure if they do not fit.
+      limit: Bytes available on one chip.
+      seconds: Time of tracing and compiling.
+      parts: Cost by part of the program; empty if the compiler gave up.
+      advice: Changes that would make it fit.
     """
 
     memory: Mapping[str, int]
@@ -39,7 +39,7 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether the program can run."""
+        """Whether the program fits into memory."""
         return bool(self.parts) and self.needed <= self.limit
 
 
@@ -52,15 +52,15 @@ def make_report(
     steps: int,
     model_flops: float | None,
 ) -> Report:
-    """Puts the figures together.
+    """Returns the report as JSON values.
 
     Args:
-      subject: What was compiled, for the reader.
-      topology: For which chips.
-      compiled: What the compiler said.
-      images: Of a step, on all chips.
-      steps: Of the whole run.
-      model_flops: Of a step without recomputation, on all chips; None if unknown.
+      subject: Fields that name what was compiled.
+      topology: The chips.
+      compiled: The compiler's results.
+      images: Images per step, over all chips.
+      steps: Steps of the whole run.
+      model_flops: Model FLOPs per step without recomputation, over all chips; None if unknown.
     """
     report = {
         **subject,
@@ -144,15 +144,15 @@ def _speed(
 
 
 def format_report(report: Report) -> str:
-    """The figures for a terminal."""
-    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    """Returns the report as text for a terminal."""
+    outcome = "fits" if report["fits"] else "DOES NOT FIT"
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
     lines = [
         f"{report['what']} of {report['config']} on {report['topology']} ({report['chips']} chips, "
         f"{slices_text(report)})",
-        f"mesh {report['mesh']}, {report['images_per_chip']:g} images a chip, "
+        f"mesh {report['mesh']}, {report['images_per_chip']:g} images per chip, "
         f"remat {report['remat']}; compiled in {report['compile_seconds']:.0f} s",
-        f"\nmemory of a chip: {need / GIB:.2f} of {limit / GIB:.2f} GiB, {verdict}",
+        f"\nmemory per chip: {need / GIB:.2f} of {limit / GIB:.2f} GiB, {outcome}",
         *(f"  {size / GIB:8.3f} GiB  {name}" for name, size in report["memory"].items()),
     ]
     if "parts" in report:
@@ -163,42 +163,42 @@ def format_report(report: Report) -> str:
 
 
 def slices_text(report: Report) -> str:
-    """The accelerator type, and how many slices of it."""
+    """Returns the accelerator type and the number of slices."""
     many = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     return f"{many}{report['accelerator_type']}"
 
 
 def resources(report: Report) -> tuple[str, ...]:
-    """What a part's time can be bound by, as in the keys "compute_seconds" and so on."""
+    """Returns the resources that can bound a part, as in the keys "compute_seconds" and so on."""
     return ("compute", "hbm", "ici", "dcn") if report["slices"] > 1 else ("compute", "hbm", "ici")
 
 
 def _format_speed(report: Report) -> list[str]:
     names = resources(report)
     heads = " ".join(f"{name if name == 'compute' else name.upper():>8}" for name in names)
-    lines = [f"\ntime of a step in ms  {heads}   (how often)  part"]
+    lines = [f"\ntime of a step in ms  {heads}   (trips)      part"]
     for part in report["parts"]:
         times = [f"{1e3 * part[f'{name}_seconds']:8.1f}" for name in names]
         lines.append(f"{'':21} {' '.join(times)}   x{part['trips']:<11} {part['name']}")
-    lines.append("\ncollectives of a chip and step, the largest")
+    lines.append("\nlargest collectives per chip and step")
     by_network = ([r for r in report["collectives"] if r["network"] == n] for n in ("DCN", "ICI"))
-    for row in (row for rows in by_network for row in rows[:_MOST]):
+    for row in (row for rows in by_network for row in rows[:_MAX_COLLECTIVES]):
         lines.append(
             f"  {row['sent_bytes'] / 1e6:9.1f} MB sent: {row['count']:6} x {row['kind']} of "
             f"{row['bytes'] / 1e6:.2f} MB among {row['group']}"
             f"{' slices over the DCN' if row['network'] == 'DCN' else ''}, {row['part']}"
         )
     lines += [
-        f"\nby each chip in each step {report['flops_per_chip'] / 1e12:.1f} TFLOP, "
+        f"\nper chip and step {report['flops_per_chip'] / 1e12:.1f} TFLOP, "
         f"{report['hbm_traffic_bytes'] / 1e9:.0f} GB through HBM, "
         f"{report['sent_bytes'] / 1e9:.2f} GB sent"
         + (f", {report['dcn_bytes'] / 1e9:.2f} GB over the DCN" if report["slices"] > 1 else ""),
         f"a step takes {report['step_seconds_estimate']:.3f} s at best: "
         f"{report['images_per_second']:,.0f} images/s, MFU at most {report['mfu_bound']:.1%} "
-        f"({report['mfu_bound_of_compute_alone']:.1%} if compute were all)",
+        f"({report['mfu_bound_of_compute_alone']:.1%} if bound by compute alone)",
         f"{report['steps']:,} steps: {report['days']:.2f} days, {report['chip_hours']:,.0f} "
         "chip-hours",
     ]
     if report["unknown_loops"]:
-        lines.append(f"{report['unknown_loops']} loops stop by themselves and are counted once")
+        lines.append(f"{report['unknown_loops']} loops of unknown length are counted once")
     return lines

@@ -1,4 +1,4 @@
-"""How long a compiled program takes at least, from what its parts compute, move and send."""
+"""Roofline: the least time of a compiled program, from FLOPs, memory traffic and communication."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dsr_jax.planning.program_cost import Part
 METHOD = (
     "Operations, bytes and collectives are counted in the compiled program, the body of each loop "
     "as often as the loop runs, arrays in HBM with the padding of their tiles, splash's kernels by "
-    "the shapes that go in. The time of a part is the longest of these: its matrix products at "
+    "the shapes that go in. The time of a part is the longest of these: its matmuls at "
     "the chip's bfloat16 peak, its traffic with HBM at full bandwidth, its collectives one after "
     "the other around rings of the torus, and between slices, if there are several, around a ring "
     "of slices at the chip's share of its host's network; the parts follow each other. "
-    "What this leaves out: time to start collectives, vector work, products of odd shapes or in "
+    "What this leaves out: time to start collectives, vector work, matmuls of odd shapes or in "
     "float32, input."
 )
 
@@ -26,10 +26,10 @@ class PartTime:
 
     Attributes:
       part: The part.
-      compute: Of its matrix products.
-      hbm: Of its traffic with the chip's memory.
-      ici: Of its communication within a slice.
-      dcn: Of its communication with other slices.
+      compute: Time of its matmuls.
+      hbm: Time of its memory traffic.
+      ici: Time of its communication within a slice.
+      dcn: Time of its communication between slices.
     """
 
     part: Part
@@ -40,17 +40,17 @@ class PartTime:
 
     @property
     def seconds(self) -> float:
-        """The longest of them, which overlap at best."""
+        """The longest of them: at best they overlap."""
         return max(self.compute, self.hbm, self.ici, self.dcn)
 
     @property
     def bound(self) -> str:
-        """Which one that is."""
+        """Name of the longest."""
         return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
 
 
 def part_times(parts: Sequence[Part], chip: Chip) -> list[PartTime]:
-    """Times of the parts of a program on a chip."""
+    """Returns the times of a program's parts on a chip."""
     return [
         PartTime(
             part,

@@ -1,4 +1,4 @@
-"""Tries layouts of a config on a TPU slice, without the slice, and ranks them."""
+"""Sweep over layouts of a config: compiles each without the devices, and ranks them."""
 
 import itertools
 import math
@@ -12,16 +12,16 @@ from dsr_jax.parallel.topologies import Topology
 from dsr_jax.planning.programs import compile_report
 from dsr_jax.planning.report import Report
 
-_LEAST_FSDP = 4
-"""Of fewer shards, only one is worth a try."""
+_MIN_FSDP = 4
+"""Smallest FSDP size that is tried besides 1."""
 
 _REMAT = ("none", "dots", "full")
-"""From what keeps most and computes least to the opposite."""
+"""From most memory and least compute to the opposite."""
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 
 _FEW_IMAGES = 8
-"""Images of a chip below which it is worth a try to let two chips share them, and the weights."""
+"""Images per chip below which `tensor` of 2 is tried."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Trial:
     """One layout.
 
     Attributes:
-      fsdp: Chips that share a state; the rest of the slice are copies.
-      tensor: Chips that share the heads and hidden units of the same images.
-      remat: What the backward pass recomputes.
-      accumulate: Micro-batches of a step, which make the batch that a chip works on smaller.
+      fsdp: Chips that share one state; the others hold replicas.
+      remat: Rematerialization policy.
+      accumulate: Micro-batches per step.
+      tensor: Chips that share the heads and hidden units.
     """
 
     fsdp: int
@@ -41,16 +41,16 @@ class Trial:
     tensor: int = 1
 
     def dominates(self, other: "Trial") -> bool:
-        """Whether it is the other with fewer micro-batches, and so as fast or faster.
+        """Whether it is `other` with fewer micro-batches, and so at least as fast.
 
-        Of rematerialisation this cannot be said: reading what was kept takes time, too.
+        Remat policies have no such order: reading saved activations takes time, too.
         """
         return replace(other, accumulate=self.accumulate) == self and (
             self.accumulate <= other.accumulate
         )
 
     def overrides(self) -> list[str]:
-        """The layout as arguments of a command."""
+        """Returns the layout as command-line arguments."""
         return [
             "--config.mesh.data=-1",
             f"--config.mesh.fsdp={self.fsdp}",
@@ -60,7 +60,7 @@ class Trial:
         ]
 
     def apply(self, config: ConfigDict) -> ConfigDict:
-        """A copy of the config in this layout."""
+        """Returns a copy of the config with this layout."""
         changed = config.copy_and_resolve_references()
         changed.mesh.update(data=-1, fsdp=self.fsdp, tensor=self.tensor)
         changed.model.remat = self.remat
@@ -76,7 +76,7 @@ def trials(
     accumulate: Sequence[int] = (),
     tensor: Sequence[int] = (),
 ) -> Iterator[Trial]:
-    """Layouts in the order in which to try them: what costs least time first.
+    """Yields layouts in the order in which to try them, the cheapest in time first.
 
     Args:
       config: The config.
@@ -84,7 +84,7 @@ def trials(
       fsdp: Sizes to try; () for all that divide the chips and the width.
       remat: Policies to try; () for all.
       accumulate: Numbers of micro-batches to try; () for 1, 2, 4 and 8 as far as the batch goes.
-      tensor: Sizes to try; () for 1 and, where a chip has few images and the heads are even, 2.
+      tensor: Sizes to try; () for 1, and 2 if chips have few images and heads are even.
 
     Raises:
       MeshError: If the batch does not divide over the chips.
@@ -96,15 +96,15 @@ def trials(
             f"global batch {batch} does not divide over {chips} chips",
             f"use --config.data.global_batch={nearest}",
         )
-    # A state is shared within a slice, whose links are the fast ones.
+    # FSDP stays within a slice, where links are fast.
     own = chips // topology.slices
     sizes = [n for n in range(1, own + 1) if own % n == config.model.hidden_size % n == 0]
-    worthwhile = [n for n in sizes if n == 1 or n >= _LEAST_FSDP]
+    worthwhile = [n for n in sizes if n == 1 or n >= _MIN_FSDP]
     counts = [n for n in _MICRO_BATCHES if batch // chips % n == 0]
     shared = (1, 2) if batch // chips < _FEW_IMAGES and config.model.num_heads % 2 == 0 else (1,)
     choices = (fsdp or worthwhile, tensor or shared, remat or _REMAT, accumulate or counts)
     for shards, parts, policy, count in itertools.product(*choices):
-        # What the user asks for is not left out in silence: the mesh says why it is impossible.
+        # A size that the user asked for is tried in any case: the mesh's error explains it.
         if tensor or parts == 1 or own % (shards * parts) == 0:
             yield Trial(shards, policy, count, parts)
 
@@ -116,16 +116,16 @@ def sweep(
     chosen: Iterable[Trial],
     note: Callable[[str], None],
 ) -> list[Report]:
-    """Compiles each layout, and returns their reports, the fastest that fits first.
+    """Compiles each layout and returns their reports, the fastest that fits first.
 
-    What cannot be better is not compiled: where a layout fits, more micro-batches only cost time.
+    Where a layout fits, the same with more micro-batches is skipped.
 
     Args:
       config: The config.
       topology: The slice.
-      subject: See `ahead.compile_report`.
+      subject: See `programs.compile_report`.
       chosen: Layouts, from `trials`.
-      note: Shows a line to the user.
+      note: Prints a line.
     """
     reports: list[Report] = []
     fitting: list[Trial] = []
@@ -142,7 +142,7 @@ def sweep(
 
 
 def line(report: Report) -> str:
-    """One layout in one line."""
+    """Returns one layout as a line of text."""
     gib = report["hbm_bytes_per_chip"] / 2**30
     seconds = report["step_seconds_estimate"]
     speed = f"{seconds:8.3f} s, MFU {report['mfu_bound']:6.1%}" if seconds else "    does not fit"

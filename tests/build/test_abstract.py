@@ -12,7 +12,7 @@ from dsr_jax.build.abstract import abstract_batch, abstract_space, encoder_prese
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import PyTree
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RAE = ("--config.space.name=rae", "--config.eval.classifier=", "--config.data.channels=3")
 ABSENT = (
     *(*RAE, "--config.data.image_size=256", "--config.space.encoder=nowhere/siglip2-base"),

@@ -81,18 +81,27 @@ def test_other_errors_are_left_alone(message: str) -> None:
 
 def test_advice_names_a_split_that_divides_and_suffices() -> None:
     """1152 has no divisor 256."""
-    found = advice(LAYOUT, needed=20 * GIB, limit=16 * GIB)
+    found = advice(LAYOUT, 20 * GIB, 16 * GIB, temporaries=8 * GIB)
     assert "--config.mesh.fsdp=2 " in found[0] and "5.50 GiB" in found[0]
-    tight = advice(LAYOUT, needed=int(26.5 * GIB), limit=16 * GIB)
+    assert "; enough: about" in found[0]
+    tight = advice(LAYOUT, int(26.5 * GIB), 16 * GIB, temporaries=8 * GIB)
     assert "--config.mesh.fsdp=32 " in tight[0]
-    hopeless = advice(LAYOUT, needed=100 * GIB, limit=16 * GIB)
-    assert "--config.mesh.fsdp=128 " in hopeless[0]
+    hopeless = advice(LAYOUT, 100 * GIB, 16 * GIB, temporaries=80 * GIB)
+    assert "--config.mesh.fsdp=128 " in hopeless[0] and "not enough by itself" in hopeless[0]
+
+
+def test_advice_names_the_micro_batches_that_suffice() -> None:
+    (line,) = (x for x in advice(LAYOUT, 24 * GIB, 16 * GIB, 12 * GIB) if "accumulate" in x)
+    # 12 GiB stay, and 12 GiB of temporaries become 3.
+    assert "--config.optim.accumulate=4 " in line and "; enough: about 15.00 GiB" in line
+    (line,) = (x for x in advice(LAYOUT, 24 * GIB, 4 * GIB, 12 * GIB) if "accumulate" in x)
+    assert "not enough by itself" in line
 
 
 def test_advice_leaves_out_what_is_done_already() -> None:
     def words(**changes: object) -> str:
         layout = Layout(**{**vars(LAYOUT), **changes})
-        return " ".join(advice(layout, needed=20 * GIB, limit=16 * GIB))
+        return " ".join(advice(layout, 20 * GIB, 16 * GIB, temporaries=8 * GIB))
 
     assert "remat=dots" in words() and "remat=full" in words()
     assert "remat=dots" not in words(remat="dots") and "remat=full" in words(remat="dots")

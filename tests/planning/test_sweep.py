@@ -11,7 +11,7 @@ from dsr_jax.parallel.topologies import find_topology
 from dsr_jax.planning import sweep as sweeps
 from dsr_jax.planning.sweep import Trial, sweep, trials
 
-DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 V5E = find_topology("v5e:16x16")
 
 
