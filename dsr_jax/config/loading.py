@@ -20,7 +20,7 @@ from dsr_jax.config.checks import check
 from dsr_jax.config.denoisers import use_denoiser
 from dsr_jax.config.schema import base_config, leaves
 from dsr_jax.core import files
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.errors import ConfigError, DamagedFileError
 
 RENAMED: Mapping[str, str] = MappingProxyType({"eval.judge": "eval.classifier"})
 """Today's name of every key that had another: old command lines and config.json files have it."""
@@ -185,4 +185,17 @@ def load_run(workdir: str | os.PathLike[str]) -> ConfigDict:
             f"{str(workdir)!r} holds no run: {path} is missing",
             "give the --workdir that python -m dsr_jax.train was started with",
         )
-    return from_json(files.read_json(path), str(path))
+    return from_json(read_values(path), str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Reads the plain values of a run's config.json.
+
+    Raises:
+      DamagedFileError: If that is what the file does not hold.
+    """
+    remedy = "restore the file from a copy, or start again in another --workdir"
+    values = files.read_json(path, remedy)
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{path} is damaged: it holds no config", remedy)
+    return values

@@ -6,12 +6,17 @@ A `DsrError` ends a command with one screen of text and its own exit status.
 import argparse
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from dsr_jax.core.errors import DsrError, StuckSaveError
+from dsr_jax.core.lock import release_all
+
+END_SECONDS = 15.0
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -54,15 +59,32 @@ def path_argument(text: str) -> Path:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Calls `main` and exits with its status, or with that of an error the user can act on."""
+    """Calls `main` and exits with its status, or with that of an error the user can act on.
+
+    A command that failed ends within END_SECONDS, whatever its other threads wait for.
+    """
     try:
         status = main()
     except StuckSaveError as error:
         leave(error)
     except DsrError as error:
         show(error)
+        _end_within(END_SECONDS, error.exit_status)
         sys.exit(error.exit_status)
+    except Exception:
+        _end_within(END_SECONDS, 1)
+        raise
     sys.exit(status or 0)
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """Ends the process after some time, if threads that nobody can stop keep it from ending."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(status)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def show(error: BaseException) -> None:
@@ -82,4 +104,8 @@ def leave(error: BaseException) -> NoReturn:
     """
     show(error)
     sys.stdout.flush()
+    # The storage may be what hangs.
+    releasing = threading.Thread(target=release_all, daemon=True)
+    releasing.start()
+    releasing.join(2.0)
     os._exit(error.exit_status if isinstance(error, DsrError) else 1)

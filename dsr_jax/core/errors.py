@@ -37,6 +37,10 @@ class UnreadableRecord(DataError):
     """A record whose content cannot be decoded, however often it is read."""
 
 
+class DamagedFileError(DsrError, ValueError):
+    """A file of ours whose content is not what was written."""
+
+
 class CheckpointError(DsrError):
     """A checkpoint or run folder that is missing, damaged or of another model."""
 
@@ -67,6 +71,10 @@ class ProcessError(DsrError):
     """
 
     exit_status = 75
+
+
+class LockError(DsrError):
+    """A folder that another living command writes, or that cannot be written."""
 
 
 class ConversionError(DsrError):

@@ -1,18 +1,25 @@
 """The folder of a run: whether a start may use it, and what each start writes into it."""
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsr_jax.config import ConfigDict, to_json
+from dsr_jax.config.loading import read_values
 from dsr_jax.config.resume import CLASSES, check_allowed, compare_configs, is_allowed
 from dsr_jax.config.schema import leaves
 from dsr_jax.core import files
+from dsr_jax.core.cli import leave
 from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
+from dsr_jax.core.lock import FILE as LOCK
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.classes import DataDescription, compare, read_class_names
+from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
+from dsr_jax.parallel.watch import FOLDER as FAILURES
 from dsr_jax.telemetry.writers import METRICS_FILE, read_metrics
 from dsr_jax.training.save_record import SaveRecord
 from dsr_jax.training.step_folders import list_steps
@@ -40,15 +47,18 @@ def check_workdir(
     folder = Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"workdir {str(folder)!r} is a file", "name a new or empty folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
         return []
     if not (folder / "config.json").is_file():
-        content = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+        foreign = _foreign_names(folder)
+        if not foreign:
+            return []
+        content = ", ".join(foreign[:5])
         raise ConfigError(
             f"workdir {str(folder)!r} is not empty and holds no run of dsr_jax ({content}, ...)",
             "name a new or empty folder; nothing was written",
         )
-    saved = files.read_json(folder / "config.json")
+    saved = read_values(folder / "config.json")
     changes = compare_configs(saved, config)
     if not _has_saved(folder, saved):
         # Nothing rests on the old settings yet: this start begins at step 0 anyway.
@@ -68,6 +78,32 @@ def check_workdir(
             f"use another --workdir or the run's own settings; to continue all the same: {flags}",
         )
     return sorted([*changes.free.values(), *changes.ask.values()])
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock on a folder that all processes of a command write, within the block.
+
+    Raises:
+      LockError: On process 0, if another command writes there.
+    """
+    folder = Path(workdir)
+    lock = FolderLock(folder, lost=leave, log=log)
+    # A name that is no folder is for the checks of the command to refuse.
+    if is_process_zero() and (folder.is_dir() or not folder.exists()):
+        lock.acquire()
+    try:
+        wait_for_all(f"locked {folder}")
+        yield
+    finally:
+        lock.release()
+
+
+def _foreign_names(folder: Path) -> list[str]:
+    """Lists what is in a folder besides what a start leaves that was killed before config.json."""
+    ours = {path.name for path in files.leftovers(folder)} | {FAILURES}
+    names = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    return [name for name in names if not name.startswith(LOCK)]
 
 
 def _has_saved(folder: Path, saved: Mapping[str, Any]) -> bool:
@@ -120,11 +156,16 @@ def check_data(
 
 
 def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
-    """Writes config.json and appends this start to provenance.json."""
+    """Writes config.json, appends this start to provenance.json, removes killed writes' leftovers.
+
+    The caller holds the folder's lock.
+    """
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in files.leftovers(folder):
+        leftover.unlink(missing_ok=True)
     path = folder / "provenance.json"
-    starts = files.read_json(path) if path.is_file() else []
+    starts = files.read_json(path, f"remove {path}") if path.is_file() else []
     # First, since a folder without it is taken for somebody else's.
     files.write_json(folder / "config.json", to_json(config))
     files.write_json(path, [*starts, provenance()])

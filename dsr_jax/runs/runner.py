@@ -33,7 +33,7 @@ from dsr_jax.parallel.processes import (
     wait_for_all,
 )
 from dsr_jax.parallel.watch import Limits, Watch, join_watch
-from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
+from dsr_jax.runs.folder import check_data, check_workdir, lock_workdir, write_run_files
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
@@ -112,7 +112,8 @@ def run_command(
     start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
     with join_watch(workdir, _limits(config), config.failures.end_hung, lost_seconds) as watch:
         check_processes(configs.to_json(config))
-        return _run(config, workdir, args.allow_change, make_job, watch)
+        with lock_workdir(workdir):
+            return _run(config, workdir, args.allow_change, make_job, watch)
 
 
 def check_processes(config: Mapping[str, Any]) -> None:

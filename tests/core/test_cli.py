@@ -5,8 +5,15 @@ import sys
 
 import pytest
 
-from dsr_jax.core.cli import make_parser, positive_int, run_main
+from dsr_jax.core import cli
+from dsr_jax.core.cli import make_parser, path_argument, positive_int, run_main
 from dsr_jax.core.errors import ConfigError, ProcessError
+
+
+@pytest.fixture(autouse=True)
+def this_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end that a failed command sets itself must not end pytest."""
+    monkeypatch.setattr(cli, "END_SECONDS", 1e6)
 
 
 def test_user_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,20 +45,34 @@ def test_an_error_has_its_own_status() -> None:
     assert stop.value.code == 75
 
 
-def test_a_save_that_does_not_end_is_not_waited_for() -> None:
-    """Python would join the thread before it ends."""
+@pytest.mark.parametrize(
+    ("error", "status"), [("StuckSaveError", 2), ("ProcessError", 75), ("ZeroDivisionError", 1)]
+)
+def test_a_failed_command_ends_whatever_its_threads_wait_for(error: str, status: int) -> None:
+    """Python would join the thread, and the executor's, before it ends."""
     code = (
-        "import threading\n"
-        "from dsr_jax.core.cli import run_main\n"
-        "from dsr_jax.core.errors import StuckSaveError\n"
+        "import concurrent.futures, threading\n"
+        "from dsr_jax.core import cli\n"
+        "from dsr_jax.core.errors import *\n"
+        "cli.END_SECONDS = 0.2\n"
         "def main():\n"
         "    threading.Thread(target=threading.Event().wait).start()\n"
-        "    raise StuckSaveError('saving step 4 has not ended', 'look at the storage')\n"
-        "run_main(main)\n"
+        "    concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)\n"
+        f"    raise {error}('saving step 4 has not ended')\n"
+        "cli.run_main(main)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "StuckSaveError: saving step 4 has not ended\n  -> look at" in done.stderr
+    assert done.returncode == status
+    assert f"{error}: saving step 4 has not ended" in done.stderr
+
+
+def test_paths_may_begin_with_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it alone behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    parser = make_parser(None)
+    parser.add_argument("--workdir", type=path_argument)
+    assert str(parser.parse_args(["--workdir=~/runs/a"]).workdir) == "/home/somebody/runs/a"
+    assert str(parser.parse_args(["--workdir=runs/~a"]).workdir) == "runs/~a"
 
 
 def test_help_names_defaults_and_keeps_the_description() -> None:

@@ -6,9 +6,15 @@ import pytest
 
 from dsr_jax import config as configs
 from dsr_jax.core import files
-from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
+from dsr_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedFileError,
+    DataError,
+    LockError,
+)
 from dsr_jax.data import classes
-from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
+from dsr_jax.runs.folder import check_data, check_workdir, lock_workdir, write_run_files
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -113,3 +119,29 @@ def test_checkpoints_that_are_gone_are_missed(run: Path) -> None:
         check_workdir(config, run)
     metrics.unlink()
     assert check_workdir(config, run) == []
+
+
+def test_leftovers_of_a_killed_start_are_no_foreign_files(tmp_path: Path) -> None:
+    config = configs.load(DIGITS)
+    (tmp_path / ".config.json.ab12cd_9.tmp").write_text("{")
+    (tmp_path / ".lock.json").write_text("")
+    (tmp_path / "failures").mkdir()
+    assert check_workdir(config, tmp_path) == []
+    write_run_files(config, tmp_path)
+    assert not list(files.leftovers(tmp_path))
+    assert check_workdir(config, tmp_path) == []
+
+
+def test_one_command_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    with lock_workdir(tmp_path / "run"):
+        with pytest.raises(LockError, match="is in use by process"), lock_workdir(tmp_path / "run"):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7"])
+def test_a_damaged_config_is_named(run: Path, text: str) -> None:
+    (run / "config.json").write_text(text)
+    for read in (lambda: changed(run, "seed=1"), lambda: configs.load_run(run)):
+        with pytest.raises(DamagedFileError, match="config.json is damaged: .*\n.*from a copy"):
+            read()
