@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.convert.files import save_converted
 from dsr_jax.core.cli import run_main
+from dsr_jax.core.rng import root_key
 from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.registers.neurons import save_neurons
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = NormalisedImages(source, CONFIG.pixel_mean, CONFIG.pixel_std)
     pixels = np.stack([images[i] for i in range(len(images))])
     model = ViT(CONFIG)
-    boxed = model.init(jax.random.key(args.seed), jnp.asarray(pixels[:1]))
+    boxed = model.init(root_key(args.seed), jnp.asarray(pixels[:1]))
     planted = plant_register_neurons(model, nn.unbox(boxed)["params"], pixels, NEURONS)
     record = {"family": "siglip2", "model": dataclasses.asdict(CONFIG), "source": "planted"}
     save_converted(args.out, planted.params, record)

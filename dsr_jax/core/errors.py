@@ -29,6 +29,10 @@ class MeshError(DsrError):
     """Devices, mesh axes, logical axes or batch that do not fit each other."""
 
 
+class ClusterError(DsrError):
+    """A process that belongs to a job of several and cannot find or join the others."""
+
+
 class DataError(DsrError):
     """A data set, image file or batch that cannot be read as asked."""
 

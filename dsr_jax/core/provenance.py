@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from dsr_jax.core.rng import generator
+
 _PACKAGES = (
     "dsr_jax",
     "jax",
@@ -99,4 +101,5 @@ def provenance() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
+        "random_generator": generator(),
     }

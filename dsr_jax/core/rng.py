@@ -13,6 +13,30 @@ import jax.numpy as jnp
 
 from dsr_jax.core.typing import Array
 
+GENERATOR = "threefry2x32"
+"""JAX's generator, whose bits are the same on every backend and mesh."""
+
+
+def pin_generator() -> None:
+    """Makes JAX's random numbers those of GENERATOR, whatever the environment asks for.
+
+    `JAX_DEFAULT_PRNG_IMPL` or `JAX_THREEFRY_PARTITIONABLE` would otherwise change the weights,
+    noise and times of a run in silence.
+    """
+    jax.config.update("jax_default_prng_impl", GENERATOR)
+    jax.config.update("jax_threefry_partitionable", True)
+
+
+def generator() -> str:
+    """Returns what random numbers are made with, as provenance records it."""
+    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    return f"{GENERATOR}, {'partitionable' if partitionable else 'not partitionable'}"
+
+
+def root_key(seed: int) -> Array:
+    """Returns the key of a seed, of GENERATOR whatever JAX's default is."""
+    return jax.random.key(seed, impl=GENERATOR)
+
 
 def stream_key(seed: int, stream: str, step: int | Array | None = None) -> Array:
     """Returns the key of one named stream, at one step if given.
@@ -23,7 +47,7 @@ def stream_key(seed: int, stream: str, step: int | Array | None = None) -> Array
         (`hash(str)` is not).
       step: Training step or sampler step, may be traced.
     """
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+    key = jax.random.fold_in(root_key(seed), zlib.crc32(stream.encode()))
     return key if step is None else jax.random.fold_in(key, step)
 
 

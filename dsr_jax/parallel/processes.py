@@ -5,66 +5,99 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dsr_jax.core.errors import MeshError
+from dsr_jax.core.errors import ClusterError
 from dsr_jax.core.memory import keep_freed_memory
+from dsr_jax.core.rng import pin_generator
+from dsr_jax.parallel import clusters
 
 HEARTBEAT_SECONDS = 100
 """Silence after which JAX itself ends all processes; its own default."""
 
+_BY_HAND = ("DSR_COORDINATOR", "DSR_NUM_PROCESSES", "DSR_PROCESS_ID")
+
 
 def start_processes(heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
-    """Joins the other processes of the run, if there are any. Call it before any JAX computation.
+    """Joins the other processes of the job, if there are any. Call it before any JAX computation.
 
-    Where computation is on the CPU, it also sets the allocator for it.
+    JAX's own detection decides whether there are others (`parallel.clusters`). A launcher that it
+    does not find sets `DSR_COORDINATOR` (host:port), `DSR_NUM_PROCESSES` and `DSR_PROCESS_ID`;
+    `DSR_NUM_PROCESSES=1` alone runs this process on its own whatever else is set.
 
-    A launcher that JAX cannot detect sets `DSR_COORDINATOR` (host:port), `DSR_NUM_PROCESSES` and
-    `DSR_PROCESS_ID`; on Cloud TPU pods and under SLURM JAX finds them itself.
+    It also pins the random generator and, where computation is on the CPU, sets the allocator.
 
     Args:
       heartbeat_seconds: Silence of one process after which JAX's runtime aborts all of them.
 
     Raises:
-      MeshError: If only some of the three variables are set, or one is not a number.
+      ClusterError: If the environment says that this is one of several processes and it cannot
+        join them, naming the variables.
     """
+    pin_generator()
     if jax.distributed.is_initialized():
         return
-    names = ("DSR_COORDINATOR", "DSR_NUM_PROCESSES", "DSR_PROCESS_ID")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if given:
-        if len(given) < len(names):
-            raise MeshError(
-                f"{sorted(given)} set but not {sorted(set(names) - set(given))}",
-                "set all three of DSR_COORDINATOR, DSR_NUM_PROCESSES, DSR_PROCESS_ID, or none",
-            )
-        try:
-            count, rank = int(given[names[1]]), int(given[names[2]])
-        except ValueError as error:
-            raise MeshError(f"process variables are not numbers: {given}") from error
-        jax.distributed.initialize(
-            given[names[0]],
-            num_processes=count,
-            process_id=rank,
-            heartbeat_timeout_seconds=heartbeat_seconds,
-        )
-    elif _in_cluster():
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    given = {name: os.environ[name] for name in _BY_HAND if name in os.environ}
+    if given == {"DSR_NUM_PROCESSES": "1"}:
+        pass
+    elif given:
+        _join_by_hand(given, heartbeat_seconds)
+    else:
+        _join_detected(heartbeat_seconds)
     if jax.distributed.is_initialized():
         _delay_aborts()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
 
 
-def _in_cluster() -> bool:
-    """True where the environment says that several processes belong together."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    return len(hosts) > 1 or tasks not in ("", "1") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+def _join_by_hand(given: Mapping[str, str], heartbeat_seconds: int) -> None:
+    """Joins the processes that the three variables name."""
+    if missing := [name for name in _BY_HAND if name not in given]:
+        raise ClusterError(
+            f"{sorted(given)} set but not {missing}",
+            f"set all three of {', '.join(_BY_HAND)}, or none",
+        )
+    address, *numbers = (given[name] for name in _BY_HAND)
+    if not all(text.isdecimal() for text in numbers):
+        raise ClusterError(f"process variables are not numbers: {given}")
+    count, rank = map(int, numbers)
+    if rank >= count:
+        raise ClusterError(
+            f"DSR_PROCESS_ID={rank} with DSR_NUM_PROCESSES={count}", "number processes from 0"
+        )
+    jax.distributed.initialize(
+        address,
+        num_processes=count,
+        process_id=rank,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+
+
+def _join_detected(heartbeat_seconds: int) -> None:
+    """Joins the processes that JAX detects; MPI libraries that it does not, through mpi4py."""
+    cluster = clusters.detect_cluster()
+    method = None
+    if cluster is not None:
+        clusters.check_size(cluster)
+        if cluster.num_processes == 1:
+            return
+        name = cluster.name
+    elif (library := clusters.mpi_library()) and clusters.can_ask_mpi():
+        name, method = library, "mpi4py"
+    else:
+        clusters.check_alone()
+        return
+    try:
+        jax.distributed.initialize(
+            cluster_detection_method=method, heartbeat_timeout_seconds=heartbeat_seconds
+        )
+    except Exception as error:  # Detection, name resolution and the connection raise all kinds.
+        raise clusters.join_error(name, error) from error
 
 
 def coordination_client() -> Any:

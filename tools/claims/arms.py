@@ -10,6 +10,7 @@ import numpy as np
 from dsr_jax import build, sample, train
 from dsr_jax import config as configs
 from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.rng import root_key
 from dsr_jax.core.typing import Array
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.classifier import classifier_scores
@@ -123,7 +124,7 @@ def denoiser_outliers(folder: Path) -> list[float]:
     images, labels = read_all(build.make_source(config, "heldout"))
     images, labels = images[:PROBE_IMAGES], labels[:PROBE_IMAGES]
     latents = space.encode(variables, jnp.asarray(images, jnp.float32) / 255)
-    noise = jax.random.normal(jax.random.key(0), latents.shape)
+    noise = jax.random.normal(root_key(0), latents.shape)
     norms = block_norms(model, params, (latents + noise) / 2, labels)
     return [split_norms(np.asarray(each)).share for each in norms]
 
