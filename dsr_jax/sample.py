@@ -4,6 +4,11 @@ Settings are those of the run's config unless the command line says otherwise, b
 below or any `--config.KEY=VALUE`. They alone decide which image belongs to an index: the same
 command finishes a job that was killed, also with another --batch or number of devices. The result
 is an .npz (arr_0: uint8 images, labels) with a .json beside it that holds all that made it.
+
+Official checkpoints need no run and no encoder, and are converted on the way:
+
+    python -m dsr_jax.sample --converted=ep-0000080.pt --decoder=model.pt --statistics=stat.pt \\
+        --encoder=siglip2-base --num-samples=16 --grid
 """
 
 import argparse
@@ -20,6 +25,13 @@ from dsr_jax.data.classes import DataDescription, read_class_names, trained_labe
 from dsr_jax.diffusion.samplers import SAMPLERS
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel.processes import is_process_zero, log, start_processes
+from dsr_jax.runs.official_sources import (
+    config_of_converted,
+    convert_cached,
+    default_cache,
+    family_of_source,
+    is_converted,
+)
 from dsr_jax.runs.sampled_classes import classes_to_sample, parse_classes
 from dsr_jax.runs.sampling import save_samples
 from dsr_jax.sampling import labels as tables
@@ -32,11 +44,13 @@ OWN = "default: the config's"
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args, overrides = _parser().parse_known_args(argv)
+    start_processes()
+    if args.converted:
+        convert_sources(args)
     folder = Path(args.workdir or args.converted).expanduser()
     config = load_config(args, overrides)
     data = None if args.converted else read_class_names(folder)
     labels = make_labels(args, config, data)
-    start_processes()
     build.set_precision(config)
     if data is not None:
         _warn_of_untrained(labels, config.data.num_classes, data)
@@ -62,15 +76,23 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     Raises:
       ConfigError: If there is no run, or arguments, keys or values cannot be.
     """
+    files = {key: getattr(args, key) for key in ("encoder", "decoder", "statistics", "vae")}
     if args.converted:
-        if args.ema or args.checkpoint_step is not None or not args.config:
+        if args.ema or args.checkpoint_step is not None:
             raise ConfigError(
-                "--converted needs --config and goes without --ema and --checkpoint-step",
-                "name the config of the same sizes; converted weights are a single set",
+                "--converted goes without --ema and --checkpoint-step",
+                "leave them out: converted weights are a single set",
             )
-        config = configs.load_file(args.config)
-    elif args.config:
-        raise ConfigError("--config goes with --converted", "a run has its own config")
+        if args.config:
+            config = configs.load_file(args.config)
+            config.space.update({key: value for key, value in files.items() if value})
+        else:
+            config = config_of_converted(Path(args.converted), **files)
+    elif args.config or any(files.values()):
+        raise ConfigError(
+            "--config, --encoder, --decoder, --statistics and --vae go with --converted",
+            "a run has its own: change single keys with --config.KEY=VALUE",
+        )
     else:
         config = configs.load_run(Path(args.workdir).expanduser())
         # The mesh is this machine's, not the one that trained.
@@ -84,6 +106,26 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     configs.apply_overrides(config, [*shortcuts, *overrides])
     configs.check(config)
     return config
+
+
+def convert_sources(args: argparse.Namespace) -> None:
+    """Replaces official sources on the command line by folders of their conversions, in place.
+
+    Raises:
+      ConversionError: If a source is missing, damaged or of another kind.
+    """
+    cache = Path(args.cache).expanduser() if args.cache else default_cache()
+    if not is_converted(args.converted):
+        args.out = args.out or "samples"
+    family = family_of_source(args.converted)
+    kinds = (
+        ("converted", family, args.options),
+        ("decoder", "decoder", args.decoder_options),
+        ("vae", "sdvae", ""),
+    )
+    for key, kind, options in kinds:
+        if source := getattr(args, key):
+            setattr(args, key, str(convert_cached(source, kind, options, cache)))
 
 
 def make_labels(
@@ -124,8 +166,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--workdir", help="the run's folder")
-    weights.add_argument("--converted", help="folder that python -m dsr_jax.convert wrote")
-    add("--config", help="with --converted: config file of the same sizes")
+    weights.add_argument(
+        "--converted", help="folder that python -m dsr_jax.convert wrote, or an official checkpoint"
+    )
+    official = parser.add_argument_group("with --converted")
+    more = official.add_argument
+    more("--encoder", default="", help="whose latents these are: dinov2-base, ..., or a folder")
+    more("--decoder", default="", help="RAE's decoder: official file or converted folder")
+    more("--statistics", default="", help="RAE's: stat.pt or ours; none without normalization")
+    more("--vae", default="", help="SiT's autoencoder: snapshot, file or converted folder")
+    more("--config", help="config file of the same sizes; default: the family's recipe")
+    more(
+        "--options", default="", help="of python -m dsr_jax.convert, as --options='--num-heads 12'"
+    )
+    more("--decoder-options", default="", help="the same for the decoder")
+    more("--cache", help="folder of conversions; default: $DSR_CACHE, or ~/.cache/dsr_jax")
     add("--checkpoint-step", type=int, help="which checkpoint; default: the newest")
     add("--ema", help=f"decay of the EMA weights, or none for the weights themselves; {OWN}")
     add("--num-samples", dest="num", help=f"how many images; {OWN}")
@@ -151,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
         const="True",
         help="also the classes that training had no images of; default: the others alone",
     )
-    add("--out", help="folder of the files; default: samples/ in the run's")
+    add(
+        "--out",
+        help="folder of the files; default: samples/ beside the weights, or here for a checkpoint",
+    )
     add("--name", help="their name; default: made from the settings")
     add("--grid", action="store_true", help=f"also a .png of the first {GRID_IMAGES} images")
     return parser

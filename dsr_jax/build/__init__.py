@@ -7,6 +7,7 @@ from dsr_jax.build.decoder import make_decoder_parts as make_decoder_parts
 from dsr_jax.build.decoder import make_decoder_state as make_decoder_state
 from dsr_jax.build.decoder import make_loss_settings as make_loss_settings
 from dsr_jax.build.decoder import make_reconstruct as make_reconstruct
+from dsr_jax.build.decoding import make_decoding_space as make_decoding_space
 from dsr_jax.build.denoiser import make_model as make_model
 from dsr_jax.build.denoiser import restore_converted as restore_converted
 from dsr_jax.build.denoiser import start_from as start_from

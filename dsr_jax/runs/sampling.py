@@ -42,7 +42,7 @@ def save_samples(
     """
     section = config.sample
     mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
-    space, variables = build.make_space(config, mesh)
+    space, variables = build.make_decoding_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
     sampler = build.make_sampler(config, model, space, mesh, rules)
     sample = announce_first_call(sampler, "the sampler")
