@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, DsrError
 from dsr_jax.core.files import read_json, write_json
 from dsr_jax.data.base import Source
 
@@ -75,7 +75,7 @@ def read_class_names(folder: str | os.PathLike[str]) -> DataDescription | None:
         return None
     try:
         found = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, DsrError) as error:
         raise DataError(f"{path} cannot be read: {error}", _REMEDY) from error
     if not is_description(found):
         raise DataError(f"{path} does not hold names, counts and a fingerprint", _REMEDY)

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, DsrError
 from dsr_jax.core.files import read_json, write_json
 from dsr_jax.core.images import MAX_PIXELS
 from dsr_jax.data.base import Record
@@ -104,7 +104,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     try:
         manifest = read_json(path)
         problem = _problem_of(manifest)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, DsrError) as error:
         problem = str(error)
     if problem:
         raise DataError(f"{path} is damaged: {problem}", "delete the folder and cache again")

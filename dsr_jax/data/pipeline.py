@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.workers import end_with_parent
 from dsr_jax.data.base import Record, Source, check_label
 
 HostBatch = dict[str, np.ndarray]
@@ -140,7 +141,7 @@ def _in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return dataset.mp_prefetch(options)
+    return dataset.mp_prefetch(options, worker_init_fn=end_with_parent)
 
 
 def _check_rows(rows: Sequence[int] | np.ndarray | None, batch: int) -> np.ndarray:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, DsrError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.images import to_array, to_mode
 from dsr_jax.data.base import Record, SourceOptions
@@ -151,7 +153,15 @@ def read_packed_classes(path: Path) -> tuple[list[str], list[int], list[str]] | 
             totals = []
         if totals and len(totals) != len(names):
             raise ValueError("its counts do not fit its class names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        DsrError,
+    ) as error:
         raise DataError(
             f"{path} is damaged: {error!r}", "pack the images again, into an empty folder"
         ) from error
@@ -174,16 +184,39 @@ def write_array_records(path: Path, images: Iterable[tuple[bytes, int]]) -> None
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> None:
-    """Writes one ArrayRecord file, which appears under its name only when it is whole."""
+    """Writes one ArrayRecord file, which appears under its name only when it is whole and on disk.
+
+    The temporary file has a name of its own, so that two writers do not mix.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    part = path.with_name(f"{path.name}.part")
-    # One record per compressed group: random access reads nothing that it does not need.
-    writer = ArrayRecordWriter(str(part), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    part.rename(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        # One record per compressed group: random access reads nothing that it does not need.
+        writer = ArrayRecordWriter(temporary, "group_size:1")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+        os.fsync(handle)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names of a folder's files survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def count_records(path: Path) -> int:

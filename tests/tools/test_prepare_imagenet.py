@@ -1,7 +1,11 @@
 """Shards made from archives and folders: content, resumption, verification, damage."""
 
+import contextlib
 import io
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,9 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import DataError
-from dsr_jax.core.files import read_json
+from dsr_jax.core.files import read_json, write_json
+from dsr_jax.data import classes
+from dsr_jax.data.images import decode_image
 from dsr_jax.data.sources import make_source
 from tools import prepare_imagenet
 
@@ -111,6 +117,9 @@ def test_packing_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     second.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DataError, match=f"{second.name} is damaged"):
         prepare_imagenet.main(["--verify", str(out)])
+    pack(folder, out)
+    assert second.read_bytes() == content and first.stat().st_mtime_ns == kept
+    assert sorted(path.name for path in out.iterdir()) == [first.name, second.name, "train.json"]
     with pytest.raises(DataError, match="other settings.*format: png -> jpeg"):
         pack(folder, out, "--format=jpeg")
 
@@ -131,3 +140,84 @@ def test_an_archive_that_is_cut_off_is_named(train_tar: Path, tmp_path: Path) ->
     train_tar.write_bytes(train_tar.read_bytes()[:700])
     with pytest.raises(DataError, match="train.tar"):
         pack(train_tar, tmp_path / "packed")
+
+
+def test_classes_and_counts_are_those_of_the_images(folder: Path, tmp_path: Path) -> None:
+    (folder / "n02" / "n02_1.JPEG").unlink()
+    pack(folder, tmp_path / "a")
+    options = {"root": str(tmp_path / "a"), "image_size": 16, "channels": 3, "num_classes": 10}
+    source = make_source("arrayrecord", **options)
+    found = classes.describe(source)
+    assert (found["names"], found["counts"]) == (list(CLASSES), [3, 2, 3])
+    assert "7 rows stay untrained (3-9)" in classes.warnings_of(found, 10)[0]
+    # The record of an older version has no counts; its shards are kept, and the classes known.
+    path = tmp_path / "a" / "train.json"
+    record = read_json(path)
+    for shard in record["shards"].values():
+        del shard["class_counts"]
+    del record["recipe"]["class_map"]
+    write_json(path, record)
+    pack(folder, tmp_path / "a")
+    old = classes.describe(make_source("arrayrecord", **options))
+    assert (old["names"], old["counts"]) == (list(CLASSES), [])
+    assert classes.trained_labels(old, 10) == [0, 1, 2]
+    with pytest.raises(DataError, match="3 classes, the label table 2"):
+        make_source("arrayrecord", **{**options, "num_classes": 2})
+
+
+def test_a_class_map_sets_the_labels(folder: Path, train_tar: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("n03\nn01\nn02\n")
+    for source in (folder, train_tar):
+        out = tmp_path / f"packed_{source.name}"
+        pack(source, out, f"--class-map={tmp_path / 'names.txt'}")
+        packed = make_source("arrayrecord", root=str(out), image_size=16, channels=3)
+        assert packed.class_names == ["n03", "n01", "n02"]
+        want = decode_image(FILES["n03"]["n03_0.JPEG"], "", 16, 3)
+        first = next(record for record in map(packed.__getitem__, range(9)) if record["label"] == 0)
+        np.testing.assert_array_equal(first["image"], want)
+        with pytest.raises(DataError, match="class_map: .*names.txt -> "):
+            pack(source, out)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"shards": {"a": 3}}', b"[" * 10**5])
+def test_a_damaged_record_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.json").write_bytes(content)
+    for words in (["--verify", str(tmp_path)], [str(folder), str(tmp_path), "--workers=1"]):
+        with pytest.raises(DataError, match="train.json is damaged.*"):
+            prepare_imagenet.main(words)
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_worker_and_is_continued(folder: Path, tmp_path: Path) -> None:
+    content = image_file(0, (400, 400))
+    for number in range(60):
+        (folder / "n01" / f"large_{number}.JPEG").write_bytes(content)
+    words = [str(folder), str(tmp_path / "a"), "--shards=12", "--workers=2"]
+    command = subprocess.Popen([sys.executable, prepare_imagenet.__file__, *words])
+    while not list((tmp_path / "a").glob("*.array_record")):
+        assert command.poll() is None
+        time.sleep(0.01)
+    workers = [pid for pid, parent in running().items() if parent == command.pid]
+    command.kill()
+    command.wait()
+    assert workers
+    deadline = time.monotonic() + 20
+    while set(workers) & set(running()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(workers) & set(running())
+    prepare_imagenet.main(words)
+    prepare_imagenet.main(["--verify", str(tmp_path / "a")])
+    prepare_imagenet.main([str(folder), str(tmp_path / "b"), *words[2:]])
+    for path in (tmp_path / "b").glob("*.array_record"):
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
+
+
+def running() -> dict[int, int]:
+    """Parent by process, without zombies."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
