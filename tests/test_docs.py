@@ -55,7 +55,8 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(command: str, own_modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(own_modules)
     words = shlex.split(command)[1:]
     if words[0] == "-m":
         assert words[1].startswith("dsr_jax"), command
@@ -93,7 +94,9 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         module.main(arguments)
     config = getattr(found[0], "config", None)
     if config and config != OWN:
-        assert configs.load(str(ROOT / config), overrides)
+        name, colon, argument = config.partition(":")
+        path = next(folder / name for folder in (ROOT, own_modules) if (folder / name).exists())
+        assert configs.load(f"{path}{colon}{argument}", overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

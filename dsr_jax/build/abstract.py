@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsr_jax.build.decoder import DecoderParts, make_decoder_parts
 from dsr_jax.build.experiment import make_space
+from dsr_jax.build.rae import place_networks
 from dsr_jax.build.vae import vae_space
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import ConfigError
@@ -48,6 +49,8 @@ def abstract_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputS
     variables: PyTree
     if config.space.name == "rae":
         space, variables = _abstract_rae(config)
+        if mesh is not None:
+            space = place_networks(space, config, mesh)
     elif config.space.name == "vae" and not Path(config.space.vae).is_dir():
         _say_absent(config, "vae", "the released sizes")
         vae = vae_space(config, VAEConfig())

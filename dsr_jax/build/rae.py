@@ -1,5 +1,6 @@
 """From `config.space` to the representation autoencoder that it names, with its frozen arrays."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dsr_jax.build.frozen import open_decoder, open_vit
+from dsr_jax.build.frozen import open_decoder, open_encoder
 from dsr_jax.config import ConfigDict
-from dsr_jax.convert.hub import load_encoder
 from dsr_jax.convert.statistics import load_statistics
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import file_digest
 from dsr_jax.core.typing import PyTree
 from dsr_jax.data.latents import read_manifest
 from dsr_jax.models.decoder import ViTDecoder
+from dsr_jax.models.encoder import Encoder, neurons_shape
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.precision import Precision
-from dsr_jax.models.variants import RANDOM_ENCODERS
-from dsr_jax.models.vit import ViT, ViTConfig
+from dsr_jax.parallel.axes import Constrain, make_rules
 from dsr_jax.parallel.shardings import replicated
 from dsr_jax.registers.neurons import load_neurons, neurons_to_mask
 from dsr_jax.spaces import RAE
@@ -44,17 +44,17 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
     """
     check_images(config, "encoder", "python -m dsr_jax.convert wrote of an encoder")
     section, precision = config.space, Precision(config.precision.compute)
-    sizes, encoder = open_vit(
-        "config.space.encoder", section.encoder, RANDOM_ENCODERS, load_encoder, config.seed
+    encoder, encoder_params = open_encoder(
+        "config.space.encoder", section.encoder, config.seed, precision
     )
-    image_size = section.image_size or PATCHES * sizes.patch_size
+    image_size = section.image_size or PATCHES * encoder.patch_size
     decoder = decoder_params = None
     if section.decoder:
         decoder_sizes, decoder_params = open_decoder(
             "config.space.decoder",
             section.decoder,
-            sizes.hidden_size,
-            image_size // sizes.patch_size,
+            encoder.hidden_size,
+            image_size // encoder.patch_size,
             config.data.image_size,
             config.seed,
         )
@@ -62,7 +62,7 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
     if config.data.latents:
         _check_latents(config)
     space = RAE(
-        ViT(sizes, precision=precision),
+        encoder,
         decoder,
         image_size=image_size,
         noise_tau=section.noise_tau,
@@ -72,14 +72,32 @@ def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]
         eps=section.eps,
         cached=bool(config.data.latents),
     )
-    registers = make_intervention(config, sizes) if section.neurons else None
+    registers = make_intervention(config, encoder) if section.neurons else None
     variables = space.make_variables(
-        None if space.cached else encoder,
+        None if space.cached else encoder_params,
         decoder_params,
         load_statistics(section.statistics) if section.statistics else None,
         None if space.cached else registers,
     )
-    return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
+    if mesh is None:
+        return space, variables
+    return place_networks(space, config, mesh), jax.device_put(variables, replicated(mesh))
+
+
+def place_networks(space: RAE, config: ConfigDict, mesh: Mesh) -> RAE:
+    """Returns the space with networks that split their activations over the mesh by samples.
+
+    Parameters are replicated, so no other dimension is split. TPUs choose their attention kernel
+    by the mesh (`models.kernels.attend`).
+    """
+    batch = dict(make_rules(config.sharding.rules, config.sharding.overrides))["act_batch"]
+    constrain = Constrain(make_rules("replicated", [("act_batch", batch)]), mesh)
+
+    def place(network: Any) -> Any:
+        fields = getattr(network, "__dataclass_fields__", {})
+        return network.clone(constrain=constrain) if "constrain" in fields else network
+
+    return dataclasses.replace(space, encoder=place(space.encoder), decoder=place(space.decoder))
 
 
 def check_images(config: ConfigDict, key: str, origin: str) -> None:
@@ -115,17 +133,24 @@ def check_images(config: ConfigDict, key: str, origin: str) -> None:
             raise ConfigError(problem, remedy)
 
 
-def make_intervention(config: ConfigDict, encoder: ViTConfig) -> Intervention:
-    """The test-time registers that `config.space` describes.
+def make_intervention(config: ConfigDict, encoder: Encoder) -> Intervention:
+    """Returns the test-time registers that `config.space` describes.
 
     Raises:
       DataError: If the file of neurons cannot be read.
-      ConfigError: If it is of another encoder, or a setting cannot be.
+      ConfigError: If it is of another encoder, a setting is invalid, or the encoder does not
+        support test-time registers.
     """
-    section = config.space
+    section, shape = config.space, neurons_shape(encoder)
+    if shape is None:
+        raise ConfigError(
+            f"config.space.neurons={section.neurons!r}, but {type(encoder).__name__} does not "
+            "support test-time registers",
+            "leave it empty, or define neurons_shape and apply the intervention in the encoder",
+        )
     scale = section.register_scale
     return Intervention(
-        mask=neurons_to_mask(load_neurons(section.neurons), encoder.depth, encoder.mlp_dim),
+        mask=neurons_to_mask(load_neurons(section.neurons), *shape),
         num_registers=section.num_registers,
         scale=scale[0] if len(scale) == 1 else scale,
         normal_values=section.normal_values,

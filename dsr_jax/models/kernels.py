@@ -106,7 +106,20 @@ def _attend_cudnn(q: Array, k: Array, v: Array, segments: Segments | None) -> Ar
 
 
 _FUSED_CHANNELS = 128
-"""Channels of a head that cudnn takes on all GPUs, and a TPU's lanes; the VAE's head has 512."""
+"""Largest head size that cuDNN supports on all GPUs, and a TPU's lanes; the VAE's head has 512."""
+
+_CUDNN_MULTIPLE = 8
+"""cuDNN supports head sizes that are a multiple of this.
+
+Source: jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention.
+"""
+
+
+def _fits_cudnn(q: Array) -> bool:
+    """Whether cuDNN supports these queries' dtype and head size on every GPU."""
+    size = q.shape[-1]
+    return q.dtype == jnp.bfloat16 and size <= _FUSED_CHANNELS and size % _CUDNN_MULTIPLE == 0
+
 
 _KERNELS: dict[str, Callable[[Array, Array, Array, Segments | None], Array]] = {
     "einsum": _attend_einsum,
@@ -145,6 +158,9 @@ def target_platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+_HALF = (jnp.bfloat16, jnp.float16)
+
+
 def _choose(q: Array, constrain: Constrain | None) -> str:
     platform = target_platform()
     if platform == "cpu":
@@ -152,7 +168,7 @@ def _choose(q: Array, constrain: Constrain | None) -> str:
     if q.dtype != jnp.bfloat16 or q.shape[-1] > _FUSED_CHANNELS:
         return "xla"
     if platform == "gpu":
-        return "cudnn"
+        return "cudnn" if _fits_cudnn(q) else "xla"
     # Without a mesh it cannot be told whether samples lie on several devices.
     placed = constrain is not None and constrain.mesh is not None
     return "splash" if platform == "tpu" and placed else "xla"
@@ -175,8 +191,9 @@ def attend(
       v: Values [B, M, H, K].
       kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), "splash" (for TPUs; interpreted, and
         slow, elsewhere), or "auto": by `target_platform`, einsum on a CPU and, for bfloat16 and
-        heads of at most 128 channels, cudnn on a GPU and splash on a TPU, where `constrain` has a
-        mesh; xla elsewhere. docs/performance.md has the comparison.
+        heads of at most 128 channels, cudnn on a GPU (if the head size is a multiple of 8) and
+        splash on a TPU, where `constrain` has a mesh; xla elsewhere. docs/performance.md has the
+        comparison.
       segments: Who attends to whom; None for everyone to everyone.
       constrain: Layout of activations, by which splash runs on each device's own samples and
         heads; None where there is one device.
@@ -185,7 +202,7 @@ def attend(
       [B, L, H, K] in the dtype of `q`.
 
     Raises:
-      ConfigError: If the kernel's name is unknown.
+      ConfigError: If the kernel's name is unknown, or cudnn does not support the heads.
     """
     if kernel == "auto":
         kernel = _choose(q, constrain)
@@ -195,5 +212,11 @@ def attend(
         raise ConfigError(
             f"config.model.attention={kernel!r}",
             f"choose from auto, {', '.join(_KERNELS)}, splash",
+        )
+    if kernel == "cudnn" and (q.dtype not in _HALF or q.shape[-1] % _CUDNN_MULTIPLE):
+        raise ConfigError(
+            f"config.model.attention='cudnn' for {q.dtype} heads of {q.shape[-1]} channels: cuDNN "
+            f"supports bfloat16 and float16, and multiples of {_CUDNN_MULTIPLE}",
+            "use config.model.attention=auto",
         )
     return _KERNELS[kernel](q, k, v, segments)

@@ -5,7 +5,6 @@ Source: DSR and RAE stage1/encoders, transformers' modeling files; spec encoder 
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +15,7 @@ from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope
 from dsr_jax.models.blocks import make_stack
 from dsr_jax.models.embeddings import patchify
+from dsr_jax.models.encoder import EncoderOutput as EncoderOutput
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import (
@@ -124,21 +124,6 @@ def resample_positions(config: ViTConfig, table: Array, rows: int, columns: int)
     grid = table[:, front:].reshape(native, native, width)
     grid = resample(grid, rows, columns, config.position_resampling)
     return jnp.concatenate([table[:, :front], grid.reshape(1, rows * columns, width)], axis=1)
-
-
-class EncoderOutput(NamedTuple):
-    """Patch tokens, row-major, in float32, and the class token where it is an output.
-
-    Attributes:
-      tokens: After the final norm, which has no scale or bias [B, T, D]; each has norm sqrt(D).
-      pre_norm: Before it [B, T, D].
-      class_token: The class token behind the final norm with its affine [B, D]; None unless the
-        config asks for it.
-    """
-
-    tokens: Array
-    pre_norm: Array
-    class_token: Array | None = None
 
 
 class ViTBlock(nn.Module):
@@ -291,6 +276,36 @@ class ViT(nn.Module):
     attention: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a patch."""
+        return self.config.patch_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token."""
+        return self.config.hidden_size
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Mean of each channel that images are normalized by."""
+        return self.config.pixel_mean
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel that images are normalized by."""
+        return self.config.pixel_std
+
+    @property
+    def neurons_shape(self) -> tuple[int, int]:
+        """Blocks, and hidden MLP units per block, that test-time registers act on."""
+        return self.config.depth, self.config.mlp_dim
+
+    @property
+    def trained_registers(self) -> int:
+        """Registers that the encoder was trained with."""
+        return self.config.num_registers
 
     @nn.compact
     def __call__(self, pixels: Array, intervention: Intervention | None = None) -> EncoderOutput:

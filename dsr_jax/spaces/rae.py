@@ -15,9 +15,9 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, uniform_per_sample
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.models.decoder import ViTDecoder
+from dsr_jax.models.encoder import Encoder, neurons_shape, trained_registers
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.resample import resample
-from dsr_jax.models.vit import ViT
 
 MEDIAN_EPS = 1e-6
 SCALE_RANGE = (0.2, 5.0)
@@ -82,7 +82,7 @@ class RAE:
       cached: `encode` takes tokens [B, h, w, C] that this encoder made before, instead of images.
     """
 
-    encoder: ViT
+    encoder: Encoder
     decoder: ViTDecoder | None = None
     image_size: int = 224
     noise_tau: float = 0.8
@@ -93,29 +93,27 @@ class RAE:
     cached: bool = False
 
     def __post_init__(self) -> None:
-        config = self.encoder.config
-        if self.image_size <= 0 or self.image_size % config.patch_size:
+        patch, width = self.encoder.patch_size, self.encoder.hidden_size
+        if self.image_size <= 0 or self.image_size % patch:
             raise ConfigError(
-                f"an encoder of patches of {config.patch_size} does not take images of "
-                f"{self.image_size} pixels",
-                f"use a multiple, for example {16 * config.patch_size}",
+                f"config.space.image_size={self.image_size} is not a multiple of the encoder's "
+                f"patches of {patch} pixels",
+                f"use for example {16 * patch}",
             )
         if self.noise_tau < 0:
             raise ConfigError(f"noise_tau={self.noise_tau}", "use 0 for no noise, or more")
-        channels = self.decoder.config.latent_channels if self.decoder else config.hidden_size
-        if channels != config.hidden_size:
+        channels = self.decoder.config.latent_channels if self.decoder else width
+        if channels != width:
             raise ConfigError(
-                f"the decoder reads latents of {channels} channels, the encoder's have "
-                f"{config.hidden_size}",
+                f"the decoder takes latents of {channels} channels, but the encoder's have {width}",
                 "use the decoder that was trained for this encoder",
             )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one latent."""
-        config = self.encoder.config
-        side = self.image_size // config.patch_size
-        return (side, side, config.hidden_size)
+        side = self.image_size // self.encoder.patch_size
+        return (side, side, self.encoder.hidden_size)
 
     def make_variables(
         self,
@@ -150,17 +148,17 @@ class RAE:
                     )
             variables["statistics"] = {name: statistics[name] for name in ("mean", "var")}
         if registers is not None:
-            config = self.encoder.config
-            if registers.mask.shape != (config.depth, config.mlp_dim):
+            shape = neurons_shape(self.encoder)
+            if registers.mask.shape != shape:
                 raise ConfigError(
-                    f"register neurons for {registers.mask.shape} blocks and units, the encoder "
-                    f"has {(config.depth, config.mlp_dim)}",
+                    f"register neurons for {registers.mask.shape} blocks and units, but the "
+                    f"encoder has {shape}",
                     "use the neurons that were found for this very encoder",
                 )
-            if config.num_registers:
+            if count := trained_registers(self.encoder):
                 warnings.warn(
-                    f"the encoder was trained with {config.num_registers} registers, which take up "
-                    "its outliers; test-time registers are for encoders without",
+                    f"the encoder was trained with {count} registers, which absorb its outliers; "
+                    "test-time registers are for encoders without",
                     stacklevel=2,
                 )
             variables["registers"] = registers
@@ -248,5 +246,5 @@ class RAE:
         return statistics["mean"], jnp.sqrt(statistics["var"] + self.eps)
 
     def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
-        config = self.encoder.config
-        return np.array(config.pixel_mean, np.float32), np.array(config.pixel_std, np.float32)
+        mean, std = self.encoder.pixel_mean, self.encoder.pixel_std
+        return np.array(mean, np.float32), np.array(std, np.float32)

@@ -108,19 +108,35 @@ def test_padding_hides_itself_only_where_keys_have_some() -> None:
 
 def test_the_kernel_suits_platform_dtype_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = Constrain(make_rules("fsdp"), make_mesh(MeshShape()))
-    bf16, wide = jnp.zeros((8, 4, 2, 72), jnp.bfloat16), jnp.zeros((8, 4, 1, 512), jnp.bfloat16)
+    bf16, wide, odd = (
+        jnp.zeros((8, 4, heads, channels), jnp.bfloat16)
+        for heads, channels in ((2, 72), (1, 512), (2, 36))
+    )
     found = {}
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(kernels, "target_platform", lambda platform=platform: platform)
         found[platform] = [
             kernels._choose(*case)
-            for case in ((bf16, mesh), (bf16, None), (wide, mesh), (bf16.astype("float32"), mesh))
+            for case in (
+                (bf16, mesh),
+                (bf16, None),
+                (wide, mesh),
+                (odd, mesh),
+                (bf16.astype("float32"), mesh),
+            )
         ]
     assert found == {
-        "cpu": ["einsum"] * 4,
-        "gpu": ["cudnn", "cudnn", "xla", "xla"],
-        "tpu": ["splash", "xla", "xla", "xla"],
+        "cpu": ["einsum"] * 5,
+        "gpu": ["cudnn", "cudnn", "xla", "xla", "xla"],
+        "tpu": ["splash", "xla", "xla", "splash", "xla"],
     }
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(36, "bfloat16"), (64, "float32")])
+def test_cudnn_is_refused_for_what_it_does_not_support(channels: int, dtype: str) -> None:
+    q = jnp.zeros((2, 4, 2, channels), dtype)
+    with pytest.raises(ConfigError, match="cuDNN supports bfloat16.*\n.*auto"):
+        attend(q, q, q, "cudnn")
 
 
 def test_an_unknown_kernel_is_named() -> None:

@@ -129,11 +129,13 @@ def test_registers_change_latents_and_warn_where_the_encoder_has_its_own() -> No
 
 
 def test_what_does_not_fit_together_is_named() -> None:
-    with pytest.raises(ConfigError, match="patches of 4 does not take images of 18"):
+    with pytest.raises(
+        ConfigError, match="image_size=18 is not a multiple of the encoder's patches of 4"
+    ):
         dataclasses.replace(SPACE, image_size=18)
     with pytest.raises(ConfigError, match="noise_tau=-1"):
         dataclasses.replace(SPACE, noise_tau=-1)
-    with pytest.raises(ConfigError, match="latents of 12 channels, the encoder's have 16"):
+    with pytest.raises(ConfigError, match="latents of 12 channels, but the encoder's have 16"):
         RAE(ViT(ENCODER), ViTDecoder(dataclasses.replace(DECODER, latent_channels=12)), 16)
     wrong = {name: x[:2] for name, x in statistics().items()}
     with pytest.raises(ConfigError, match=r"statistics are of latents \(2, 4, 16\)"):
