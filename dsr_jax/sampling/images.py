@@ -3,6 +3,7 @@
 import io
 import math
 import os
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +70,7 @@ def save_png_grid(
     *,
     columns: int | None = None,
     scale: int | None = None,
+    row_names: Sequence[str] = (),
 ) -> None:
     """Writes a grid of uint8 images [N, H, W, C] as PNG, atomically.
 
@@ -79,6 +81,7 @@ def save_png_grid(
       columns: Images per row.
       scale: Factor of enlargement by nearest neighbour; by default what brings images to a height
         of at least 32 pixels, so that 8x8 digits can be seen.
+      row_names: Names to write to the left of the rows; () for none.
     """
     from PIL import Image
 
@@ -89,8 +92,25 @@ def save_png_grid(
     if labels is not None:
         tiles = np.concatenate([_captions(labels, tiles.shape[2]), tiles], axis=1)
     encoded = io.BytesIO()
-    Image.fromarray(image_grid(tiles, columns, gap=2)).save(encoded, format="PNG")
+    canvas = image_grid(tiles, columns, gap=2)
+    if row_names:
+        canvas = name_rows(canvas, row_names)
+    Image.fromarray(canvas).save(encoded, format="PNG")
     write_atomic(path, encoded.getvalue())
+
+
+def name_rows(canvas: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Returns a picture [H, W, 3] of equally high rows with their names to the left, uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(13)
+    width = 12 + math.ceil(max(font.getlength(name) for name in names))
+    margin = Image.new("RGB", (width, canvas.shape[0]))
+    draw, height = ImageDraw.Draw(margin), canvas.shape[0] / len(names)
+    for row, name in enumerate(names):
+        middle = (row + 0.5) * height
+        draw.text((width - 6, middle), name, fill=(255, 255, 255), font=font, anchor="rm")
+    return np.concatenate([np.asarray(margin), canvas], axis=1)
 
 
 def _captions(labels: np.ndarray, width: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.sampling.images import UINT8_MODES, image_grid, save_png_grid, to_uint8
+from dsr_jax.sampling.images import UINT8_MODES, image_grid, name_rows, save_png_grid, to_uint8
 
 
 def test_uint8_modes_differ_as_the_official_codes_do():
@@ -65,3 +65,12 @@ def test_png_grid_writes_class_numbers_above_the_images(tmp_path):
     first, second = grid[:12, :32], grid[:12, 34:]
     assert first.any() and second.any() and (first != second).any()
     assert not grid[12:].any()
+
+
+def test_names_stand_left_of_their_rows():
+    canvas = np.zeros((40, 30, 3), np.uint8)
+    named = name_rows(canvas, ["above", "a longer name"])
+    margin = named[:, :-30]
+    assert named.shape[0] == 40 and (named[:, -30:] == 0).all()
+    widths = [np.ptp(np.flatnonzero(half.any(axis=(0, 2)))) for half in (margin[:20], margin[20:])]
+    assert 0 < widths[0] < widths[1]

@@ -13,7 +13,7 @@ from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.models.dit import LightningDiT
 from tools.claims.arms import ARMS, block_norms, to_digits
 from tools.claims.encoders import ENCODER, _patches, _unpatch
-from tools.claims.report import check_claims, draw_claims, verdict, write_claims
+from tools.claims.report import check_claims, comparison, draw_claims, write_claims
 
 
 def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
@@ -35,10 +35,10 @@ def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_a_claim_needs_more_than_the_spread() -> None:
-    assert verdict([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]).startswith("holds")
-    assert verdict([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]).startswith("the opposite")
-    assert verdict([1.0, 3.0], [2.0, 2.1]).startswith("no clear difference")
-    assert verdict([1.0], [2.0]).startswith("one seed only")
+    assert comparison([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]).startswith("holds")
+    assert comparison([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]).startswith("the opposite")
+    assert comparison([1.0, 3.0], [2.0, 2.1]).startswith("no clear difference")
+    assert comparison([1.0], [2.0]).startswith("one seed only")
 
 
 def test_claims_compare_the_right_runs() -> None:
@@ -68,8 +68,9 @@ def test_the_picture_has_a_row_for_every_run(tmp_path: Path) -> None:
     with Image.open(tmp_path / "claims.png") as picture:
         pixels = np.asarray(picture)
     rows = np.array_split(pixels, len(ARMS))
-    assert [int(np.median(row[-20:, :32])) for row in rows] == [40, 80, 120, 160, 200]
-    assert pixels.shape[1] == 4 * 34 - 2
+    grid = 4 * 34 - 2
+    assert [int(np.median(row[-20:, -grid:][:, :32])) for row in rows] == [40, 80, 120, 160, 200]
+    assert all(row[:, : pixels.shape[1] - grid].any() for row in rows), "a row lacks its name"
 
 
 def test_enlarged_digits_come_back_as_they_were() -> None:

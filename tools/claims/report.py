@@ -1,4 +1,4 @@
-"""The table of the experiment, and which of the paper's claims it bears out."""
+"""The experiment's table, and which of the paper's claims hold in it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +24,10 @@ CLAIMS = (
 )
 
 
-def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
-    """Whether the first distances are smaller than the second, given their spread.
+def comparison(better: Sequence[float], worse: Sequence[float]) -> str:
+    """Returns whether the first distances are smaller than the second, as a phrase with figures.
 
-    Welch's standard error of the difference of means decides: two of them are needed.
+    A difference of means counts from two of its standard errors (Welch).
     """
     a, b = np.asarray(better), np.asarray(worse)
     difference = b.mean() - a.mean()
@@ -39,7 +39,7 @@ def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
 
 
 def check_claims(scores: Scores) -> list[tuple[str, str]]:
-    """Each claim, and what the Frechet distances say of it."""
+    """Returns each claim with the outcome by Frechet distance."""
 
     def distances(arm: str) -> list[float]:
         return [run["frechet_distance"] for run in scores[arm]]
@@ -47,14 +47,14 @@ def check_claims(scores: Scores) -> list[tuple[str, str]]:
     results = []
     for claim, better, worse in CLAIMS:
         if better is None or worse is None:
-            helped = verdict(distances("masked"), distances("outlier"))
+            helped = comparison(distances("masked"), distances("outlier"))
             said = (
                 f"does not hold: it helped, {helped}"
                 if helped.startswith("holds")
                 else (f"holds: masked against unmasked, {helped}")
             )
         else:
-            said = verdict(distances(better), distances(worse))
+            said = comparison(distances(better), distances(worse))
         results.append((claim, said))
     return results
 
@@ -67,7 +67,11 @@ def draw_claims(out: Path, columns: int = 20) -> None:
         rows.append(np.asarray(samples.images())[:columns])
         labels.append(samples.require_labels("claims.png")[:columns])
     save_png_grid(
-        out / "claims.png", np.concatenate(rows), np.concatenate(labels), columns=len(rows[0])
+        out / "claims.png",
+        np.concatenate(rows),
+        np.concatenate(labels),
+        columns=len(rows[0]),
+        row_names=list(ARMS.values()),
     )
 
 
