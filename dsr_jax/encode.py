@@ -23,7 +23,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.latents import DTYPES
-from dsr_jax.parallel.processes import start_processes
+from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.encoder_pass import EncoderPass, cache_latents, take_statistics
 
 
@@ -32,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = _parser().parse_known_args(argv)
     # Grain's worker processes read absl's flags, which this program does not use.
     flags.FLAGS(sys.argv[:1], known_only=True)
-    config = load_config(args, overrides)
-    start_processes()
+    encode(args, load_config(args, overrides))
+
+
+@join_job()
+def encode(args: argparse.Namespace, config: configs.ConfigDict) -> None:
+    """Runs the encoder as the command line says, on all processes."""
     build.set_precision(config)
     if args.what == "statistics":
         work = EncoderPass(config, args.images)

@@ -25,7 +25,8 @@ from dsr_jax.evaluation.metrics import METRICS
 from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.processes import is_process_zero, start_processes
+from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.scoring import make_scorer, score_to_file, score_with_classifier
 
 
@@ -33,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args = _parser().parse_args(argv)
     if args.reference is None:
-        start_processes()
         classify(args)
         return
     if args.classifier or not (args.inception or args.dinov2):
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--reference needs --inception or --dinov2, and goes without --classifier",
             "name the folder that python -m dsr_jax.convert inception wrote",
         )
-    start_processes()
     compare(args)
 
 
+@join_job()
 def compare(args: argparse.Namespace) -> None:
     """Scores samples against a reference and writes the result.
 
@@ -76,6 +76,7 @@ def compare(args: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
+@join_job()
 def classify(args: argparse.Namespace) -> None:
     """Scores samples with a classifier and writes the result, on process 0 alone.
 

@@ -26,7 +26,8 @@ from dsr_jax.core.provenance import provenance
 from dsr_jax.evaluation.pairs import PairScorer
 from dsr_jax.evaluation.passes import forget
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.processes import is_process_zero, start_processes
+from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.decoder_evaluation import COLUMNS, save_pairs
 from dsr_jax.runs.reconstruction import Reconstruction, rfid
 from dsr_jax.runs.scoring import make_extractor
@@ -37,8 +38,12 @@ _SHOWN = 4 * COLUMNS
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args, overrides = _parser().parse_known_args(argv)
-    config = load_config(args, overrides)
-    start_processes()
+    score(args, load_config(args, overrides))
+
+
+@join_job()
+def score(args: argparse.Namespace, config: configs.ConfigDict) -> None:
+    """Reconstructs and scores what the command line names, on all processes."""
     build.set_precision(config)
     out = Path(args.out)
     # Missing weights end the command before anything is reconstructed.

@@ -24,7 +24,8 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.classes import DataDescription, read_class_names, trained_labels
 from dsr_jax.diffusion.samplers import SAMPLERS
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.processes import is_process_zero, log, start_processes
+from dsr_jax.parallel.processes import is_process_zero, log
+from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.official_sources import (
     config_of_converted,
     convert_cached,
@@ -43,8 +44,12 @@ OWN = "default: the config's"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    args, overrides = _parser().parse_known_args(argv)
-    start_processes()
+    sample(*_parser().parse_known_args(argv))
+
+
+@join_job()
+def sample(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Samples the images that the command line asks for, on all processes."""
     if args.converted:
         convert_sources(args)
     folder = Path(args.workdir or args.converted).expanduser()

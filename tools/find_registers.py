@@ -26,7 +26,8 @@ from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vit import ViT
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
-from dsr_jax.parallel.processes import is_process_zero, start_processes
+from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.watch import join_job
 from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.registers.report import write_report
 from dsr_jax.registers.scoring import Sparsity
@@ -36,8 +37,12 @@ from dsr_jax.registers.streaming import NormalisedImages
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    args = _parser().parse_args(argv)
-    start_processes()
+    search(_parser().parse_args(argv))
+
+
+@join_job()
+def search(args: argparse.Namespace) -> None:
+    """Searches the encoder that the command line names, on all processes."""
     config, params = load_encoder(args.encoder)
     if config.num_registers:
         print(

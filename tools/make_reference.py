@@ -32,7 +32,8 @@ from dsr_jax.evaluation.passes import forget, update_metrics
 from dsr_jax.evaluation.precision_recall import PR
 from dsr_jax.evaluation.reference import Gaussian, open_reference
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.processes import is_process_zero, start_processes
+from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.scoring import PassReport, make_extractor
 from dsr_jax.sampling.npz import write_npz
 
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists():
         raise EvaluationError(f"{out} exists", "name a new file; nothing was written")
-    start_processes()
+    make_reference(args, out)
+
+
+@join_job()
+def make_reference(args: argparse.Namespace, out: Path) -> None:
+    """Makes the reference, on all processes."""
     extractor = make_extractor(args.inception, args.dinov2, args.batch, args.resize)
     maker = Maker(extractor, out, args.allow_constant)
     if Path(args.source).exists():

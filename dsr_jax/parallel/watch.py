@@ -7,6 +7,7 @@ this second thread that speaks, since the main one may stand in a collective for
 What a user sees is one error and, of a run that hangs, a file per process in WORKDIR/failures.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import logging
@@ -15,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +27,17 @@ import jax
 from dsr_jax.core.cli import leave, show
 from dsr_jax.core.errors import DsrError, ProcessError
 from dsr_jax.parallel.peers import PHASES, Peers, Seen, Sign, describe_hang, missing
-from dsr_jax.parallel.processes import coordination_client, coordinator_refuses
+from dsr_jax.parallel.processes import (
+    HEARTBEAT_SECONDS,
+    coordination_client,
+    coordinator_refuses,
+    start_processes,
+)
 
 FOLDER = "failures"
+LOST_SECONDS = 90.0
+"""Silence after which a process is lost, in commands without a config."""
+
 AGAIN = (
     "look at that machine and at the output of that process; the same command continues from the "
     "last checkpoint"
@@ -275,6 +284,25 @@ def join_watch(workdir: Path | None, limits: Limits, end_hung: bool, lost_second
         client, process = coordination_client(), jax.process_index()
         peers = Peers(client, process, jax.process_count(), lost_seconds)
     return Watch(workdir, limits, end_hung=end_hung, peers=peers, service_gone=coordinator_refuses)
+
+
+@contextlib.contextmanager
+def join_job(lost_seconds: float = LOST_SECONDS) -> Iterator[Watch]:
+    """Joins the other processes of a command, and ends all of them when one fails.
+
+    Also a decorator, of a function that does all that the processes do together. An error that only
+    one of them has (a full disk under process 0, say) reaches the others within seconds, where they
+    would wait for it in a collective.
+
+    Args:
+      lost_seconds: Silence after which a process is lost.
+
+    Raises:
+      ClusterError: As `start_processes`.
+    """
+    start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
+    with join_watch(None, Limits(), end_hung=False, lost_seconds=lost_seconds) as watch:
+        yield watch
 
 
 def _write_report(path: Path, sign: Sign) -> None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dsr_jax.core.errors import CheckpointError, DsrError, NumericsError
+from dsr_jax.core.errors import CheckpointError, NumericsError
 from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
@@ -40,6 +40,10 @@ class _Part(NamedTuple):
     end: int
     checksum: int
     path: Path
+
+
+_REASON_BYTES = 600
+"""Of an error on process 0, as the others show it."""
 
 
 class Samples(NamedTuple):
@@ -335,18 +339,23 @@ def _on_process_zero(action: Callable[[], np.ndarray], like: np.ndarray) -> np.n
     """Runs `action` on process 0; every process returns its result, or raises.
 
     Hosts may see a shared folder at different moments, so the view of process 0 counts; and an
-    error that only one process raised would leave the others waiting for it.
+    error that it alone raised would leave the others waiting for it.
     """
-    error, result, failed = None, like, np.zeros((), bool)
+    if jax.process_count() == 1:
+        return action()
+    error, result = None, like
+    reason = np.zeros(_REASON_BYTES, np.uint8)
     if is_process_zero():
         try:
             result = action()
-        except DsrError as caught:
-            error, failed = caught, np.ones((), bool)
-    if jax.process_count() > 1:
-        failed, result = multihost_utils.broadcast_one_to_all((failed, result))
+        except Exception as caught:
+            error = caught
+            told = f"{type(caught).__name__}: {caught}".encode()[:_REASON_BYTES]
+            reason[: len(told)] = np.frombuffer(told, np.uint8)
+    reason, result = multihost_utils.broadcast_one_to_all((reason, result))
     if error is not None:
         raise error
-    if failed:
-        raise CheckpointError("process 0 stopped this job", "read its message")
+    if reason.any():
+        text = np.asarray(reason, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
+        raise CheckpointError(f"process 0 stopped this job: {text}", "look at its output")
     return result

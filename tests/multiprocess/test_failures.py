@@ -5,10 +5,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dsr_jax.training.checkpoints import list_steps
 from tests.multiprocess.test_training import finish, start
+from tests.processes import start as start_command
+from tests.tiny_inception import convert_tiny
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -87,6 +90,38 @@ def test_an_error_in_one_process_is_told_by_the_other(
     errors = finish(start(tmp_path, 2000, 2, *OPTIONS), 75, 2)
     assert "DataError: no such file: shard-7" in errors[1] and "Traceback" not in errors[1]
     assert f"process 1 ({HOST}) ended: DataError: no such file: shard-7" in screen(errors[0])
+
+
+def test_a_full_disk_under_process_0_alone_ends_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the project's own errors; and while a save may be in progress."""
+    monkeypatch.setenv("TOY_FAULT", "disk:0:21")
+    errors = finish(start(tmp_path, 2000, 2, *OPTIONS), 1, 75)
+    assert "OSError: [Errno 28] No space left on device: 'picture.png'" in errors[0]
+    assert f"process 0 ({HOST}) ended: OSError: [Errno 28] No space left" in screen(errors[1])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample job"])
+def test_a_full_disk_under_process_0_ends_commands_without_training_too(
+    tmp_path: Path, command: str
+) -> None:
+    """Far before JAX's own limit of minutes: `finish` waits for one."""
+    images = np.random.RandomState(0).randint(0, 256, (40, 16, 16, 3)).astype(np.uint8)
+    np.savez(tmp_path / "samples.npz", images)
+    convert_tiny(tmp_path)
+    words = ["--inception", str(tmp_path / "inception"), "--batch", "8", "--metrics", "fid"]
+    if command == "evaluate":
+        words = [str(tmp_path / "samples.npz"), *words, "--save-every", "8"]
+        module, full = "dsr_jax.evaluate", "progress.npz"
+        words += ["--reference", str(tmp_path / "samples.npz")]
+    else:
+        module, full = "tests.sampling.job_worker", "samples.npz"
+        words = [str(tmp_path / "out"), "0"]
+    started = start_command("tests.disk_full", (full, module, *words), 2, 2)
+    errors = finish(started, 1, 75 if command == "evaluate" else 2, timeout=100)
+    assert f"OSError: [Errno 28] No space left on device: '{full}'" in errors[0]
+    assert "process 0" in errors[1] and "OSError: [Errno 28] No space left" in errors[1]
 
 
 def test_a_corrupted_copy_is_named_and_never_saved(

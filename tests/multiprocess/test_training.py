@@ -51,10 +51,12 @@ def start(workdir: Path, steps: int, count: int, *options: str) -> list[subproce
     return processes
 
 
-def finish(processes: list[subprocess.Popen[str]], *expected: int) -> list[str]:
+def finish(
+    processes: list[subprocess.Popen[str]], *expected: int, timeout: float = 180
+) -> list[str]:
     """Waits for all to end as expected (0); returns what each wrote to standard error."""
     try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

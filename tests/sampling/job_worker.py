@@ -1,4 +1,4 @@
-"""One process of a sampling job on several: `job_worker.py PORT COUNT RANK FOLDER SEED`."""
+"""One process of a sampling job on several: `job_worker.py [PORT COUNT RANK] FOLDER SEED`."""
 
 import os
 import sys
@@ -26,9 +26,10 @@ def picture(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Samples LABELS over all devices of all processes."""
-    port, count, rank, folder, seed = sys.argv[1:]
-    os.environ["DSR_COORDINATOR"] = f"localhost:{port}"
-    os.environ["DSR_NUM_PROCESSES"], os.environ["DSR_PROCESS_ID"] = count, rank
+    *address, folder, seed = sys.argv[1:]
+    if address:
+        os.environ["DSR_COORDINATOR"] = f"localhost:{address[0]}"
+        os.environ["DSR_NUM_PROCESSES"], os.environ["DSR_PROCESS_ID"] = address[1:]
     jax.config.update("jax_num_cpu_devices", 2)
     start_processes()
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))

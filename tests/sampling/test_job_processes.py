@@ -54,4 +54,4 @@ def test_two_processes_share_a_job_and_its_errors(tmp_path):
     (first, out), (second, quiet) = run_processes(tmp_path, seed=1)
     assert first == second == 2, out + quiet
     assert "seed: 0 -> 1" in out
-    assert "process 0 stopped this job" in quiet
+    assert "process 0 stopped this job: CheckpointError" in quiet and "seed: 0 -> 1" in quiet

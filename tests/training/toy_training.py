@@ -7,11 +7,12 @@ As a script it is a whole run, for tests that need processes of their own:
 It writes the final parameters to WORKDIR/final.npz and prints `step N` after each step. With
 TOY_FAULT=KIND:PROCESS:STEP something goes wrong in one process behind a step: "corrupt" changes its
 copy of an array, "data" lets it wait for a batch for ever, "skip" gives it those of another step,
-"raise" raises an error.
+"raise" raises an error, "disk" that of a full disk.
 """
 
 import argparse
 import copy
+import errno
 import itertools
 import os
 import sys
@@ -270,6 +271,8 @@ def run_script(args: argparse.Namespace, watch: Watch) -> int:
         if faulty and step == int(at):
             if kind == "raise":
                 raise DataError("no such file: shard-7", "mend it")
+            if kind == "disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "picture.png")
             if kind == "corrupt":
                 done = corrupt(done[0]), done[1]
         return done
