@@ -4,9 +4,10 @@
     python tools/find_registers.py enc/siglip2-b --root imagenet/val --out found/siglip2-b
 
 Writes `neurons.json` (blocks and their units, as test-time registers read them), `report.json` and
-`report.html` with figures into --out. Images come from a folder of any layout, from ArrayRecord
-files or from TFDS. If no token stands out, it says so, shows the quantiles of the norms, writes
-nothing and exits with status 2.
+`report.html` with figures into --out, and prints the number of outlier patches before and after.
+Images come from a folder of any layout, from ArrayRecord files or from TFDS. If there are no
+outlier tokens, an error shows the quantiles of the norms, nothing is written and the exit status is
+2.
 """
 
 import argparse
@@ -25,11 +26,12 @@ from dsr_jax.data.sources import make_source
 from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.vit import ViT
+from dsr_jax.parallel.axes import Constrain, make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.parallel.watch import join_job
 from dsr_jax.registers.neurons import save_neurons
-from dsr_jax.registers.report import write_report
+from dsr_jax.registers.report import check_plotting, outlier_table, write_report
 from dsr_jax.registers.scoring import Sparsity
 from dsr_jax.registers.search import SearchSettings, find_registers
 from dsr_jax.registers.streaming import NormalisedImages
@@ -37,7 +39,9 @@ from dsr_jax.registers.streaming import NormalisedImages
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    search(_parser().parse_args(argv))
+    args = _parser().parse_args(argv)
+    check_plotting()
+    search(args)
 
 
 @join_job()
@@ -51,11 +55,14 @@ def search(args: argparse.Namespace) -> None:
         )
     source = open_images(args, args.image_size or 16 * config.patch_size)
     settings = _settings(args)
-    model = ViT(config, precision=Precision(args.compute))
-    images = NormalisedImages(source, config.pixel_mean, config.pixel_std)
-    result = find_registers(
-        model, params, images, settings, make_mesh(MeshShape()), batch=args.batch
+    mesh = make_mesh(MeshShape())
+    model = ViT(
+        config,
+        precision=Precision(args.compute),
+        constrain=Constrain(make_rules("replicated"), mesh),
     )
+    images = NormalisedImages(source, config.pixel_mean, config.pixel_std)
+    result = find_registers(model, params, images, settings, mesh, batch=args.batch)
     if not is_process_zero():
         return
     details = {
@@ -64,9 +71,11 @@ def search(args: argparse.Namespace) -> None:
         "settings": dataclasses.asdict(settings),
         "provenance": provenance(),
     }
-    write_report(args.out, result, lambda index: source[index]["image"], details)
+    # First what cannot be computed again in seconds.
     save_neurons(args.out / "neurons.json", result.neurons)
-    print(f"written to {args.out}: neurons.json, report.html")
+    print(outlier_table(result))
+    write_report(args.out, result, lambda index: source[index]["image"], details)
+    print(f"written to {args.out}: neurons.json, report.json, report.html")
 
 
 def open_images(args: argparse.Namespace, image_size: int) -> Source:
@@ -93,19 +102,19 @@ def open_images(args: argparse.Namespace, image_size: int) -> Source:
         channels=3,
         root=args.root,
         split=args.split,
-        # ArrayRecord files do not tell their classes; none is needed here.
+        # ArrayRecord files do not hold their classes, which are not needed here.
         num_classes=np.iinfo(np.int32).max if args.source == "arrayrecord" else None,
     )
     return Sample(source, args.images, args.seed)
 
 
 class Sample:
-    """Some records of a source, drawn without repetition.
+    """A random sample of the records of a source, without repetition.
 
     Args:
       source: The records.
-      count: How many; all if there are no more.
-      seed: Fixes which.
+      count: Number of records; all if there are fewer.
+      seed: Seed of the sample.
     """
 
     num_classes = 1
@@ -160,8 +169,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add("--source", default="folder", help="folder, arrayrecord, tfds:NAME, synthetic")
     add("--root", help="folder of the images or records; data_dir of TFDS")
     add("--split", default="train", help="of arrayrecord and tfds")
-    add("--images", type=int, default=500, help="how many to draw")
-    add("--seed", type=int, default=0, help="fixes which")
+    add("--images", type=int, default=500, help="number of images")
+    add("--seed", type=int, default=0, help="seed of the sample")
     add("--image-size", type=int, help="default: 16 patches a side, as RAE encodes")
     add(
         "--fit",
@@ -194,8 +203,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, nargs="+", default=[50], help="units to choose, by round")
     add("--rounds", type=int, help="default: until no second population of norms is left")
     add("--sparsity-filter", action="store_true", help="drop units that are active everywhere")
-    add("--sparsity-level", type=float, default=0.5, help="activation below which a unit is idle")
-    add("--sparsity-fraction", type=float, default=0.5, help="share of tokens that must be idle")
+    add(
+        "--sparsity-level",
+        type=float,
+        default=0.5,
+        help="activation of idle units",
+    )
+    add("--sparsity-fraction", type=float, default=0.5, help="fraction of tokens that must be idle")
     add(
         "--mean-token",
         action=argparse.BooleanOptionalAction,

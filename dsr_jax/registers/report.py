@@ -1,8 +1,9 @@
-"""What a search for register neurons found and did, as JSON, figures and one page."""
+"""Reports a search for register neurons as a table, JSON, figures and one HTML page."""
 
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import json
 import math
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.registers.search import Round, SearchResult, rank_neurons
 
@@ -23,27 +25,59 @@ _TOP_SCORES = 200
 _PICTURES = 6
 
 
-def summarise(result: SearchResult) -> dict[str, Any]:
-    """The search in numbers, as JSON values."""
+def check_plotting() -> None:
+    """Checks that matplotlib, which draws the figures, is installed.
+
+    Raises:
+      ConfigError: If it is not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "the report's figures need matplotlib, which is not installed",
+            "pip install 'dsr_jax[plots]'",
+        )
+
+
+def outlier_table(result: SearchResult) -> str:
+    """Returns the number of outlier patches before and after each round, as lines of text."""
+    rows = [("round", "threshold", "images with outliers", "outliers before", "outliers after")]
+    for number, found in enumerate(result.rounds, start=1):
+        before, after = _outliers(found)
+        images = f"{found.counted} of {len(found.norms)}"
+        rows.append((str(number), f"{found.threshold:.4g}", images, str(before), str(after)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(lines)
+
+
+def _outliers(found: Round) -> tuple[int, int]:
+    """Outlier patches before and after a round."""
+    before, after = (found.norms > found.threshold, found.norms_after > found.threshold)
+    return int(before.sum()), int(after.sum())
+
+
+def summarize(result: SearchResult) -> dict[str, Any]:
+    """Returns the search in numbers, as JSON values."""
     neurons = result.neurons
     return {
         "ended": result.ended,
         "neurons": {str(block): units for block, units in neurons.items()},
         "distinct_neurons": sum(len(set(units)) for units in neurons.values()),
-        "rounds": [_summarise_round(found, result.rounds[0]) for found in result.rounds],
+        "rounds": [_summarize_round(found, result.rounds[0]) for found in result.rounds],
     }
 
 
-def _summarise_round(found: Round, first: Round) -> dict[str, Any]:
+def _summarize_round(found: Round, first: Round) -> dict[str, Any]:
     chosen = {(block, unit) for block, units in found.chosen.items() for unit in units}
     top = rank_neurons(found.scores)[: max(_TOP_SCORES, 2 * len(chosen))]
     normal = found.cosine[first.norms <= first.threshold]
+    before, after = _outliers(found)
     return {
         "threshold": found.threshold,
         "images": len(found.norms),
         "images_with_outliers": found.counted,
-        "outlier_patches_before": int((found.norms > found.threshold).sum()),
-        "outlier_patches_after": int((found.norms_after > found.threshold).sum()),
+        "outlier_patches_before": before,
+        "outlier_patches_after": after,
         "of_these_in_the_first_patch": int((found.norms_after[:, 0] > found.threshold).sum()),
         "norm_quantiles_before": norm_quantiles(found.norms),
         "norm_quantiles_after": norm_quantiles(found.norms_after),
@@ -66,7 +100,7 @@ def _summarise_round(found: Round, first: Round) -> dict[str, Any]:
 
 
 def norm_quantiles(norms: np.ndarray) -> dict[str, float]:
-    """Quantiles of token norms, by their names."""
+    """Returns quantiles of token norms by name."""
     return {f"{q:g}": float(np.quantile(norms, q)) for q in QUANTILES}
 
 
@@ -79,12 +113,12 @@ def write_report(
     """Writes `report.json`, `norms.png`, `maps.png`, `scores.png` and `report.html`.
 
     Args:
-      folder: Where to; made if it is not there.
-      result: What was found.
+      folder: Output folder, created if missing.
+      result: What the search found.
       picture: Image by index, uint8 [H, W, 3].
-      details: What else the JSON should log: encoder, images, settings, provenance.
+      details: Further JSON values: encoder, images, settings, provenance.
     """
-    summary = {**details, **summarise(result)}
+    summary = {**details, **summarize(result)}
     figures = {
         "norms.png": norm_figure(result),
         "maps.png": map_figure(result, picture),
@@ -99,7 +133,7 @@ def write_report(
 
 
 def norm_figure(result: SearchResult) -> Figure:
-    """Histograms of the patch norms before and after each round."""
+    """Plots histograms of the patch norms before and after each round."""
     figure, axes = _figure(len(result.rounds), 1, 6.5, 3.0)
     for number, found in enumerate(result.rounds):
         axis = axes[number, 0]
@@ -116,9 +150,9 @@ def norm_figure(result: SearchResult) -> Figure:
 
 
 def map_figure(result: SearchResult, picture: Callable[[int], np.ndarray]) -> Figure:
-    """The images with the most outliers: picture, norms before, norms after each round.
+    """Plots the images with the most outliers: image, norms before, norms after each round.
 
-    All maps share one colour scale, so that a cured map looks even.
+    All maps have the same color scale.
     """
     first = result.rounds[0]
     outliers = (first.norms > first.threshold).sum(axis=1)
@@ -142,7 +176,7 @@ def map_figure(result: SearchResult, picture: Callable[[int], np.ndarray]) -> Fi
 
 
 def score_figure(result: SearchResult) -> Figure:
-    """Sorted scores with the chosen units marked, and how many were chosen in each block."""
+    """Plots sorted scores with the chosen units marked, and the chosen units per block."""
     figure, axes = _figure(len(result.rounds), 2, 4.5, 3.0)
     for number, found in enumerate(result.rounds):
         ranked = rank_neurons(found.scores)
@@ -150,10 +184,10 @@ def score_figure(result: SearchResult) -> Figure:
         shown = ranked[: max(_TOP_SCORES, 2 * len(chosen))]
         values = np.array([found.scores[pair] for pair in shown])
         marked = np.array([pair in chosen for pair in shown])
-        places = np.arange(1, len(shown) + 1)
+        ranks = np.arange(1, len(shown) + 1)
         curve, bars = axes[number]
-        curve.plot(places, values, ".", color="grey", label="other")
-        curve.plot(places[marked], values[marked], ".", color="red", label="chosen")
+        curve.plot(ranks, values, ".", color="grey", label="other")
+        curve.plot(ranks[marked], values[marked], ".", color="red", label="chosen")
         curve.set(xscale="log", xlabel="rank", ylabel="mean |activation| on outliers")
         curve.set_title(f"round {number + 1}")
         curve.legend()
@@ -164,7 +198,7 @@ def score_figure(result: SearchResult) -> Figure:
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure outside pyplot, whose global state would outlive the report."""
+    """Returns a figure without pyplot, whose global state would outlive the report."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
@@ -172,7 +206,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _page(summary: Mapping[str, Any], figures: list[str]) -> str:
-    """One page that shows the numbers and the figures beside it."""
+    """Returns the HTML page with the numbers and the figures."""
     rows = []
     for number, found in enumerate(summary["rounds"]):
         units = ", ".join(f"block {b}: {u}" for b, u in found["neurons"].items())

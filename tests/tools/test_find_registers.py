@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsr_jax.convert.files import save_converted
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import ConfigError, DataError
 from dsr_jax.core.files import read_json
 from dsr_jax.models.vit import ViT
 from dsr_jax.registers.neurons import load_neurons
@@ -54,6 +54,7 @@ def test_finds_what_was_planted(
     assert {b: sorted(u) for b, u in found.items()} == {b: sorted(u) for b, u in planted.items()}
     printed = capsys.readouterr().out
     assert f"skipped: {photos / 'cut.jpg'} cannot be decoded" in printed
+    assert "outliers before  outliers after" in printed
     record = read_json(out / "report.json")
     assert record["settings"]["top_k"] == [6] and record["images"]["count"] >= 20
     (only,) = record["rounds"]
@@ -84,3 +85,23 @@ def test_trained_registers_draw_a_warning(
     with pytest.raises(DataError):
         find(tmp_path / "encoder", photos, tmp_path / "found", "--on-corrupt", "skip")
     assert "trained with 4 registers" in capsys.readouterr().out
+
+
+def test_neurons_are_kept_if_the_report_fails(
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(find_registers, "write_report", fail)
+    with pytest.raises(OSError, match="no space"):
+        find(encoder, photos, tmp_path / "found", "--top-k", "6", "--on-corrupt", "skip")
+    assert load_neurons(tmp_path / "found" / "neurons.json")
+
+
+def test_a_missing_package_is_found_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="matplotlib, which is not installed.*\n.*plots"):
+        find_registers.main(["no_encoder", "--out", str(tmp_path)])
