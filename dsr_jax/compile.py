@@ -26,7 +26,7 @@ import jax
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.parallel.topologies import find_topology
 from dsr_jax.planning.page import make_page
@@ -79,11 +79,7 @@ def _words(kind: Callable[[str], Any], text: str) -> list[Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.compile")
     parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
     parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4, or 2xv5e:4x4")
     parser.add_argument("--out", help="folder for report.json and report.html")

@@ -20,7 +20,7 @@ from absl import flags
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.latents import DTYPES
 from dsr_jax.parallel.watch import join_job
@@ -76,11 +76,7 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.encode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.encode")
     what = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     statistics = what.add_parser("statistics", help="mean and variance of the latents")
     statistics.add_argument("--save-every", type=int, default=100, help="batches between savings")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsr_jax.core import cli
+from dsr_jax.core.cli import make_parser
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
@@ -101,11 +102,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.evaluate")
     add = parser.add_argument
     add("samples", help="an .npz, or with --reference also a folder of PNG files")
     add("--reference", help="ADM reference, file of tools/make_reference.py, images")

@@ -19,7 +19,7 @@ from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.lpips import load_lpips
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
@@ -109,11 +109,7 @@ def _open_lpips(folder: str) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsr_jax.evaluate_reconstruction",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, "python -m dsr_jax.evaluate_reconstruction")
     add = parser.add_argument
     add("--config", required=True, help="config file that names data and space")
     add("--out", required=True, help="folder of the result, new or of the same command")

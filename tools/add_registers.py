@@ -27,7 +27,7 @@ from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.retrofit import add_registers, remove_registers
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
 from dsr_jax.core.typing import Params
@@ -162,9 +162,7 @@ def _next(args: argparse.Namespace, model: DiffusionTransformer) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="a run's folder")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 
+from dsr_jax.core.cli import make_parser
 from tools.golden.compare import Outcome, find_cases, run_case
 
 
@@ -58,9 +59,7 @@ def _unmet(outcomes: Sequence[Outcome], required: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("folder", help="folder of case folders")
     parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="run these only")
     parser.add_argument("--require", nargs="+", default=[], metavar="GLOB", help="must pass")

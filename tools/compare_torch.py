@@ -7,7 +7,6 @@ leave it. Prints the relative error (greatest difference / greatest value) of th
 every block and of the final tokens.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 
 from dsr_jax.convert.hub import read_encoder
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT
 from dsr_jax.registers.streaming import NormalisedImages
@@ -34,9 +33,7 @@ class Difference(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("snapshot", type=Path)
     parser.add_argument("--images", help="folder of images; default: normal noise")
     parser.add_argument("--image-size", type=int, help="default: 16 patches a side, as in RAE")

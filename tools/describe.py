@@ -7,7 +7,6 @@ names need not be there: sizes are then those of the networks that the folders a
 key of the config can be set behind it. `--json` prints the numbers for programs.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.build.abstract import abstract_batch, abstract_decoder_parts, abstract_space
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.trees import count_params, tree_bytes
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel.axes import MESH_AXES, Constrain
@@ -34,9 +33,7 @@ Card = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
     parser.add_argument("--chips", type=int, help="default: as few as config.mesh allows")
     parser.add_argument("--json", action="store_true", help="prints the numbers as JSON")

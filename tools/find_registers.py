@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dsr_jax.convert.hub import load_encoder
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.base import Record, Source
 from dsr_jax.data.images import fit_name
@@ -151,9 +151,7 @@ def _settings(args: argparse.Namespace) -> SearchSettings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("encoder", type=Path, help="folder that dsr_jax.convert wrote")
     add("--out", type=Path, required=True, help="folder for the neurons and the report")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.data.sources import make_source
@@ -189,9 +189,7 @@ def _named(metric: FrechetMetric, gaussian: Gaussian) -> dict[str, np.ndarray]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("source", help="data source (digits, synthetic, folder, arrayrecord, tfds:NAME) or file")
     add("--root", help="folder of the data source")

@@ -7,7 +7,6 @@ The search then finds the units that were planted, which enc/planted/planted.jso
 report shows the outliers of these photographs gone.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.convert.files import save_converted
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.rng import root_key
 from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT, ViTConfig
@@ -40,9 +39,7 @@ NEURONS = {1: [17, 80], 2: [5, 99, 200], 3: [31]}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--root", required=True, help="folder of photographs, of any layout")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the encoder")
     parser.add_argument("--images", type=int, default=64, help="how many to calibrate on")

@@ -12,7 +12,6 @@ names, counts and digests. The same command continues one that was stopped: shar
 the recorded one are kept, all others are made. `--verify` compares the files with the record.
 """
 
-import argparse
 import dataclasses
 import functools
 import io
@@ -26,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import DataError, DsrError, UnreadableRecord
 from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.core.images import is_hidden
@@ -251,9 +250,7 @@ def verify(out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "source", nargs="?", default="", help="tar file, or folder of class folders"
     )

@@ -13,14 +13,13 @@ noise. The same command continues what was stopped.
 This is an experiment, not a test: it reports what comes out.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.parallel.processes import start_processes
 from tools.claims.arms import ARMS, run_arm
 from tools.claims.report import draw_claims, write_claims
@@ -29,9 +28,7 @@ from tools.claims.stages import QUICK, Sizes, make_stages
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is made")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsr_jax import sample
-from dsr_jax.core.cli import run_main
+from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.evaluation.comparison import as_csv, as_text, make_table, plot_guidance, read_scores
@@ -124,9 +124,7 @@ def show(out: Path, points: Sequence[Point]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--workdir", required=True, help="the run's folder")
     add("--reference", required=True, help="as of python -m dsr_jax.evaluate")
