@@ -1,6 +1,6 @@
 """Samples images of a trained run: `python -m dsr_jax.sample --workdir=runs/digits --guidance=2.0`.
 
-Settings are those of the run's config unless the command line says otherwise, by the arguments
+Settings are those of the run's config unless the command line changes them, by the arguments
 below or any `--config.KEY=VALUE`. They alone decide which image belongs to an index: the same
 command finishes a job that was killed, also with another --batch or number of devices. The result
 is an .npz (arr_0: uint8 images, labels) with a .json beside it that holds all that made it.

@@ -1,9 +1,9 @@
-"""Samples and scores a run over checkpoints, averages, guidance scales and intervals.
+"""Samples and scores a run over checkpoints, EMA decays, guidance scales and intervals.
 
     python tools/sweep.py --workdir runs/x --reference ready.npz --inception converted/inception \
         --guidance 1.0 1.25 1.5 --ema 0.9999 --interval 0,1 0.1,0.9 --num-samples 10000 --out sweep
 
-Every combination is drawn by python -m dsr_jax.sample and scored by python -m dsr_jax.evaluate.
+Every combination is sampled by python -m dsr_jax.sample and scored by python -m dsr_jax.evaluate.
 The folder --out then holds samples, scores, table.csv and fid.png; the same command finishes a
 sweep that was stopped, and a longer list adds to it. Settings of the sampler go behind it, as in
 `--method heun --num-points 51` or `--config.sample.seed=1`. References of tools/make_reference.py
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsr_jax import sample
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.evaluation.comparison import as_csv, as_text, make_table, plot_guidance, read_scores
@@ -31,7 +31,7 @@ from dsr_jax.training.checkpoints import list_steps
 
 
 class Point(NamedTuple):
-    """One combination: checkpoint, average, guidance, interval ("" for the run's own)."""
+    """One combination: checkpoint, EMA decay, guidance, interval ("" for the run's own)."""
 
     step: int
     ema: str
@@ -40,12 +40,12 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The common name of its files."""
         interval = f"-in{self.interval.replace(',', 'to')}" if self.interval else ""
         return f"step{self.step:08d}-ema{self.ema or 'own'}-cfg{self.guidance:g}{interval}"
 
     def arguments(self) -> list[str]:
-        """Of the command that draws it."""
+        """Returns the arguments of the command that samples it."""
         found = ["--checkpoint-step", str(self.step), "--guidance", str(self.guidance)]
         found += ["--ema", self.ema] if self.ema else []
         return found + (["--interval", self.interval] if self.interval else [])
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the sweep that the command line names; see the module's docstring."""
     args, rest = _parser().parse_known_args(argv)
     start_processes()
-    out = Path(args.out)
-    points = list(make_points(args, list_steps(Path(args.workdir) / "checkpoints")))
+    out = Path(args.out).expanduser()
+    points = list(make_points(args, list_steps(Path(args.workdir).expanduser() / "checkpoints")))
     scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch)
     metrics = args.metrics.split(",") if args.metrics else None
     for number, point in enumerate(points):
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_points(args: argparse.Namespace, steps: Sequence[int]) -> Iterator[Point]:
-    """All combinations; without guidance an interval means nothing, and one of them is enough.
+    """Yields all combinations; without guidance, the interval has no effect and is left out.
 
     Raises:
       EvaluationError: If there are no checkpoints, or not those that are asked for.
@@ -131,12 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--inception", required=True, help="folder of converted weights")
     add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add("--steps", nargs="+", type=int, default=[], help="checkpoints; default: the newest")
-    add("--ema", nargs="+", default=[""], help="averages, or none; default: the run's own")
-    add("--guidance", nargs="+", type=float, default=[1.0])
+    add("--ema", nargs="+", default=[""], help="EMA decays, or none; default: the run's own")
+    add("--guidance", nargs="+", type=float, default=[1.0], help="scales; default: 1.0, for none")
     add("--interval", nargs="+", default=[""], help="LOW,HIGH; default: the run's own")
-    add("--num-samples", type=int, default=10_000)
+    add("--num-samples", type=positive_int, default=10_000, help="images per combination")
     add("--metrics", help="as of python -m dsr_jax.evaluate")
-    add("--batch", type=int, default=64, help="images at a time through Inception")
+    add("--batch", type=positive_int, default=64, help="images at a time through Inception")
     add("--out", required=True, help="folder of the sweep")
     return parser
 

@@ -1,4 +1,4 @@
-"""The input space as far as sampling needs it: what decodes latents, without the encoder."""
+"""Builds the part of an input space that sampling needs: what decodes latents, no encoder."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ def make_decoding_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[I
     """Returns the space and the frozen variables that `decode` takes.
 
     Of a representation autoencoder, the encoder's parameters are not read, and its folder may be
-    absent: sizes and pixel statistics are then those of the encoder that it is called like.
+    absent: sizes and pixel statistics are then those of the known encoder whose name begins like
+    the folder's.
 
     Args:
       config: The config.
@@ -64,7 +65,7 @@ def make_decoding_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[I
 
 
 def _encoder_sizes(config: ConfigDict) -> ViTConfig | None:
-    """Sizes and pixel statistics of the encoder; None where only its parameters tell them."""
+    """Returns sizes and pixel statistics of the encoder; None for one that is no ViT of ours."""
     check_images(
         config, "encoder", "python -m dsr_jax.convert wrote, or a name such as dinov2-base"
     )

@@ -85,7 +85,7 @@ def find_guide(config: ConfigDict, space: InputSpace, mesh: Mesh, rules: Rules) 
 
 
 def guide_recipe(config: ConfigDict) -> dict[str, Any] | None:
-    """What names the guide's weights in a recipe; None without autoguidance.
+    """Returns what identifies the guide's weights in a recipe; None without autoguidance.
 
     Raises:
       CheckpointError: If the run has no checkpoint.
@@ -107,7 +107,7 @@ def guide_recipe(config: ConfigDict) -> dict[str, Any] | None:
 
 
 def weights_digest(params: Params) -> str:
-    """Names the weights themselves, whichever checkpoint or file they came from."""
+    """Returns a digest of the weights, whichever checkpoint or file they came from."""
     return _digest(checksums(params))
 
 

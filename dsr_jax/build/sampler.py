@@ -23,7 +23,7 @@ from dsr_jax.spaces import InputSpace
 
 
 def sampler_settings(config: ConfigDict) -> SamplerSettings:
-    """Solver and guidance of `config.sample`."""
+    """Returns solver and guidance of `config.sample`."""
     section, times = config.sample, {"time_shift", "time_range"}
     names = {field.name for field in dataclasses.fields(SamplerSettings)} - times
     return SamplerSettings(
@@ -67,7 +67,7 @@ def compile_sampler(
 
 
 def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> dict[str, Any]:
-    """What decides the images that a checkpoint gives, besides their indices and labels."""
+    """Returns what decides a checkpoint's images, besides their indices and labels."""
     guide = guide_recipe(config)
     return {
         "step": step,

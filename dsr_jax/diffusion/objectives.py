@@ -40,7 +40,7 @@ class Objective:
       prediction: "velocity", "data", "noise" or "score".
       loss_weight: "" (none), "velocity" or "likelihood"; only noise and score use it.
       t_eps: Floor of the denominator that turns a data prediction into a velocity.
-      clip_target: The floor stands in the target, too, as in JiT, so that at every time the best
+      clip_target: The floor applies to the target, too, as in JiT, so that at every time the best
         prediction is the data itself; only for data prediction.
     """
 
@@ -61,8 +61,8 @@ class Objective:
     def _velocity_from_data(self, data: Array, x: Array, t: Array) -> Array:
         at = expand(t, x)
         if self.path.name == "linear":
-            # DSR-compat: unless `clip_target` says otherwise, the floor stands in the prediction
-            # only, so below t_eps the best prediction is not the data itself.
+            # DSR-compat: without `clip_target`, the floor applies to the prediction only, so below
+            # t_eps the best prediction is not the data itself.
             return (x - data) / jnp.maximum(at, self.t_eps)
         noise = (x - self.path.alpha(at) * data) / jnp.maximum(self.path.sigma(at), self.t_eps)
         return self.path.d_alpha(at) * data + self.path.d_sigma(at) * noise

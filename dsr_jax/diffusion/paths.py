@@ -1,6 +1,6 @@
 """Interpolation paths between data and noise, and how predictions translate on them.
 
-The time convention of the whole package, said here once: t = 0 is data, t = 1 is noise,
+The time convention of the whole package: t = 0 is data, t = 1 is noise,
 x_t = alpha(t) x1 + sigma(t) x0 with x1 the data and x0 standard normal. SiT and JiT run time the
 other way; `flip_time` translates at their border.
 
@@ -67,7 +67,7 @@ class Path:
     noise_scale: float = 1.0
 
     def scaled(self, noise_scale: float) -> "Path":
-        """The same path to noise of another standard deviation.
+        """Returns the same path to noise of another standard deviation.
 
         Raises:
           ConfigError: If that is not positive, or the drift does not follow the coefficients.
@@ -102,28 +102,28 @@ class Path:
         return ratio * x, ratio * self.sigma(at) ** 2 - self.sigma(at) * self.d_sigma(at)
 
     def velocity_from_score(self, score: Array, x: Array, t: Array) -> Array:
-        """The probability-flow velocity at x."""
+        """Returns the probability-flow velocity at x."""
         mean, factor = self.drift(x, t)
         return mean + factor * score
 
     def score_from_velocity(self, velocity: Array, x: Array, t: Array) -> Array:
-        """The score at x; finite wherever sigma is positive and alpha not constant."""
+        """Returns the score at x; finite wherever sigma is positive and alpha not constant."""
         at = expand(t, x)
         ratio = self.alpha(at) / self.d_alpha(at)
         sigma = self.sigma(at)
         return (ratio * velocity - x) / (sigma**2 - ratio * self.d_sigma(at) * sigma)
 
     def score_from_noise(self, noise: Array, t: Array) -> Array:
-        """The score that a noise prediction implies."""
+        """Returns the score that a noise prediction implies."""
         return -noise / self.sigma(expand(t, noise))
 
     def score_from_data(self, data: Array, x: Array, t: Array) -> Array:
-        """The score that a data prediction implies."""
+        """Returns the score that a data prediction implies."""
         at = expand(t, x)
         return -(x - self.alpha(at) * data) / self.sigma(at) ** 2
 
     def diffusion(self, x: Array, t: Array, form: str, norm: float = 1.0) -> Array:
-        """Diffusion coefficient of the reverse SDE, broadcastable to x.
+        """Returns the diffusion coefficient of the reverse SDE, broadcastable to x.
 
         Args:
           x: State [B, ...]; only its rank matters, except for "SBDM".

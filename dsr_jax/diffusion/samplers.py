@@ -60,7 +60,7 @@ class SamplingProblem:
     options: SolverOptions = field(default_factory=SolverOptions)
 
     def velocity(self, x: Array, t: Array) -> Array:
-        """The probability flow's dx/dt at (x [B, ...], t [B])."""
+        """Returns the probability flow's dx/dt at (x [B, ...], t [B])."""
         return self.objective.velocity(self.predict(x, t), x, t)
 
 
@@ -115,7 +115,7 @@ def time_grid(
     sample_eps: float | None = None,
     time_range: Sequence[float] = (),
 ) -> Array:
-    """Sampling times from noise to data, shifted as in training.
+    """Returns sampling times from noise to data, shifted as in training.
 
     Args:
       num_points: Points n, so n - 1 solver steps.
@@ -311,7 +311,7 @@ def _last_step(
     kind: str,
     size: float,
 ) -> Array:
-    """From time `size` to the data without noise."""
+    """Takes the last step, from time `size` to the data, without noise."""
     t = jnp.full(x.shape[:1], size)
     if kind == "mean":
         return x - drift(x, t) * size

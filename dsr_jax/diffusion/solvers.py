@@ -1,5 +1,9 @@
 """Runge-Kutta solvers as device loops, with torchdiffeq's definitions.
 
+The adaptive solver is not diffrax's, which starts with another step and ends its last one at the
+end of the grid: its trajectories differ from torchdiffeq's by 1e-3 to 3e-3 at rtol=1e-3, where ours
+differ by 2e-5.
+
 Source: torchdiffeq 0.2.5 (fixed_grid.py, rk_common.py, dopri5.py, misc.py); spec denoiser 6.1.
 """
 
@@ -74,7 +78,7 @@ MAX_ATTEMPTS = 4096
 
 
 def _combine(weights: tuple[float, ...], stages: list[Array]) -> Array:
-    """Weighted sum of stages, without the terms whose weight is zero."""
+    """Returns the weighted sum of stages, without the terms whose weight is zero."""
     terms = [w * k for w, k in zip(weights, stages, strict=True) if w]
     return sum(terms[1:], terms[0])
 
@@ -88,7 +92,7 @@ def _stages(f: Velocity, x: Array, t: Array, dt: Array, tableau: Tableau, k1: Ar
 
 
 def fixed_step(f: Velocity, x: Array, t0: Array, t1: Array, method: str) -> Array:
-    """One step of a FIXED_STEP method from scalar time t0 to t1; returns the state at t1."""
+    """Takes one step of a FIXED_STEP method from scalar time t0 to t1; returns the state at t1."""
     tableau = FIXED_STEP[method]
     t = jnp.broadcast_to(t0, x.shape[:1])
     dt = jnp.broadcast_to(t1 - t0, x.shape[:1])
@@ -112,7 +116,7 @@ class _AdaptiveState(NamedTuple):
 
 
 def dopri5(f: Velocity, x: Array, grid: Array, rtol: float, atol: float, error_norm: str) -> Array:
-    """Adaptive Dormand-Prince 5(4), interpolated at the grid points.
+    """Integrates by adaptive Dormand-Prince 5(4), interpolated at the grid points.
 
     A sample whose step size falls below what its time can resolve, as after a velocity that is not
     finite, or that needs more than MAX_ATTEMPTS steps, becomes NaN from there on.
@@ -159,7 +163,7 @@ def dopri5(f: Velocity, x: Array, grid: Array, rtol: float, atol: float, error_n
 def _first_step(
     g: Velocity, x: Array, slope: Array, rtol: float, atol: float, rms: Callable[[Array], Array]
 ) -> Array:
-    """Hairer's starting step size [B]."""
+    """Returns Hairer's starting step size [B]."""
     scale = atol + jnp.abs(x) * rtol
     d0, d1 = rms(x / scale), rms(slope / scale)
     h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
@@ -222,7 +226,7 @@ def _give_up(state: _AdaptiveState, target: Array) -> _AdaptiveState:
 
 
 def _quartic(y0: Array, middle: Array, y1: Array, d0: Array, d1: Array) -> tuple[Array, ...]:
-    """Coefficients, highest first, through both ends, their slopes and the middle."""
+    """Returns a quartic through both ends, their slopes and the middle, highest power first."""
     return (
         2 * (d1 - d0) - 8 * (y1 + y0) + 16 * middle,
         5 * d0 - 3 * d1 + 18 * y0 + 14 * y1 - 32 * middle,
@@ -233,7 +237,7 @@ def _quartic(y0: Array, middle: Array, y1: Array, d0: Array, d1: Array) -> tuple
 
 
 def _interpolate(state: _AdaptiveState, target: Array) -> Array:
-    """The last step's quartic at the target time."""
+    """Returns the last step's quartic at the target time."""
     span = jnp.where(state.end > state.start, state.end - state.start, 1.0)
     fraction = expand((target - state.start) / span, state.x)
     value = state.curve[0]

@@ -22,19 +22,19 @@ def shift_time(t: Array, shift: float) -> Array:
 
 
 def dimension_shift(latent_size: int, base: int = 4096) -> float:
-    """Shift for a latent of `latent_size` numbers: sqrt(size / base)."""
+    """Returns the shift for a latent of `latent_size` numbers: sqrt(size / base)."""
     return math.sqrt(latent_size / base)
 
 
 def default_eps(path: str, prediction: str) -> float:
-    """How far training and sampling stay from the ends where a prediction is singular."""
+    """Returns the distance from the ends of time at which a prediction is not singular."""
     if path.startswith("vp"):
         return 1e-5
     return 1e-3 if prediction in ("noise", "score") else 0.0
 
 
 def time_support(path: str, prediction: str, eps: float | None = None) -> tuple[float, float]:
-    """Lowest and highest training time before the shift."""
+    """Returns the lowest and highest training time before the shift."""
     if prediction == "data":
         return 0.0, 1.0
     if prediction == "velocity":
@@ -45,10 +45,10 @@ def time_support(path: str, prediction: str, eps: float | None = None) -> tuple[
 
 
 def choose_range(time_range: Sequence[float], default: tuple[float, float]) -> tuple[float, float]:
-    """The range that a config names, or the default where it names none.
+    """Returns the range that a config names, or the default where it names none.
 
     Raises:
-      ConfigError: If it is no pair of increasing times in [0, 1].
+      ConfigError: If it is not a pair of increasing times in [0, 1].
     """
     if not time_range:
         return default
@@ -62,7 +62,7 @@ def choose_range(time_range: Sequence[float], default: tuple[float, float]) -> t
 
 @dataclass(frozen=True)
 class TimeSampler:
-    """Maps uniform draws to training times by the inverse distribution function.
+    """Maps uniform numbers to training times by the inverse distribution function.
 
     Attributes:
       distribution: "uniform" or "logit-normal".
@@ -92,7 +92,7 @@ class TimeSampler:
             )
 
     def __call__(self, u: Array) -> Array:
-        """Maps uniform draws [B] in [0, 1) to times [B]."""
+        """Maps uniform numbers [B] in [0, 1) to times [B]."""
         if self.distribution == "uniform":
             t = self.t_min + (self.t_max - self.t_min) * u
         else:
@@ -102,7 +102,7 @@ class TimeSampler:
         return shift_time(t, self.shift)
 
     def _mass_below(self, t: float) -> float:
-        """Share of the untruncated distribution below t."""
+        """Returns the fraction of the untruncated distribution below t."""
         if t in (0.0, 1.0):
             return t
         return statistics.NormalDist(self.mu, self.sigma).cdf(math.log(t / (1 - t)))

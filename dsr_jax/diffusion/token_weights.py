@@ -68,17 +68,17 @@ class TokenWeights:
 
 
 def _jacobian(shift: Array | float, t: Array) -> Array:
-    """Derivative of the inverse time shift at t."""
+    """Returns the derivative of the inverse time shift at t."""
     return shift / jnp.maximum(shift - (shift - 1) * t, _EPS) ** 2
 
 
 def _unshift(shift: Array | float, t: Array) -> Array:
-    """The time that the shift carries to t."""
+    """Returns the time that the shift maps to t."""
     return t / jnp.maximum(shift - (shift - 1) * t, _EPS)
 
 
 def _log_density(u: Array) -> Array:
-    """Log-density of the standard logit-normal distribution."""
+    """Returns the log-density of the standard logit-normal distribution."""
     u = jnp.clip(u, _EPS, 1 - _EPS)
     logit = jnp.log(u) - jnp.log1p(-u)
     return -0.5 * logit**2 - 0.5 * jnp.log(2 * jnp.pi) - jnp.log(u) - jnp.log1p(-u)

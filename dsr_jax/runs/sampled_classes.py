@@ -70,7 +70,7 @@ def _is_number(word: str) -> bool:
 
 
 def class_notes(data: DataDescription | None, labels: Iterable[int]) -> dict[str, Any]:
-    """Returns what the record of samples tells of their classes: {"class_names": {label: name}}."""
+    """Returns the entry {"class_names": {label: name}} of a record of samples, or {}."""
     names: Sequence[str] = data["names"] if data else ()
     found = {str(label): names[label] for label in sorted(set(labels)) if label < len(names)}
     return {"class_names": found} if found else {}

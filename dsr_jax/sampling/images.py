@@ -19,10 +19,10 @@ def to_uint8(images: Array, mode: str = "truncate") -> Array:
     """Maps float images in [0, 1] to uint8, any shape.
 
     Args:
-      images: Float values; what lies outside [0, 1] is clipped.
-      mode: "truncate" is the official code of RAE and DSR (on average half a grey level darker),
+      images: Float values; values outside [0, 1] are clipped.
+      mode: "truncate" is the official code of RAE and DSR (half a grey level darker on average),
         "round" takes the nearest level, "sit" is 127.5 x + 128 on [-1, 1], truncated, of SiT and
-        DiT (rounds halves up). The choice moves FID, so it belongs into the recipe.
+        DiT (rounds halves up). The choice moves FID, so it is part of the recipe.
 
     Source: RAE sample_ddp.py, SiT sample_ddp.py; spec evaluation 2.
 
@@ -80,7 +80,7 @@ def save_png_grid(
       labels: Class numbers [N] to write above the images.
       columns: Images per row.
       scale: Factor of enlargement by nearest neighbour; by default what brings images to a height
-        of at least 32 pixels, so that 8x8 digits can be seen.
+        of at least 32 pixels, so that 8x8 digits are visible.
       row_names: Names to write to the left of the rows; () for none.
     """
     from PIL import Image

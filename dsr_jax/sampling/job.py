@@ -80,7 +80,7 @@ class SampleJob:
       recipe: What decides the images, as JSON values (checkpoint, EMA, sampler, seed, ...). A job
         resumes only under an equal recipe. What does not decide them (batch, devices, revision)
         is recorded for every start instead.
-      notes: What else the `.json` says of the samples, such as the names of their classes.
+      notes: Further entries of the `.json`, such as the names of their classes.
     """
 
     folder: Path

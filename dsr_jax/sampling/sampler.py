@@ -36,7 +36,7 @@ the same on every host."""
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Solver, guidance and cast of one file of samples; all of it belongs into their recipe.
+    """Solver, guidance and cast of one file of samples; all of it is part of their recipe.
 
     Attributes:
       method: Name in `samplers.SAMPLERS`, or "package.module:function".
@@ -84,11 +84,11 @@ class SamplerSettings:
 
     @property
     def options(self) -> SolverOptions:
-        """The settings of the solver alone."""
+        """Settings of the solver alone."""
         return SolverOptions(**{name: getattr(self, name) for name in SolverOptions._fields})
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that have an effect, as JSON values."""
+        """Returns the settings that have an effect, as JSON values."""
         values = dataclasses.asdict(self)
         unused = set(SolverOptions._fields) - set(find_sampler(self.method).options)
         if self.guidance == 1:
@@ -207,7 +207,7 @@ def make_sample_fn(
 
 
 def _grid(objective: Objective, settings: SamplerSettings, stochastic: bool) -> np.ndarray:
-    """The times that the solver passes, on the host: a constant of the program."""
+    """Returns the solver's times, on the host: a constant of the program."""
     last_step = None
     if stochastic:
         last_step = 0.0 if settings.last_step == "none" else settings.last_step_size

@@ -18,7 +18,7 @@ SHAPE = (2, 3, 1)
 
 
 def picture(indices, labels):
-    """An image that tells its index and label."""
+    """Images that hold their index and label."""
     images = np.zeros((len(indices), *SHAPE), np.uint8)
     images[:, 0, 0, 0] = indices
     images[:, 1, 2, 0] = labels
