@@ -7,8 +7,8 @@ Samples are an `.npz` with `arr_0` (uint8, [N, H, W, C]; `labels` where the clas
 folder of PNG files, of any program. With a reference the scores are FID, sFID, Inception Score,
 precision and recall as the ADM evaluator defines them, KID, and the Frechet distance of DINOv2's
 features; --inception and --dinov2 are folders that `python -m dsr_jax.convert` wrote. The same
-command goes on where a stopped one was, also on other devices; on several hosts the files must be
-ones that all of them see.
+command continues a stopped one, also on other devices; on several hosts all of them must see the
+files.
 """
 
 import argparse
@@ -17,24 +17,35 @@ from pathlib import Path
 from typing import Any
 
 from dsr_jax.core import cli
-from dsr_jax.core.cli import make_parser
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.evaluation.image_sets import open_images
-from dsr_jax.evaluation.metrics import METRICS
+from dsr_jax.evaluation.metrics import DEFAULT, METRICS, find_metrics
 from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
 from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.parallel.watch import join_job
-from dsr_jax.runs.scoring import make_scorer, score_to_file, score_with_classifier
+from dsr_jax.runs.scoring import (
+    check_output,
+    make_scorer,
+    score_to_file,
+    score_with_classifier,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args = _parser().parse_args(argv)
+    path = Path(args.samples)
     if args.reference is None:
+        if path.is_dir() or args.inception or args.dinov2 or args.metrics:
+            raise EvaluationError(
+                f"{path} is to be compared with a reference, and none is named",
+                "add --reference: an ADM reference, a file of tools/make_reference.py, or images; "
+                "without it, an .npz with labels is scored by --classifier digits",
+            )
         classify(args)
         return
     if args.classifier or not (args.inception or args.dinov2):
@@ -55,9 +66,12 @@ def compare(args: argparse.Namespace) -> None:
     """
     path = Path(args.samples)
     images = open_images(path)
-    out = Path(args.out) if args.out else path.with_name(f"{path.stem}.scores.json")
-    scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
+    out = args.out or path.with_name(f"{path.stem}.scores.json")
     metrics = args.metrics.split(",") if args.metrics else None
+    # What files and names can tell is checked before weights are read.
+    find_metrics(DEFAULT if metrics is None else metrics)
+    check_output(out, images, args.reference)
+    scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
     result = score_to_file(
         scorer,
         images,
@@ -88,8 +102,9 @@ def classify(args: argparse.Namespace) -> None:
         return
     source = args.classifier or "digits"
     samples = open_samples(args.samples)
+    out = args.out or samples.path.with_suffix(f".classifier-{source}.json")
+    check_output(out, samples)
     scores = score_with_classifier(samples, source)
-    out = Path(args.out) if args.out else samples.path.with_suffix(f".classifier-{source}.json")
     write_json(out, {"scores": scores, "samples": samples.describe(), "provenance": provenance()})
     print(f"{samples.path}: {samples.shape[0]} images")
     _print_scores(scores)
@@ -102,25 +117,34 @@ def _print_scores(scores: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "python -m dsr_jax.evaluate")
+    parser = cli.make_parser(__doc__, "python -m dsr_jax.evaluate")
     add = parser.add_argument
     add("samples", help="an .npz, or with --reference also a folder of PNG files")
     add("--reference", help="ADM reference, file of tools/make_reference.py, images")
     add("--inception", help="folder of converted weights")
     add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
-    add("--metrics", help=f"of {','.join(METRICS)}; default: fid,sfid,is,pr as far as possible")
-    add("--batch", type=int, default=64, help="images at a time over all devices")
+    add(
+        "--metrics",
+        help=f"of {','.join(METRICS)}, or package.module:Class; default: those of "
+        f"{','.join(DEFAULT)} that the reference allows",
+    )
+    add("--batch", type=cli.positive_int, default=64, help="images at a time over all devices")
     add("--resize", default="adm", choices=RESIZES, help="how images become 299 pixels wide")
-    add("--save-every", type=int, default=SAVE_EVERY, help="images between savings")
+    add(
+        "--save-every",
+        type=cli.positive_int,
+        default=SAVE_EVERY,
+        help="images between two savings of an unfinished pass",
+    )
     add("--allow-constant", action="store_true", help="score images of a single colour, too")
     add(
         "--classifier",
         "--judge",
         choices=["digits"],
-        help="data whose real images train the classifier of the samples; the default "
-        "without --reference",
+        help="data set whose real images train the classifier of the samples; default without "
+        "--reference: digits",
     )
-    add("--out", help="the scores' file; default: beside the samples")
+    add("--out", type=cli.path_argument, help="the scores' file; default: beside the samples")
     return parser
 
 

@@ -7,19 +7,18 @@ The config names the autoencoder (config.space) and the images (config.data, of 
 config.eval.split unless --split says otherwise); any key can be set behind it. DIR then holds
 reconstructions.npz, in the order of the data, scores.json with the recipe, and pairs.png, images
 above their reconstructions. Without --inception there is no rFID, without --lpips no LPIPS. The
-same command goes on where a stopped one was; on several hosts DIR must be one that all of them see.
+same command continues a stopped one; on several hosts all of them must see DIR.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.lpips import load_lpips
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import make_parser, path_argument, positive_int, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
@@ -30,7 +29,7 @@ from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.decoder_evaluation import COLUMNS, save_pairs
 from dsr_jax.runs.reconstruction import Reconstruction, rfid
-from dsr_jax.runs.scoring import make_extractor
+from dsr_jax.runs.scoring import PassReport, check_writable, make_extractor
 
 _SHOWN = 4 * COLUMNS
 
@@ -45,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def score(args: argparse.Namespace, config: configs.ConfigDict) -> None:
     """Reconstructs and scores what the command line names, on all processes."""
     build.set_precision(config)
-    out = Path(args.out)
+    out = args.out
+    check_writable(out)
     # Missing weights end the command before anything is reconstructed.
     extractor = make_extractor(args.inception, None, args.batch) if args.inception else None
     perceptual = _open_lpips(args.lpips) if args.lpips else None
-    work = Reconstruction(config, args.images, args.batch)
+    work = Reconstruction(config, args.images or 0, args.batch)
     path = work.run(out)
     outputs = open_samples(path)
     scores, skipped = {}, {}
@@ -61,7 +61,7 @@ def score(args: argparse.Namespace, config: configs.ConfigDict) -> None:
         skipped["lpips"] = "no --lpips"
     network, params, lpips_record = perceptual or (None, None, None)
     pairs = PairScorer(work.mesh, args.batch, network, params)
-    means = pairs.score(work.images, outputs, out / "pairs.parts", work.recipe)
+    means = pairs.score(work.images, outputs, out / "pairs.parts", work.recipe, PassReport("pairs"))
     if not is_process_zero():
         return
     scores |= means
@@ -112,10 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "python -m dsr_jax.evaluate_reconstruction")
     add = parser.add_argument
     add("--config", required=True, help="config file that names data and space")
-    add("--out", required=True, help="folder of the result, new or of the same command")
+    add(
+        "--out",
+        type=path_argument,
+        required=True,
+        help="folder of the result, new or of the same command",
+    )
     add("--split", help="of the data; default: config.eval.split")
-    add("--images", type=int, default=0, help="how many; default: all")
-    add("--batch", type=int, default=32, help="images at a time over all devices")
+    add("--images", type=positive_int, help="how many, spread over the data; default: all")
+    add("--batch", type=positive_int, default=32, help="images at a time over all devices")
     add("--inception", help="folder of converted weights, for rFID")
     add("--lpips", help="folder of converted weights, for LPIPS")
     return parser

@@ -59,7 +59,7 @@ def test_what_cannot_be_scored_ends_with_a_reason(tmp_path, heldout):
     }.items():
         with pytest.raises(EvaluationError, match=reason):
             evaluate.main([str(tmp_path / f"{name}.npz")])
-    with pytest.raises(DataError, match="cannot be drawn at 7 pixels"):
+    with pytest.raises(DataError, match="cannot become 7 pixels"):
         evaluate.main([str(tmp_path / "colour.npz")])
     assert not list(tmp_path.glob("*.json"))
 
@@ -106,3 +106,76 @@ def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
     with pytest.raises(EvaluationError, match="unknown metrics"):
         evaluate.main(arguments(folder, inception, "--metrics", "fid,fdd"))
     assert not list(folder.glob("*.json"))
+
+
+def test_what_files_tell_is_checked_before_the_network_runs(pictures, monkeypatch):
+    folder, inception = pictures
+
+    def run(*args, **kwargs):
+        raise AssertionError("the network ran")
+
+    monkeypatch.setattr("dsr_jax.evaluation.features.Extractor.__call__", run)
+    random = np.random.RandomState(1)
+    moments = {"mu": np.zeros(7), "sigma": np.eye(7)}
+    for name, content, reason in (
+        ("small", {"arr_0": random.randint(0, 256, (16, 8, 8, 3), np.uint8)}, "16, 16.*8, 8"),
+        ("narrow", moments, "fid: sample features have width 128, reference features 7"),
+        ("single", {"arr_0": random.randint(0, 256, (1, 16, 16, 3), np.uint8)}, "at least 2 ref"),
+        ("empty", {"other": np.zeros(3)}, "no statistics and no images"),
+    ):
+        np.savez(folder / f"{name}.npz", **content)
+        line = [str(folder / "samples.npz"), "--reference", str(folder / f"{name}.npz")]
+        with pytest.raises(EvaluationError, match=reason):
+            evaluate.main([*line, "--inception", str(inception), "--metrics", "fid"])
+    (folder / "file").write_text("x")
+    for out, reason in (
+        (folder, "is a folder"),
+        (folder / "file" / "scores.json", "nothing can be written into"),
+        (folder / "real.npz", "exists and holds no scores"),
+    ):
+        with pytest.raises(EvaluationError, match=reason):
+            evaluate.main(arguments(folder, inception, "--out", str(out)))
+    assert (folder / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--batch", "0"), ("--batch", "-4"), ("--save-every", "-1")]
+)
+def test_counts_that_are_not_positive_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["samples.npz", flag, value])
+    assert stop.value.code == 2
+    assert f"argument {flag}: {value} is not positive" in capsys.readouterr().err
+
+
+def test_scores_of_another_origin_are_not_overwritten(tmp_path, heldout):
+    images, labels = heldout
+    np.savez(tmp_path / "a.npz", images, labels=labels)
+    np.savez(tmp_path / "b.npz", images[:50], labels=labels[:50])
+    out = tmp_path / "scores.json"
+    for _ in range(2):
+        evaluate.main([str(tmp_path / "a.npz"), "--out", str(out)])
+    before = out.read_bytes()
+    with pytest.raises(EvaluationError, match="scores of other samples"):
+        evaluate.main([str(tmp_path / "b.npz"), "--out", str(out)])
+    assert out.read_bytes() == before
+    for content in (b"notes", b"[1, 2]", b'{"scores": {}}'):
+        out.write_bytes(content)
+        with pytest.raises(EvaluationError, match="exists and holds no scores"):
+            evaluate.main([str(tmp_path / "a.npz"), "--out", str(out)])
+        assert out.read_bytes() == content
+
+
+def test_a_folder_without_a_reference_asks_for_one(tmp_path):
+    with pytest.raises(EvaluationError, match="(?s)none is named.*--reference"):
+        evaluate.main([str(tmp_path)])
+    with pytest.raises(EvaluationError, match="none is named"):
+        evaluate.main([str(tmp_path / "samples.npz"), "--inception", "converted/inception"])
+
+
+def test_help_names_defaults(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "over all devices (default: 64)" in shown and "(default: 5000)" in shown
+    assert "default: those of fid,sfid,is,pr that the reference allows" in shown

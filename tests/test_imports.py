@@ -47,6 +47,7 @@ LAZY = {
     "tensorflow_datasets",
     "transformers",
     "huggingface_hub",
+    "skimage",
     "sklearn",
 }
 

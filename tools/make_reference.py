@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.data.sources import make_source
@@ -153,7 +153,7 @@ class Maker:
             folder=self._folder / name,
             identity={"images": images.describe()},
             allow_constant=self._allow_constant,
-            report=PassReport(name),
+            report=PassReport(name if name == "features" else f"features for {name}"),
         )
 
     def _write(
@@ -193,15 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", help="data source (digits, synthetic, folder, arrayrecord, tfds:NAME) or file")
     add("--root", help="folder of the data source")
-    add("--split", default="train")
-    add("--image-size", type=int, default=256)
-    add("--channels", type=int, default=3)
-    add("--classes", type=int, help="number of classes, for sources that do not know it")
+    add("--split", default="train", help="of the data source")
+    add("--image-size", type=positive_int, default=256, help="side in pixels")
+    add("--channels", type=positive_int, default=3, help="1 for grey, 3 for RGB")
+    add("--classes", type=int, help="number of classes, for sources that do not record it")
     add("--inception", required=True, help="folder of converted weights")
     add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add("--keep", type=int, default=10_000, help="images to keep for precision, recall and KID")
-    add("--batch", type=int, default=64, help="images at a time over all devices")
-    add("--resize", default="adm", choices=RESIZES)
+    add("--batch", type=positive_int, default=64, help="images at a time over all devices")
+    add("--resize", default="adm", choices=RESIZES, help="how images become 299 pixels wide")
     add("--allow-constant", action="store_true", help="take images of a single colour, too")
     add("--out", required=True, help="new .npz")
     return parser

@@ -1,5 +1,7 @@
 """Files of scores side by side: which recipes agree, a table, a plot of FID against guidance."""
 
+import csv
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,9 +130,10 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(rows: Sequence[Sequence[str]]) -> str:
-    """The table with commas; cells that hold one are quoted."""
-    lines = (",".join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows)
-    return "".join(line + "\n" for line in lines)
+    """Returns the table as comma-separated values."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
 
 
 def plot_guidance(

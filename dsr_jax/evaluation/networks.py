@@ -40,6 +40,22 @@ class FeatureNetwork:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+def unpublished(record: Mapping[str, Any]) -> str:
+    """Returns why scores by these weights may not compare with papers; "" if they are published.
+
+    Args:
+      record: Of their conversion, which compares the source with the digest of the published file
+        where one is known.
+    """
+    if record.get("published"):
+        return ""
+    return (
+        f"the weights of {record.get('family', 'the network')} (from "
+        f"{record.get('source', 'an unknown source')}, {record['params_digest'][:19]}) are not "
+        "verified as the published ones; compare scores only with those of the same params_digest"
+    )
+
+
 def inception_features(
     network: InceptionV3,
     params: Params,

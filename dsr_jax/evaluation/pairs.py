@@ -1,7 +1,7 @@
 """PSNR, SSIM and LPIPS of many pairs of images, over all hosts and devices."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from dsr_jax.parallel.shardings import (
     process_rows,
     replicated,
 )
+from dsr_jax.telemetry.progress import announce_first_call
 
 _SAVE_EVERY = 5000
 
@@ -50,7 +51,7 @@ class PairScorer:
         self._names = ["psnr", "ssim"] + ["lpips"] * (lpips is not None)
         self._lpips = lpips
         self._params = jax.device_put(params, replicated(mesh))
-        self._distance = jax.jit(self._compare)
+        self._distance = announce_first_call(jax.jit(self._compare), "LPIPS")
 
     def score(
         self,
@@ -58,16 +59,18 @@ class PairScorer:
         outputs: ImageSet,
         folder: Path,
         identity: Mapping[str, Any],
+        report: Callable[[int, int], None] | None = None,
     ) -> dict[str, float]:
         """Means over all pairs: "psnr" in dB, "ssim", and "lpips" where there is a network.
 
-        On processes other than the primary the result is empty.
+        On processes other than 0 the result is empty.
 
         Args:
           images: The images.
           outputs: Their reconstructions, in the same order.
-          folder: For what a stopped pass goes on from; all hosts must see it.
+          folder: For what a stopped pass continues from; all hosts must see it.
           identity: What must be equal for a pass to be continued.
+          report: Called with pairs done and in all, on process 0.
 
         Raises:
           EvaluationError: If shapes differ, or the folder is of something else.
@@ -85,6 +88,8 @@ class PairScorer:
             rows = self._score_batch(done, ours, theirs)[: images.shape[0] - done]
             values.append(rows)
             done += len(rows)
+            if report is not None and is_process_zero():
+                report(done, images.shape[0])
             if is_process_zero() and done - saved >= _SAVE_EVERY:
                 saved = done
                 with open_atomic(path) as file:
@@ -128,7 +133,7 @@ def _filled(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _restore(path: Path, marks: str) -> list[np.ndarray]:
-    """The scores of a stopped pass.
+    """Returns the scores of a stopped pass.
 
     Raises:
       EvaluationError: If they are of something else.

@@ -1,4 +1,4 @@
-"""How near reconstructions are to their images: PSNR and SSIM.
+"""PSNR and SSIM of images and their reconstructions.
 
 Source: DSR reconstruction evaluation (torchmetrics 1.9); spec encoder 12.
 """
@@ -7,10 +7,10 @@ import numpy as np
 
 from dsr_jax.core.errors import EvaluationError
 
-_LEAST_ERROR = 1e-10
+_MIN_ERROR = 1e-10
 """Floor of the mean squared error: identical images have 100 dB."""
-_TAPS, _SIGMA = 11, 1.5
-_K1, _K2 = 0.01, 0.03
+_SIGMA, _RADIUS = 1.5, 5
+"""The Gaussian window of SSIM, in pixels."""
 
 
 def psnr(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def psnr(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
     """
     reference, images = _unit_range(reference, images)
     error = np.square(reference - images).mean(axis=(1, 2, 3))
-    return -10 * np.log10(np.maximum(error, _LEAST_ERROR))
+    return -10 * np.log10(np.maximum(error, _MIN_ERROR))
 
 
 def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -43,39 +43,30 @@ def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
       EvaluationError: If they are not uint8, of different shapes, or smaller than the window.
     """
     reference, images = _unit_range(reference, images)
-    if min(reference.shape[1:3]) <= _TAPS // 2:
+    if min(reference.shape[1:3]) <= _RADIUS:
         raise EvaluationError(
             f"images of {reference.shape[1]} x {reference.shape[2]} pixels",
-            f"SSIM needs more than {_TAPS // 2} a side",
+            f"SSIM needs more than {_RADIUS} a side",
         )
-    return np.array([_ssim(a, b) for a, b in zip(reference, images, strict=True)])
+    from skimage.metrics import structural_similarity
 
-
-def _ssim(a: np.ndarray, b: np.ndarray) -> float:
-    mean_a, mean_b = _blur(a), _blur(b)
-    # Rounding may leave a variance of a flat region below zero, the covariance may be negative.
-    var_a = np.maximum(_blur(a * a) - mean_a**2, 0)
-    var_b = np.maximum(_blur(b * b) - mean_b**2, 0)
-    covariance = _blur(a * b) - mean_a * mean_b
-    luminance = (2 * mean_a * mean_b + _K1**2) / (mean_a**2 + mean_b**2 + _K1**2)
-    structure = (2 * covariance + _K2**2) / (var_a + var_b + _K2**2)
-    return float(np.mean(luminance * structure))
-
-
-def _blur(image: np.ndarray) -> np.ndarray:
-    """Gaussian mean of [H, W, C] around each pixel."""
-    half = _TAPS // 2
-    window = np.exp(-np.square(np.arange(-half, half + 1) / _SIGMA) / 2)
-    window /= window.sum()
-    for axis in (0, 1):
-        padding = [(half, half) if i == axis else (0, 0) for i in range(3)]
-        padded = np.pad(image, padding, mode="reflect")
-        size = image.shape[axis]
-        image = sum(
-            weight * np.take(padded, np.arange(i, i + size), axis=axis)
-            for i, weight in enumerate(window)
+    # scikit-image repeats the outermost pixel beyond an edge and leaves the border out of the mean.
+    # With as wide a border reflected before, its mean is over all pixels of the image.
+    sides = ((0, 0), (_RADIUS, _RADIUS), (_RADIUS, _RADIUS), (0, 0))
+    pairs = zip(*(np.pad(x, sides, mode="reflect") for x in (reference, images)), strict=True)
+    scores = [
+        structural_similarity(
+            a,
+            b,
+            data_range=1.0,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=_SIGMA,
+            use_sample_covariance=False,
         )
-    return image
+        for a, b in pairs
+    ]
+    return np.array(scores, np.float64)
 
 
 def _unit_range(reference: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

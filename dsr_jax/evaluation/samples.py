@@ -115,7 +115,7 @@ def open_samples(path: str | os.PathLike[str]) -> SampleFile:
         )
     with _opened(path) as archive:
         shape = _check_images(path, archive)
-        labels = _read_labels(path, archive, shape[0]) if "labels" in keys else None
+        labels = _read_labels(path, archive, shape[0], keys)
     return SampleFile(path, shape, labels)
 
 
@@ -131,6 +131,12 @@ def read_names(path: Path, kind: str) -> list[str]:
     """
     if not path.is_file():
         raise EvaluationError(f"{kind} file {str(path)!r} not found", "check the path")
+    if path.suffix == ".npy":
+        raise EvaluationError(
+            f"{kind} file {path} is a single array (.npy), expected an .npz",
+            f"save it as arr_0: numpy.savez({str(path.with_suffix('.npz'))!r}, "
+            f"numpy.load({str(path)!r}))",
+        )
     with _opened(path) as archive:
         return [info.filename.removesuffix(".npy") for info in archive.infolist()]
 
@@ -244,11 +250,27 @@ def _levels(archive: zipfile.ZipFile, dtype: np.dtype) -> str:
     return f"; its values begin at {values.min():.3g} and end at {values.max():.3g}"
 
 
-def _read_labels(path: Path, archive: zipfile.ZipFile, count: int) -> np.ndarray:
-    shape, _, dtype = _check_header(path, archive, "labels")
+def _read_labels(
+    path: Path, archive: zipfile.ZipFile, count: int, keys: list[str]
+) -> np.ndarray | None:
+    """Reads the classes from `labels`, or from `arr_1`, where the ADM sampler writes them."""
+    if "labels" in keys:
+        key = "labels"
+    elif "arr_1" in keys:
+        key = "arr_1"
+    else:
+        return None
+    shape, _, dtype = _check_header(path, archive, key)
     if shape != (count,) or not np.issubdtype(dtype, np.integer):
         raise EvaluationError(
-            f"labels of {path} are {dtype}{shape}, expected integers [{count}]",
-            "save one class number per image",
+            f"{key} of {path} is {dtype}{shape}, expected integer labels [{count}]",
+            "save one class number per image as 'labels', or leave the array out",
         )
-    return read_member(path, "labels").astype(np.int32)
+    labels = read_member(path, key)
+    if (bad := np.flatnonzero(labels < 0)).size:
+        raise EvaluationError(
+            f"{key} of {path} holds the label {labels[bad[0]]} (image {bad[0]}); classes are 0 and "
+            "above",
+            "save the class of every image, or no labels at all",
+        )
+    return labels.astype(np.int32)

@@ -16,9 +16,11 @@ from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
 from dsr_jax.evaluation.metric import Metric, needs_of
 from dsr_jax.evaluation.metrics import DEFAULT, find_metrics
+from dsr_jax.evaluation.networks import unpublished
 from dsr_jax.evaluation.passes import SAVE_EVERY, forget, update_metrics
 from dsr_jax.evaluation.reference import Reference
 from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.telemetry.progress import announce
 
 
 @dataclass
@@ -81,8 +83,9 @@ class Scorer:
         chosen = self.check(images.shape, metrics, result)
         networks = self.extractor.recipe(needs_of(chosen))
         # Digests are compared before a pass is continued, and written beside the scores.
-        about = result.samples = images.describe()
-        reference_digest = self.reference.digest()
+        with announce("computing checksums of the images", only_if_slow=True):
+            about = result.samples = images.describe()
+            reference_digest = self.reference.digest()
         settings = {"allow_constant": allow_constant, "save_every": save_every}
         ours = self._pass(images, chosen, folder / "samples", about, **settings)
         theirs = {
@@ -110,9 +113,11 @@ class Scorer:
             "rounding": rounding_of(about.get("record")),
         }
         for kind, metric in ours.items():
-            result.scores |= metric.compute(theirs.get(kind))
+            with announce(f"computing {metric.name}", only_if_slow=True):
+                result.scores |= metric.compute(theirs.get(kind))
             result.recipe |= metric.recipe(theirs.get(kind))
             result.warnings += [w for w in metric.warnings(images) if w not in result.warnings]
+        result.warnings += filter(None, map(unpublished, self.extractor.records))
         if lossy := about.get("lossy"):
             result.warnings.append(
                 f"samples are {', '.join(lossy)} files: lossy compression changes every score; "

@@ -17,8 +17,10 @@ from dsr_jax.evaluation.image_sets import ImageSet, SourceImages
 from dsr_jax.evaluation.passes import update_metrics
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.processes import is_process_zero, log
+from dsr_jax.runs.scoring import PassReport
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.sampling.job import SampleJob, Samples
+from dsr_jax.telemetry.progress import announce_first_call
 
 
 class Reconstruction:
@@ -53,7 +55,8 @@ class Reconstruction:
             finite = jnp.isfinite(decoded).all(axis=(1, 2, 3))
             return Samples(to_uint8(decoded, rounding), finite, index)
 
-        self._reconstruct = jax.jit(reconstruct, out_shardings=self._sharding)
+        program = jax.jit(reconstruct, out_shardings=self._sharding)
+        self._reconstruct = announce_first_call(program, "the autoencoder")
         given = jax.ShapeDtypeStruct((batch, *self.images.shape[1:]), np.uint8)
         index = jax.ShapeDtypeStruct((batch,), np.uint32)
         shape = jax.eval_shape(reconstruct, self._variables, given, index).images.shape[1:]
@@ -113,6 +116,6 @@ def rfid(
             identity={"images": each.describe(), "recipe": recipe},
             # An image of a single colour is reconstructed like any other.
             allow_constant=True,
+            report=PassReport(f"features of {name}"),
         )
-        log(f"features of {name}: {each.shape[0]}/{each.shape[0]}")
     return ours.compute(theirs)["fid"] if is_process_zero() else float("nan")

@@ -1,5 +1,6 @@
 """From files to a scorer, and from scores to a file: what all commands that score share."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
@@ -9,13 +10,14 @@ from jax.sharding import Mesh
 
 from dsr_jax.convert.hub import load_class_encoder
 from dsr_jax.convert.inception import load_inception
-from dsr_jax.core.files import write_json
+from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.files import read_json, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.image_sets import ImageSet
-from dsr_jax.evaluation.networks import dinov2_features, inception_features
+from dsr_jax.evaluation.networks import dinov2_features, inception_features, unpublished
 from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import SampleFile, check_levels
@@ -23,6 +25,56 @@ from dsr_jax.evaluation.scoring import Result, Scorer
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.telemetry.progress import LINE_SECONDS, format_seconds
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that files can be written into a folder, or that it can be made; leaves nothing.
+
+    Raises:
+      EvaluationError: If they cannot.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".writable"):
+            pass
+    except OSError as error:
+        raise EvaluationError(
+            f"nothing can be written into {folder}: {error}", "name another --out"
+        ) from error
+
+
+def check_output(out: Path, samples: ImageSet, reference: str | None = None) -> None:
+    """Checks that scores can be written to a file, and that it holds no others.
+
+    Scores of the same samples and reference may be replaced.
+
+    Args:
+      out: The file.
+      samples: What is to be scored.
+      reference: Path of the reference, if there is one.
+
+    Raises:
+      EvaluationError: If the file cannot be written, is of another kind, or has other scores.
+    """
+    if out.is_dir():
+        raise EvaluationError(f"--out={out} is a folder", "name a file")
+    check_writable(out.parent)
+    if not out.exists():
+        return
+    try:
+        content = read_json(out)
+        found = content["samples"]["digest"], content.get("recipe", {}).get("reference")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{out} exists and holds no scores", "name another --out; nothing was written"
+        ) from error
+    wanted = samples.describe()["digest"], open_reference(reference).digest() if reference else None
+    for name, ours, theirs in zip(("samples", "reference"), wanted, found, strict=True):
+        if ours != theirs:
+            raise EvaluationError(
+                f"{out} holds scores of other {name}",
+                "name another --out, or remove the file; nothing was written",
+            )
 
 
 def make_extractor(
@@ -50,6 +102,9 @@ def make_extractor(
         networks.append(inception_features(network, params, record, resize))
     if dinov2:
         networks.append(dinov2_features(*load_class_encoder(dinov2)))
+    for each in networks:
+        if problem := unpublished(each.record):
+            log(f"warning: {problem}")
     return Extractor(networks, mesh or make_mesh(MeshShape()), batch)
 
 
@@ -69,7 +124,7 @@ def make_scorer(
     """
     opened = open_reference(reference)
     extractor = make_extractor(inception, dinov2, batch, resize, mesh)
-    return Scorer(extractor, opened, PassReport)
+    return Scorer(extractor, opened, lambda name: PassReport(f"features of {name}"))
 
 
 def score_to_file(
@@ -147,7 +202,7 @@ class PassReport:
     """Logs every few seconds how far a pass is, its rate and the time that remains.
 
     Args:
-      what: What passes through the networks; it is part of each line.
+      what: Name of the pass, which begins each line.
     """
 
     def __init__(self, what: str) -> None:
@@ -165,10 +220,10 @@ class PassReport:
             return
         self._logged = now
         first, began = self._start
-        text = f"features of {self._what}: {done}/{total}"
+        text = f"{self._what}: {done}/{total}"
         if done > first and now > began:
             rate = (done - first) / (now - began)
-            text += f", {rate:.4g} images/s"
+            text += f", {rate:.4g}/s"
             if done < total:
                 text += f", ETA {format_seconds((total - done) / rate)}"
         log(text)

@@ -23,7 +23,11 @@ LINE_SECONDS = 10.0
 
 @contextlib.contextmanager
 def announce(
-    activity: str, *, every: float = LINE_SECONDS, stream: TextIO | None = None
+    activity: str,
+    *,
+    only_if_slow: bool = False,
+    every: float = LINE_SECONDS,
+    stream: TextIO | None = None,
 ) -> Iterator[None]:
     """Prints that a long activity begins, how long it has taken, and when it has ended.
 
@@ -35,6 +39,7 @@ def announce(
 
     Args:
       activity: What is done, as a participle: "compiling the training step".
+      only_if_slow: Prints nothing of a block that takes less than `every`.
       every: Seconds between lines.
       stream: Where to; None for standard error.
     """
@@ -48,7 +53,8 @@ def announce(
         while not ended.wait(every):
             print(f"{activity}: {monotonic() - start:.0f} s", file=stream, flush=True)
 
-    print(f"{activity} ...", file=stream, flush=True)
+    if not only_if_slow:
+        print(f"{activity} ...", file=stream, flush=True)
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
@@ -56,7 +62,8 @@ def announce(
     finally:
         ended.set()
         thread.join()
-    print(f"{activity}: done in {monotonic() - start:.1f} s", file=stream, flush=True)
+    if not only_if_slow or monotonic() - start >= every:
+        print(f"{activity}: done in {monotonic() - start:.1f} s", file=stream, flush=True)
 
 
 def announce_compile(what: str) -> contextlib.AbstractContextManager[None]:

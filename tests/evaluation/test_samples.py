@@ -50,7 +50,9 @@ class Bomb:
         ({"arr_0": np.asfortranarray(IMAGES)}, "Fortran order"),
         ({"arr_0": np.array([Bomb()], object)}, "arr_0 .* holds Python objects"),
         ({"arr_0": IMAGES, "labels": np.array([Bomb()] * 11)}, "labels .* holds Python objects"),
-        ({"arr_0": IMAGES, "labels": LABELS[:9]}, r"labels .* int64\(9,\), expected integers"),
+        ({"arr_0": IMAGES, "labels": LABELS[:9]}, r"labels .* int64\(9,\), expected integer"),
+        ({"arr_0": IMAGES, "arr_1": LABELS[:9]}, r"arr_1 .* int64\(9,\), expected integer"),
+        ({"arr_0": IMAGES, "labels": LABELS - 1}, r"labels .* holds the label -1 \(image 0\)"),
         ({"arr_0": IMAGES, "labels": LABELS / 2}, "labels .* float64"),
     ],
 )
@@ -97,3 +99,19 @@ def test_images_cast_without_scaling_are_named(tmp_path):
     check_levels(IMAGES, tmp_path)
     with pytest.raises(EvaluationError, match="no value above 1"):
         check_levels(IMAGES // 128, tmp_path)
+
+
+def test_labels_of_the_adm_sampler(tmp_path):
+    np.savez(tmp_path / "samples.npz", IMAGES, LABELS)
+    found = open_samples(tmp_path / "samples.npz")
+    np.testing.assert_array_equal(found.require_labels("a test"), LABELS)
+
+
+def test_a_single_array_is_named(tmp_path):
+    path = tmp_path / "samples.npy"
+    np.save(path, IMAGES)
+    with pytest.raises(EvaluationError, match=r"(?s)single array \(.npy\).*numpy.savez") as caught:
+        open_samples(path)
+    # The remedy works.
+    exec(f"import numpy; {caught.value.remedy.partition(': ')[2]}")
+    np.testing.assert_array_equal(open_samples(tmp_path / "samples.npz").images(), IMAGES)

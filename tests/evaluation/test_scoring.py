@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
@@ -151,3 +152,23 @@ def test_networks_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(StandIn, "widths", {"pool": 12, "spatial": 9, "logits": 5})
     with pytest.raises(EvaluationError, match="(?s)no network for fid, fd_dinov2.*--dinov2"):
         score(tmp_path, ["fid", "fd_dinov2"], arr_0=REAL)
+
+
+def test_weights_that_are_not_the_published_ones_are_pointed_out(tmp_path, monkeypatch):
+    record = {"family": "inception", "source": "mine.pth", "params_digest": "sha256:0123456789"}
+    monkeypatch.setattr(StandIn, "records", [record])
+    (found,) = (w for w in score(tmp_path, ["fid"], arr_0=REAL).warnings if "weights" in w)
+    assert "mine.pth" in found and "not verified as the published ones" in found
+    monkeypatch.setattr(StandIn, "records", [{**record, "published": True}])
+    assert not any("weights" in w for w in score(tmp_path, ["fid"], arr_0=REAL).warnings)
+
+
+def test_lossy_files_are_warned_of(tmp_path):
+    (tmp_path / "jpeg").mkdir()
+    for number, image in enumerate(IMAGES[:20]):
+        Image.fromarray(image).save(tmp_path / "jpeg" / f"{number:02d}.jpg")
+    np.savez(tmp_path / "ref.npz", REAL)
+    scorer = Scorer(StandIn(), open_reference(tmp_path / "ref.npz"))
+    images = open_images(tmp_path / "jpeg")
+    found = scorer.score(images, ["fid"], folder=tmp_path / "parts")
+    assert any("lossy compression" in warning for warning in found.warnings)

@@ -85,6 +85,13 @@ def test_announce_prints_elapsed_seconds_until_the_end() -> None:
     assert re.fullmatch(r"compiling it: done in [0-9]+\.[0-9] s", lines[-1])
 
 
+def test_announce_is_silent_about_what_is_quick() -> None:
+    stream = io.StringIO()
+    with announce("adding", only_if_slow=True, every=600, stream=stream):
+        pass
+    assert stream.getvalue() == ""
+
+
 def test_announce_passes_errors_on_and_stops() -> None:
     stream = io.StringIO()
     with pytest.raises(ZeroDivisionError), announce("dividing", every=0.01, stream=stream):

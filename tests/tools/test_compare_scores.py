@@ -1,9 +1,13 @@
 """Scores side by side, or refused."""
 
+import csv
+import io
+
 import pytest
 
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
+from dsr_jax.evaluation.comparison import as_csv
 from tools import compare_scores
 
 RECIPE = {
@@ -80,3 +84,8 @@ def test_other_files_are_refused(tmp_path):
         compare_scores.main([str(tmp_path / "classifier.json")])
     with pytest.raises(EvaluationError, match="cannot be read"):
         compare_scores.main([str(tmp_path / "none.json")])
+
+
+def test_csv_values_are_quoted_where_they_must_be() -> None:
+    rows = [["scores", "fid"], ['a, "b"', "1.5"], ["two\nlines", ""]]
+    assert list(csv.reader(io.StringIO(as_csv(rows)))) == rows
