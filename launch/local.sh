@@ -22,7 +22,7 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# environment RANK: what tells a process who it is, as words for env.
+# environment RANK: the variables by which a process finds the others, as words for env.
 environment() {
     variables=(
         "DSR_COORDINATOR=127.0.0.1:$port" "DSR_NUM_PROCESSES=$processes" "DSR_PROCESS_ID=$1"

@@ -24,7 +24,7 @@ PLACE = ("--name=dsr", "--project=my-project", "--zone=us-west4-a")
 
 @functools.cache
 def programs() -> Path:
-    """A folder with imitated programs, which know their flags and have no cloud to work on."""
+    """A folder with imitated programs, that check their flags and have no cloud to work on."""
     return imitation.make(Path(tempfile.mkdtemp(prefix="launch_test_")))
 
 
