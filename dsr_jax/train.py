@@ -48,7 +48,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_state(config, model, space, optimizer, mesh, rules)
     if config.train.init_from and not list_steps(workdir / "checkpoints"):
-        init = build.start_from(config.train.init_from, model, optimizer, abstract)
+        init = build.start_from(config, model, optimizer, abstract, data["names"])
     step = build.jit_step(
         build.make_step(config, model, space, optimizer, abstract),
         abstract,

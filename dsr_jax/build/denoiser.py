@@ -1,17 +1,24 @@
 """Builds the denoiser that a config names, and reads converted weights for it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from dsr_jax.build.fine_tuning import (
+    Adaptation,
+    adaptation_hints,
+    check_positions,
+    names_of_record,
+)
 from dsr_jax.config import ConfigDict, base_config, trains_decoder
 from dsr_jax.convert.files import load_converted
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Array, Params
+from dsr_jax.data.class_map import names_by_label, read_class_map
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.registry import config_fields, denoiser_class, denoiser_name
@@ -93,7 +100,10 @@ def _model_settings(config: ConfigDict, kind: type[Denoiser]) -> dict[str, Any]:
 
 
 def restore_converted(
-    folder: str, model: Denoiser, abstract: Params
+    folder: str,
+    model: Denoiser,
+    abstract: Params,
+    adapt: Callable[[dict[str, Any]], Adaptation] = lambda record: Adaptation(),
 ) -> tuple[Params, dict[str, Any]]:
     """Reads weights that `dsr_jax.convert` wrote onto the devices.
 
@@ -101,6 +111,7 @@ def restore_converted(
       folder: The converted model.
       model: The config's model.
       abstract: Its parameters' shapes and shardings.
+      adapt: Returns how to adapt the weights that a record describes.
 
     Returns:
       Parameters, and the record of the conversion.
@@ -115,15 +126,21 @@ def restore_converted(
             f"{folder} holds a {record['family']}, not a denoiser of the config's kind, {family}",
             f"name a folder that python -m dsr_jax.convert {family} wrote",
         )
-    unused = model.unused_sizes()
-    differing = [
-        f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
+    adaptation = adapt(record)
+    unused = model.unused_sizes() | adaptation.adapted_sizes
+    sizes = {
+        name: value
         for name, value in record["model"].items()
         if name not in unused and value != getattr(model, name)
+    }
+    differing = [
+        f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
+        for name, value in sizes.items()
     ]
+    adapted = adaptation(params, model)
     shapes, wanted = (
         {name: leaf.shape for name, leaf in flatten_names(tree).items()}
-        for tree in (params, abstract)
+        for tree in (adapted, abstract)
     )
     differing += [
         f"{name}: {shapes.get(name, 'absent')} -> {wanted.get(name, 'absent')}"
@@ -134,34 +151,50 @@ def restore_converted(
         raise ConversionError(
             f"{folder} holds a model of other sizes than the config (converted -> config):\n    "
             + "\n    ".join(differing[:8]),
-            "use the config of that model, or set keys with --config.KEY=VALUE",
+            "use the config of that model, or set keys with --config.KEY=VALUE"
+            + "".join(f"; to fine-tune, {hint}" for hint in [adaptation_hints(sizes)] if hint),
         )
 
     def place(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
         return jax.device_put(leaf.astype(like.dtype), like.sharding)
 
-    return jax.tree.map(place, params, abstract), record
+    return jax.tree.map(place, adapted, abstract), record
 
 
 def start_from(
-    folder: str, model: Denoiser, optimizer: Optimizer, abstract: TrainState
+    config: ConfigDict,
+    model: Denoiser,
+    optimizer: Optimizer,
+    abstract: TrainState,
+    class_names: Sequence[str] = (),
 ) -> Callable[[], TrainState]:
-    """Reads the weights that a new run starts from.
+    """Reads the weights that a new run starts from, config.train.init_from.
 
     Args:
-      folder: The converted model, config.train.init_from.
+      config: The config, whose section `train` says how the weights are adapted.
       model: The config's model.
       optimizer: Makes the moments.
       abstract: The state's shapes and shardings.
+      class_names: Class name by label of the training data; empty if unknown.
 
     Returns:
-      A function that makes the state before the first step, to be called once: parameters and
-      averages are those of the folder, moments are new.
+      A function that makes the state before the first step, to be called once: parameters and EMA
+      weights are those of the folder, moments are new.
 
     Raises:
       ConversionError: If they are of another kind or other sizes than the config's model.
+      ConfigError: If they cannot be adapted as the config says.
     """
-    held = [restore_converted(folder, model, abstract.params)[0]]
+    section = config.train
+
+    def adapt(record: dict[str, Any]) -> Adaptation:
+        old_names = names_of_record(record)
+        if section.init_class_map:
+            old_names = names_by_label(read_class_map(section.init_class_map))
+        resampled = check_positions(section.init_positions)
+        return Adaptation(section.init_labels, resampled, old_names, class_names, config.seed)
+
+    held = [restore_converted(section.init_from, model, abstract.params, adapt)[0]]
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(
         lambda params: create_state(params, optimizer, [float(decay) for decay in abstract.ema]),

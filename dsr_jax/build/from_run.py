@@ -12,6 +12,7 @@ from dsr_jax.build.experiment import make_rules
 from dsr_jax.build.state import abstract_params
 from dsr_jax.config import ConfigDict, load_run
 from dsr_jax.core.typing import Params
+from dsr_jax.data.classes import read_class_names
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.registry import denoiser_name, model_sizes
 from dsr_jax.parallel.axes import Constrain
@@ -54,6 +55,7 @@ def load_denoiser(
         "entry": "params" if ema == "none" else f"ema {ema}",
         "source": f"{Path(workdir).absolute().name}, step {meta['step']}",
         "source_digest": None,
+        "class_names": (read_class_names(workdir) or {"names": []})["names"],
     }
     # Outside the run's mesh the network has no layout to keep.
     return model.clone(constrain=Constrain()), fetch(params), record, config

@@ -150,6 +150,11 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "train.steps": free(100_080, "length of the run in steps"),
         "train.stop_after_steps": free(0, "end this start after so many steps; 0 for no limit"),
         "train.init_from": free("", "converted folder whose weights a new run starts from"),
+        "train.init_labels": free(
+            "", "label table of init_from: names, extend, reset or unconditional; empty: as it is"
+        ),
+        "train.init_class_map": free("", "class names of init_from, one per line, for init_labels"),
+        "train.init_positions": free("", "resample: position table of init_from to this grid"),
         "mesh.data": free(-1, "devices over which the batch is split; -1 for all that are left"),
         "mesh.fsdp": free(1, "devices over which batch and parameters are split"),
         "mesh.tensor": free(1, "devices over which heads and hidden units are split"),

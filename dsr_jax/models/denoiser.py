@@ -118,16 +118,26 @@ class Denoiser(nn.Module, kw_only=True):
         package's convention, t = 0 for data (`diffusion.paths.flip_time`).
       converter: Where the conversion from and to PyTorch is defined, "package.module:NAME" of a
         `convert.converter.DenoiserConverter`; empty if there is none.
+      label_table: Name of the parameter [K + 1, D] whose last row is the null label's; empty if
+        there is none.
+      position_tables: Names of parameters [1, N, D] with a row for each patch of a square grid.
     """
 
     reversed_time: ClassVar[bool] = False
     converter: ClassVar[str] = ""
+    label_table: ClassVar[str] = ""
+    position_tables: ClassVar[tuple[str, ...]] = ()
 
     input_size: int
     in_channels: int
     num_classes: int
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; pixels for networks without patches."""
+        return self.input_size // getattr(self, "patch_size", 1)
 
     def check_sizes(self) -> None:
         """Checks that sizes fit each other.
@@ -180,6 +190,8 @@ class DiffusionTransformer(Denoiser):
       stack_prefix: Put before the names of the stacks and of the registers' tables.
     """
 
+    label_table: ClassVar[str] = "y_embedder/embedding_table/embedding"
+    position_tables: ClassVar[tuple[str, ...]] = ("pos_embed",)
     time_features: ClassVar[int] = 512
     stack_prefix: ClassVar[str] = ""
 
@@ -197,11 +209,6 @@ class DiffusionTransformer(Denoiser):
     register_gate: bool = False
     remat: str = "none"
     attention: str = "auto"
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.input_size // self.patch_size
 
     def check_sizes(self) -> None:
         """Checks that sizes fit each other; the original crashes, or worse, where they do not.

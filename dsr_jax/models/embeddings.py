@@ -180,6 +180,10 @@ def time_mlp(features: Array, width: int, linear_init: LinearInit = XAVIER) -> A
     return Dense((width,), ("embed", None), **shared, name="mlp_2")(jax.nn.silu(hidden))
 
 
+LABEL_STD = 0.02
+"""Standard deviation of the label table's initialization."""
+
+
 class LabelEmbed(nn.Module):
     """Table of class vectors; the row behind the last class is the null label of guidance.
 
@@ -206,6 +210,6 @@ class LabelTable(nn.Module):
     @nn.compact
     def __call__(self, labels: Array) -> Array:
         """Looks up [B] -> [B, D]."""
-        init, shape = nn.initializers.normal(0.02), (self.rows, self.width)
+        init, shape = nn.initializers.normal(LABEL_STD), (self.rows, self.width)
         table = add_param(self, "embedding", init, ("classes", "embed"), shape)
         return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
