@@ -13,7 +13,7 @@
 #
 # keep ends with the run, and releases the slice (--hold keeps it). It also ends, with exit status 1,
 # after --failures ends of the run in a row without a new checkpoint between them, waiting longer
-# before each try. The workers' logs are copied to the bucket's logs/NAME first. Start keep where it
+# before each try, and after ten requests for the slice that failed. The workers' logs are copied to the bucket's logs/NAME first. Start keep where it
 # can stay: in tmux, or on a small virtual machine. Stopping it with Ctrl-C leaves slice and run alone;
 # the same command takes them up again.
 # --dry-run prints the commands of one round instead of running them.
@@ -30,7 +30,8 @@ esac
 parse_options name project zone type version bucket 'spot?' 'hold?' 'poll 60' 'failures 3' -- "$@"
 need_place
 place=(--project="$project" --zone="$zone")
-# Polls in a row without an answer of the slice, or with workers in different states, to act after.
+# Polls in a row without an answer of the slice, or with workers in different states, to act after, and
+# failed requests in a row to stop after.
 patience=10
 
 request() {
@@ -136,6 +137,13 @@ count_failure() {
     sleep $((poll << (failed < 6 ? failed - 1 : 5)))
 }
 
+# count_refusal: counts requests that failed; enough in a row end keep.
+count_refusal() {
+    refused=$((refused + 1))
+    note "the request failed $refused of at most $patience times"
+    [ "$refused" -lt "$patience" ] || exit 1
+}
+
 # set_up: installs the last commit on all workers, and starts the run.
 set_up() {
     note "installing and starting"
@@ -196,12 +204,14 @@ keep() {
         [ "$state" = "$before" ] || note "slice: $state"
         before=$state
         case $state in
-            NONE)
-                if request; then refused=0; else refused=$((refused + 1)); fi
-                [ "$refused" -lt "$patience" ] || die "the request was refused $refused times"
+            NONE) request || count_refusal ;;
+            FAILED)
+                release || note "the slice could not be released"
+                count_refusal
                 ;;
-            FAILED | SUSPENDED) release || note "the slice could not be released" ;;
+            SUSPENDED) release || note "the slice could not be released" ;;
             ACTIVE)
+                refused=0
                 if look_after_job; then
                     note "the run is complete"
                     end 0

@@ -140,7 +140,8 @@ def act(command: str, others: list[str], flags: dict[str, str]) -> int:
     match command.split():
         case ["gcloud", *_, "queued-resources", "create"]:
             take_away()
-            (FOLDER / "slice").write_text("ACTIVE\n")
+            refused = (FOLDER / "refuse").exists()
+            (FOLDER / "slice").write_text("FAILED\n" if refused else "ACTIVE\n")
         case ["gcloud", *_, "queued-resources", "delete"]:
             take_away()
             (FOLDER / "slice").write_text("NONE\n")

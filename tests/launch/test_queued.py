@@ -163,6 +163,14 @@ def test_a_slice_that_does_not_answer_is_replaced(cloud: Cloud) -> None:
     assert cloud.verbs() == ["delete", "create", "scp", "delete"]
 
 
+@pytest.mark.slow
+def test_a_slice_that_cannot_be_had_is_not_asked_for_without_end(cloud: Cloud) -> None:
+    (cloud.folder / "refuse").touch()
+    done = cloud.keep("5 0", "- 0")
+    assert done.returncode == 1 and "failed 10 of at most 10 times" in done.stderr
+    assert cloud.verbs() == ["create", "delete"] * 10
+
+
 def test_a_bucket_whose_folders_cannot_be_renamed_is_refused(cloud: Cloud) -> None:
     (cloud.folder / "flat").touch()
     done = cloud.keep("5 0", "- 0", options=("--failures=1",))
