@@ -13,9 +13,10 @@
 #
 # keep ends with the run, and releases the slice (--hold keeps it). It also ends, with exit status 1,
 # after --failures ends of the run in a row without a new checkpoint between them, waiting longer
-# before each try, and after ten requests for the slice that failed. The workers' logs are copied to the bucket's logs/NAME first. Start keep where it
-# can stay: in tmux, or on a small virtual machine. Stopping it with Ctrl-C leaves slice and run alone;
-# the same command takes them up again.
+# before each try, and after ten failed requests for the slice in a row. The workers' logs are copied to
+# the bucket's logs/NAME before the slice is released. Start keep where it can stay: in tmux, or on a
+# small virtual machine. Stopping it with Ctrl-C leaves slice and run alone; the same command takes them
+# up again.
 # --dry-run prints the commands of one round instead of running them.
 
 set -euo pipefail
