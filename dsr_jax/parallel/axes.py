@@ -1,4 +1,4 @@
-"""The one vocabulary of logical axes, and the rules that place them on mesh axes.
+"""Logical axes, and the rules that map them to mesh axes.
 
 A parameter or activation names the meaning of each of its dimensions ("embed", "act_batch", ...).
 A rule set says which mesh axes a meaning is split over. Flax treats a name without a rule as
@@ -63,7 +63,7 @@ _PRESETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 _UPDATE_PRESETS: Mapping[str, str] = {"zero1": "fsdp"}
-"""Presets whose moments and averages lie as another preset's parameters do."""
+"""Presets whose moments and EMA weights are sharded as the parameters of another preset."""
 
 
 def check_rules(rules: Rules) -> None:
@@ -114,10 +114,10 @@ def make_rules(name: str, overrides: Sequence[tuple[str, Sequence[str]]] = ()) -
 
 
 def make_update_rules(name: str, overrides: Sequence[tuple[str, Sequence[str]]] = ()) -> Rules:
-    """Returns the rules of what only the update reads, moments and averages; see `make_rules`.
+    """Returns the rules of what only the update reads, moments and EMA; see `make_rules`.
 
     They are the parameters' own, except under "zero1" (Rajbhandari et al. 2020, stage 1), where
-    parameters lie whole on each device of `fsdp` and the rest of the state is split over it.
+    every device of `fsdp` holds the whole parameters and the rest of the state is split over it.
     """
     make_rules(name)
     return make_rules(_UPDATE_PRESETS.get(name, name), overrides)

@@ -1,8 +1,8 @@
-"""Which processes belong together, as JAX's own detection or a launcher's variables tell.
+"""Detection of the processes that belong to one job.
 
-JAX decides what cluster this is (`jax._src.clusters`): Open MPI, SLURM, Cloud TPU virtual machines
-through the metadata server, GKE, Kubernetes jobs. What is added here is the other direction: a
-process whose environment says that it is one of several never runs alone without a word.
+JAX decides which cluster this is (`jax._src.clusters`): Open MPI, SLURM, Cloud TPU virtual machines
+through the metadata server, GKE, Kubernetes jobs. This module adds the opposite check: a process
+whose environment shows that it is one of several never runs alone silently.
 """
 
 import dataclasses
@@ -156,8 +156,8 @@ def _unreadable(cluster: str, error: Exception) -> ClusterError:
     if cluster == "GceTpuCluster":
         where = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
         return ClusterError(
-            f"this is a TPU virtual machine, but its metadata server {where} does not tell the "
-            f"workers ({text})",
+            f"this is a TPU virtual machine, but its metadata server {where} does not list "
+            f"the workers ({text})",
             f"mend the access to it, or {_BY_HAND}; {ALONE}",
         )
     return join_error(cluster, RuntimeError(text))

@@ -17,11 +17,11 @@ class MeshShape:
     """Devices along each mesh axis; at most one may be -1, which takes what is left.
 
     Attributes:
-      data: Copies of the state, over all slices.
+      data: Replicas of the state, over all slices.
       fsdp: Devices that share a state, over all slices.
       tensor: Devices that share a head or a hidden unit, within a slice.
-      dcn_data: Slices along `data`, that is factors of it that lie in different slices and so
-        communicate over the data-centre network; at most one of the two may be -1.
+      dcn_data: Slices along `data`, which communicate over the data-centre network; at most one of
+        the two may be -1.
       dcn_fsdp: Slices along `fsdp`.
     """
 
@@ -42,7 +42,7 @@ class MeshShape:
         return data, fsdp, tensor
 
     def resolve_slices(self, num_devices: int, num_slices: int) -> tuple[int, int, int]:
-        """Returns the factors of (data, fsdp, tensor) that lie in different slices.
+        """Returns how many slices each of (data, fsdp, tensor) extends over.
 
         Raises:
           MeshError: If they do not multiply to `num_slices`, or do not divide their axes.
@@ -57,8 +57,8 @@ class MeshShape:
                 f"mesh sizes {names} of {num_devices} devices do not divide over {num_slices} "
                 f"slices with dcn_data {slices[0]} and dcn_fsdp {slices[1]}",
                 f"set config.mesh.data to a multiple of {slices[0]} (with fsdp x tensor at most "
-                f"{num_devices // num_slices}, the devices of a slice), or say with "
-                "config.mesh.dcn_fsdp that slices share a state",
+                f"{num_devices // num_slices}, the devices of a slice), or set "
+                "config.mesh.dcn_fsdp to the slices that share a state",
             )
         return slices
 
@@ -83,7 +83,7 @@ def _fill(sizes: dict[str, int], total: int, what: str) -> tuple[int, ...]:
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices that the devices belong to; 1 for devices of another kind."""
+    """Returns the number of TPU slices of the devices; 1 for devices of another kind."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
@@ -95,7 +95,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     Neighbours along an axis are neighbours in the slice's torus. Several slices are cut along
     `data`, where devices exchange gradients once a step, unless the shape says otherwise.
 
-    Axis types are Auto: Linen layers leave the layout of products to the compiler, which an
+    Axis types are Auto: Linen layers leave the layout of matmuls to the compiler, which an
     Explicit mesh forbids.
 
     Raises:
@@ -121,7 +121,7 @@ def check_batch(batch: int, mesh: Mesh, rules: Rules, *, accumulate: int = 1) ->
     Args:
       batch: Samples per step.
       mesh: The devices.
-      rules: Say which mesh axes split samples.
+      rules: Rules that map samples to mesh axes.
       accumulate: Micro-batches per step.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What the processes of a run know of one another: signs of life, places, and who is missing.
+"""State of the processes of a run, exchanged through heartbeats.
 
-Each process writes a sign of life into the key-value store of JAX's coordination service every few
-seconds and reads those of the others. A sign that stays the same for long is that of a process
-which is lost; clocks of different machines are never compared.
+Each process writes a heartbeat into the key-value store of JAX's coordination service every few
+seconds and reads those of the others. A process whose heartbeat does not change for long is lost;
+clocks of different machines are never compared.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from typing import Any, Protocol
 from dsr_jax.core.errors import ConfigError, ProcessError
 
 PHASES = ("starting", "waiting for data", "in step", "saving", "evaluating", "finishing")
-"""Where a process can be, in the order of the phases of one step."""
+"""Phases of a run, in the order in which one step goes through them."""
 
 START_SECONDS = 300.0
-"""Time that processes may take longer than others to start; JAX's own for their first meeting."""
+"""Time that the last process may start after the first; JAX's own limit for joining."""
 
-_SIGNS, _VERDICT = "dsr_jax/signs/", "dsr_jax/verdict"
+_HEARTBEATS, _FAILURE_REASON = "dsr_jax/heartbeats/", "dsr_jax/failure_reason"
 _DIGESTS, _DETAILS = "dsr_jax/digests/", "dsr_jax/details/"
 
 
@@ -44,24 +44,24 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What a process tells the others.
+class Heartbeat:
+    """State of a process, as it reports it to the others.
 
     Attributes:
-      process: Its index.
-      host: The name of its machine.
-      beat: Counts signs, so that no two are equal.
-      step: Steps that it has begun and, unless it is within one, ended.
+      process: Index of the process.
+      host: Name of its machine.
+      number: Number of the heartbeat, so that no two are equal.
+      step: Steps done; during a step, those before it.
       phase: One of `PHASES`.
-      seconds: Time that it has spent there.
-      hung: Whether it found that too long.
+      seconds: Time since the phase began.
+      hung: Whether that is longer than its limit.
       ended: None while it runs, "" once it ended well or because of another process, or the error
         of its own that ended it.
     """
 
     process: int
     host: str = "unknown host"
-    beat: int = 0
+    number: int = 0
     step: int = 0
     phase: str = PHASES[0]
     seconds: float = 0.0
@@ -70,42 +70,42 @@ class Sign:
 
     @property
     def name(self) -> str:
-        """How messages call the process."""
+        """Index and machine of the process, for messages."""
         return f"process {self.process} ({self.host})"
 
     @property
     def where(self) -> str:
-        """Where messages say it is."""
+        """Step and phase, for messages."""
         return f"at step {self.step}, {self.phase}"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """How far it has come."""
+    def progress(self) -> tuple[int, int]:
+        """Step and phase as numbers that compare."""
         return self.step, PHASES.index(self.phase)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A process as seen by another.
+class PeerState:
+    """Last known state of a process.
 
     Attributes:
-      sign: Its last sign.
-      silent: Seconds since that came.
+      heartbeat: Last heartbeat that was received.
+      silent: Seconds since then.
     """
 
-    sign: Sign
+    heartbeat: Heartbeat
     silent: float
 
 
 class Peers:
-    """The signs of all processes, as one of them sees them.
+    """Sends the heartbeats of this process and keeps those of the others.
 
     Args:
-      store: What all of them write to.
-      process: Index of this one.
+      store: Key-value store that all processes reach.
+      process: Index of this process.
       count: Number of processes.
-      lost_seconds: Silence after which one is lost.
-      now: Seconds on a clock that never goes back.
+      lost_seconds: Silence after which a process is lost.
+      now: Monotonic clock, in seconds.
     """
 
     def __init__(
@@ -117,91 +117,97 @@ class Peers:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.process, self.lost_seconds = process, lost_seconds
-        # All read all; beyond some hundred processes the service would have too much to do.
+        # Every process reads all heartbeats: many processes send them less often.
         self.interval = max(min(2.0, lost_seconds / 8), count / 100)
-        """Seconds between two signs."""
+        """Seconds between two heartbeats."""
         self._store, self._now = store, now
         self._lock = threading.Lock()
-        self._beat = 0
-        self._seen = {other: (Sign(other), now()) for other in range(count)}
+        self._number = 0
+        self._seen = {other: (Heartbeat(other), now()) for other in range(count)}
         self._answered = now()
 
-    def exchange(self, sign: Sign) -> str | None:
-        """Gives a sign and takes those of the others; returns the run's verdict if there is one."""
+    def exchange(self, heartbeat: Heartbeat) -> str | None:
+        """Sends a heartbeat and reads those of the others.
+
+        Returns:
+          Why the run fails, if a process has published a reason.
+        """
         with self._lock:
-            self._beat += 1
-            sign = dataclasses.replace(sign, beat=self._beat)
-        own = json.dumps(dataclasses.asdict(sign))
-        self._store.key_value_set(f"{_SIGNS}{self.process}", own, allow_overwrite=True)
-        signs = [Sign(**json.loads(text)) for _, text in self._store.key_value_dir_get(_SIGNS)]
-        verdict = dict(self._store.key_value_dir_get(_VERDICT))
+            self._number += 1
+            heartbeat = dataclasses.replace(heartbeat, number=self._number)
+        own = json.dumps(dataclasses.asdict(heartbeat))
+        self._store.key_value_set(f"{_HEARTBEATS}{self.process}", own, allow_overwrite=True)
+        received = self._store.key_value_dir_get(_HEARTBEATS)
+        heartbeats = [Heartbeat(**json.loads(text)) for _, text in received]
+        reasons = dict(self._store.key_value_dir_get(_FAILURE_REASON))
         now = self._now()
         with self._lock:
             self._answered = now
-            for other in signs:
+            for other in heartbeats:
                 if other != self._seen[other.process][0]:
                     self._seen[other.process] = other, now
-        return next(iter(verdict.values()), None)
+        return next(iter(reasons.values()), None)
 
-    def seen(self) -> list[Seen]:
-        """All processes, in order."""
+    def seen(self) -> list[PeerState]:
+        """Returns the state of all processes, by index."""
         with self._lock:
             now = self._now()
-            return [Seen(sign, now - when) for _, (sign, when) in sorted(self._seen.items())]
+            return [PeerState(last, now - when) for _, (last, when) in sorted(self._seen.items())]
 
     def unanswered(self) -> float:
-        """Seconds since the coordination service, in process 0, last answered."""
+        """Returns the seconds since the coordination service, in process 0, last answered."""
         with self._lock:
             return self._now() - self._answered
 
-    def publish_verdict(self, verdict: str) -> None:
-        """Lets all processes end for the same reason; a later one overwrites it."""
-        self._store.key_value_set(f"{_VERDICT}/text", verdict, allow_overwrite=True)
+    def publish_failure_reason(self, reason: str) -> None:
+        """Makes all processes end for the same reason; a later one overwrites it."""
+        self._store.key_value_set(f"{_FAILURE_REASON}/text", reason, allow_overwrite=True)
 
 
-def missing(seen: Sequence[Seen], process: int, lost_seconds: float) -> str | None:
-    """Says which other processes failed or are lost.
+def missing(seen: Sequence[PeerState], process: int, lost_seconds: float) -> str | None:
+    """Describes the other processes that failed or are lost.
 
     Args:
-      seen: All processes.
-      process: The one that asks.
-      lost_seconds: Silence after which one is lost.
+      seen: State of all processes.
+      process: Index of this process.
+      lost_seconds: Silence after which a process is lost.
 
     Returns:
-      A line per process, those that told why they ended before those that are silent; None if none
-      is missing.
+      A line for each that reported an error; if none did, for each that is silent; None if no
+      process is missing.
     """
-    others = [s for s in seen if s.sign.process != process]
-    failed = [f"{s.sign.name} ended: {s.sign.ended}" for s in others if s.sign.ended]
+    others = [s for s in seen if s.heartbeat.process != process]
+    failed = [f"{s.heartbeat.name} ended: {s.heartbeat.ended}" for s in others if s.heartbeat.ended]
     lost = [
-        f"{s.sign.name} is lost: no sign of life for {s.silent:.0f} s, last seen {s.sign.where}"
+        f"{s.heartbeat.name} is lost: no heartbeat for {s.silent:.0f} s, "
+        f"last seen {s.heartbeat.where}"
         for s in others
-        if s.sign.ended is None and s.silent > lost_seconds
+        if s.heartbeat.ended is None and s.silent > lost_seconds
     ]
     return "\n".join(failed or lost) or None
 
 
-def describe_hang(seen: Sequence[Seen], silent_seconds: float) -> str:
-    """Says where all processes stand, and which are behind.
+def describe_hang(seen: Sequence[PeerState], silent_seconds: float) -> str:
+    """Describes the step and phase of all processes, and which of them are behind.
 
     Args:
-      seen: All processes.
-      silent_seconds: Silence that is longer than between two signs.
+      seen: State of all processes.
+      silent_seconds: Silence that is longer than the time between two heartbeats.
     """
-    running = [s for s in seen if s.sign.ended is None or s.sign.hung]
+    running = [s for s in seen if s.heartbeat.ended is None or s.heartbeat.hung]
     silent = [s for s in running if s.silent > silent_seconds]
-    least = min((s.sign.place for s in running), default=(0, 0))
-    behind = [s for s in running if s.sign.place == least]
+    slowest = min((s.heartbeat.progress for s in running), default=(0, 0))
+    behind = [s for s in running if s.heartbeat.progress == slowest]
     if len(seen) == 1:
         head = "the run does not move"
     elif silent:
-        head = "the run does not move: no sign of life from " + _names(silent)
+        head = "the run does not move: no heartbeat from " + _names(silent)
     elif len(behind) < len(running):
         head = f"the run does not move: {_names(behind)} behind the others"
     else:
-        head = "the run does not move: all processes stand at the same place"
+        head = "the run does not move: all processes are at the same step and phase"
     lines = [
-        f"    {s.sign.name}: {s.sign.where} for {s.sign.seconds + s.silent:.0f} s"
+        f"    {s.heartbeat.name}: {s.heartbeat.where} for {s.heartbeat.seconds + s.silent:.0f} s"
         for s in (behind if len(running) > 8 else running)
     ]
     return "\n".join([head, *lines])
@@ -217,16 +223,16 @@ def check_identical(
     """Checks that all processes start with the same values; every process calls it.
 
     Args:
-      store: What all of them write to.
-      process: Index of this one.
+      store: Key-value store that all processes reach.
+      process: Index of this process.
       count: Number of processes.
-      values: Versions and settings, by name, which JSON can hold. Their digests are compared; they
-        themselves are read of two that differ.
+      values: Versions and settings by name, as JSON values. Digests are compared; the values of two
+        processes that differ are read for the message.
       timeout: Seconds to wait for the others.
 
     Raises:
-      ConfigError: Naming the processes that differ from most, and how.
-      ProcessError: Naming the one that is late.
+      ConfigError: If processes differ; names those that differ from the majority, and how.
+      ProcessError: If a process does not start in time.
     """
     host = socket.gethostname()
     text = json.dumps(dict(values), sort_keys=True)
@@ -266,6 +272,6 @@ def differences(odd: Mapping[str, Any], common: Mapping[str, Any]) -> list[str]:
     return [f"{n}: {odd.get(n)} there, {common.get(n)} elsewhere" for n in names[:8]]
 
 
-def _names(seen: Sequence[Seen]) -> str:
-    some = ", ".join(s.sign.name for s in seen[:8])
+def _names(seen: Sequence[PeerState]) -> str:
+    some = ", ".join(s.heartbeat.name for s in seen[:8])
     return some if len(seen) <= 8 else f"{some} and {len(seen) - 8} more"

@@ -101,15 +101,15 @@ def _join_detected(heartbeat_seconds: int) -> None:
 
 
 def coordination_client() -> Any:
-    """JAX's client of the run's coordination service; None in a run of one process.
+    """Returns JAX's client of the coordination service; None in a run of one process.
 
-    JAX has no public name for it; Orbax takes it from the same place.
+    JAX has no public name for it; Orbax reads the same attribute.
     """
     return distributed.global_state.client
 
 
 def coordinator_refuses() -> bool:
-    """Whether the machine of process 0 answers, but nobody listens there any more."""
+    """Returns whether the machine of process 0 answers, but refuses the coordinator's port."""
     host, _, port = (distributed.global_state.coordinator_address or ":0").rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
@@ -121,11 +121,11 @@ def coordinator_refuses() -> bool:
 
 
 def _delay_aborts() -> None:
-    """Lets an aborting thread sleep for some seconds, while the others go on.
+    """Delays the abort of this process by some seconds.
 
-    When process 0 dies, JAX's client aborts this process within a millisecond, and nobody could say
-    why. Nothing but a C function may handle that signal, of no matter which thread: `sleep`, which
-    takes the signal's number, 6, for its seconds, is one. Then the abort takes its course.
+    When process 0 dies, JAX's client aborts this process within a millisecond, before the
+    monitoring thread can print the reason. Only a C function can handle the signal in any thread:
+    `sleep` takes the signal's number, 6, as its seconds. Then the abort continues.
     """
     try:
         c = ctypes.CDLL(None)
@@ -143,7 +143,7 @@ def wait_for_all(name: str) -> None:
 
 
 def is_process_zero() -> bool:
-    """Whether this is process 0, which writes shared files and logs."""
+    """Returns whether this is process 0, which writes shared files and logs."""
     return jax.process_index() == 0
 
 

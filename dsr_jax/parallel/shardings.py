@@ -16,12 +16,12 @@ from dsr_jax.parallel.axes import Rules, fit_spec, partition_spec
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding under which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
-    """The leading dimension is split as the rules split samples."""
+    """Returns the sharding that splits the leading dimension as the rules split samples."""
     return NamedSharding(mesh, partition_spec(("act_batch",), rules))
 
 
@@ -51,7 +51,7 @@ def make_shardings(boxed: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 
 
 def sharded_fraction(abstract: PyTree, shardings: PyTree, axis: str = "fsdp") -> float:
-    """Share of a tree's bytes whose sharding uses `axis` (1.0 where the axis has one device)."""
+    """Returns the fraction of a tree's bytes split over `axis` (1.0 where it has one device)."""
     total = split = 0
     for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True):
         size = int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
@@ -62,16 +62,16 @@ def sharded_fraction(abstract: PyTree, shardings: PyTree, axis: str = "fsdp") ->
 
 
 def check_sharded(
-    abstract: PyTree, shardings: PyTree, *, what: str = "parameter", least: float = 0.9
+    abstract: PyTree, shardings: PyTree, *, what: str = "parameter", min_fraction: float = 0.9
 ) -> None:
     """Checks that most bytes, of `what` for the message, are really split over `fsdp`.
 
     Raises:
-      MeshError: If less than `least` of the bytes are split over `fsdp`, naming the largest
+      MeshError: If less than `min_fraction` of the bytes are split over `fsdp`, naming the largest
         leaves that are not.
     """
-    share = sharded_fraction(abstract, shardings)
-    if share >= least:
+    fraction = sharded_fraction(abstract, shardings)
+    if fraction >= min_fraction:
         return
     leaves = flatten_names(abstract)
     whole = [
@@ -81,7 +81,7 @@ def check_sharded(
     ]
     worst = ", ".join(f"{name} {shape}" for _, name, shape in sorted(whole, reverse=True)[:4])
     raise MeshError(
-        f"only {share:.0%} of the {what} bytes are split over fsdp; whole: {worst}",
+        f"only {fraction:.0%} of the {what} bytes are split over fsdp; whole: {worst}",
         "choose config.mesh.fsdp so that it divides the model width, or a smaller value",
     )
 
@@ -186,7 +186,7 @@ def check_row_order(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Brings global arrays, whole, to NumPy on every host."""
+    """Returns global arrays as whole NumPy arrays on every process."""
 
     def to_host(array: Array) -> np.ndarray:
         if array.is_fully_addressable or array.is_fully_replicated:

@@ -1,7 +1,7 @@
 """TPU slices by name, with the chips' limits, and their devices for compiling ahead of time.
 
 Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; link speeds from "How to scale your model"
-(jax-ml.github.io/scaling-book), chapter TPUs; memory from what libtpu's compiler says. The pages
+(jax-ml.github.io/scaling-book), chapter TPUs; memory as libtpu's compiler reports it. The pages
 give the data-centre network's speed per chip (v5p) or per pod of 256 chips (v5e, v6e); they give
 none for v4, for which v5p's stands.
 """
@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip can do at most.
+    """Limits of a chip.
 
     Attributes:
       generation: Google's name, as in "v5e:4x4".
@@ -132,7 +132,7 @@ _ENVIRONMENT = MappingProxyType(
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
 )
-"""The last two only keep libtpu from complaining that it cannot find them out."""
+"""The last two only prevent warnings of libtpu."""
 
 
 def find_topology(name: str) -> Topology:
@@ -161,10 +161,10 @@ def find_topology(name: str) -> Topology:
 
 
 def compile_only_devices(topology: Topology) -> list[jax.Device]:
-    """The slice's devices as far as a compiler needs them; no TPU is.
+    """Returns the slice's devices as a compiler needs them; no TPU needs to be present.
 
-    Sets what libtpu reads of the environment, where it is not set: it would ask the metadata server
-    of a TPU virtual machine, and take the lock of the TPU that may be in this one.
+    Sets the environment variables that libtpu reads, where they are not set: it would otherwise ask
+    the metadata server of a TPU virtual machine and lock a TPU of this machine.
 
     Raises:
       MeshError: If libtpu is not installed, or does not know the slice.

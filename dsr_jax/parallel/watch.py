@@ -1,10 +1,11 @@
-"""Names the process of a run that dies, hangs or fails, in all the others, and ends them.
+"""Detects a process of a run that dies, hangs or fails, names it in all others and ends them.
 
-Two threads look after a run. One exchanges signs of life (`parallel.peers`). The other looks at the
-clock: how long the main thread has been where it is, how long the other processes are silent. It is
-this second thread that speaks, since the main one may stand in a collective for ever.
+Two threads run beside the main one. The first exchanges heartbeats (`parallel.peers`). The second
+compares times with limits: how long the main thread has been in its phase, how long the other
+processes have been silent. It reports and ends the process, since the main thread may be blocked in
+a collective for ever.
 
-What a user sees is one error and, of a run that hangs, a file per process in WORKDIR/failures.
+The user gets one error and, of a run that hangs, a file per process in WORKDIR/failures.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import jax
 
 from dsr_jax.core.cli import leave, show
 from dsr_jax.core.errors import DsrError, ProcessError
-from dsr_jax.parallel.peers import PHASES, Peers, Seen, Sign, describe_hang, missing
+from dsr_jax.parallel.peers import PHASES, Heartbeat, Peers, PeerState, describe_hang, missing
 from dsr_jax.parallel.processes import (
     HEARTBEAT_SECONDS,
     coordination_client,
@@ -43,7 +44,7 @@ AGAIN = (
     "last checkpoint"
 )
 
-# How XLA and its transports begin the errors by which they tell of another process's end.
+# Prefixes of the errors that XLA and its transports raise when another process has ended.
 _SYMPTOM = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is too long, in seconds; 0 for no limit.
+    """Time limits in seconds; 0 for no limit.
 
     Attributes:
       step: For a batch to come and for a step to be done.
@@ -64,7 +65,7 @@ class Limits:
     save: float = 0.0
 
     def of(self, phase: str, compiling: bool = False) -> float:
-        """The limit of a phase; infinite for none."""
+        """Returns the limit of a phase; infinite for none."""
         if phase == "saving":
             limit = self.save
         elif phase in ("waiting for data", "in step") and not compiling:
@@ -75,18 +76,18 @@ class Limits:
 
 
 class Watch:
-    """Looks after the main thread and, in a run of several processes, after the others.
+    """Monitors the main thread and, in a run of several processes, the other processes.
 
-    A context manager around all that a run does; outside its block it only takes notes. In a run
-    of several processes an error that leaves the block ends the process at once, after the others
-    have been told.
+    A context manager around everything that a run does; outside its block it only records the
+    phase. In a run of several processes an error that leaves the block is sent to the others and
+    then ends this process at once.
 
     Args:
       workdir: The run's folder; None writes no reports.
-      limits: How long is too long.
+      limits: Time limits of the phases.
       end_hung: Whether a run that hangs is ended; it is reported in any case.
       peers: The other processes; None if there are none.
-      service_gone: Whether nobody listens where process 0 keeps the coordination service.
+      service_gone: Returns whether the coordination service of process 0 refuses connections.
       end: Prints an error and ends the process; does not return.
     """
 
@@ -103,34 +104,34 @@ class Watch:
         self._workdir, self._limits, self._end_hung = workdir, limits, end_hung
         self._peers, self._service_gone, self._end = peers, service_gone, end
         self._host = socket.gethostname()
-        self._place = (PHASES[0], 0, time.monotonic(), True)
+        self._phase = (PHASES[0], 0, time.monotonic(), True)
         self._ended: str | None = None
-        self._verdict: str | None = None
+        self._failure_reason: str | None = None
         self._hung = self._troubled = False
         self._closing = threading.Event()
         self._ending = threading.Lock()
 
     def enter(self, phase: str, step: int, *, compiling: bool = False) -> None:
-        """Notes where the main thread is.
+        """Records the phase that the main thread begins.
 
         Args:
           phase: One of `peers.PHASES`.
           step: Steps done.
           compiling: In the first step of a start.
         """
-        self._place = (phase, step, time.monotonic(), compiling)
+        self._phase = (phase, step, time.monotonic(), compiling)
         self._hung = False
 
     def name_process(self, process: int) -> str:
-        """How messages call a process, with its machine where that is known."""
+        """Returns index and, where it is known, machine of a process, for messages."""
         if self._peers is None or process == self._peers.process:
-            return Sign(process, self._host).name
-        return self._peers.seen()[process].sign.name
+            return Heartbeat(process, self._host).name
+        return self._peers.seen()[process].heartbeat.name
 
-    def sign(self) -> Sign:
-        """What this process tells the others."""
-        phase, step, since, _ = self._place
-        return Sign(
+    def heartbeat(self) -> Heartbeat:
+        """Returns the state of this process."""
+        phase, step, since, _ = self._phase
+        return Heartbeat(
             process=self._peers.process if self._peers else 0,
             host=self._host,
             step=step,
@@ -143,7 +144,7 @@ class Watch:
     def __enter__(self) -> Self:
         if self._peers is not None:
             threading.Thread(target=self._exchange, args=(self._peers,), daemon=True).start()
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._monitor, daemon=True).start()
         return self
 
     def __exit__(
@@ -157,17 +158,17 @@ class Watch:
         self._ended = ""
         self._closing.set()
         if self._peers is not None:
-            self._tell(self._peers)
+            self._send_heartbeat(self._peers)
 
     def _fail(self, peers: Peers, error: Exception) -> None:
-        """Ends this process by an error, its own or that of another which caused it."""
+        """Ends this process by its own error, or by that of another process which caused it."""
         if not isinstance(error, DsrError) and _SYMPTOM.match(str(error)):
-            # Whose end it is, the watching thread will find, and end this process.
+            # The monitoring thread finds the process that ended, and ends this one.
             self._troubled = True
             self._closing.wait(self._patience(peers) + 8 * peers.interval + 2)
         with self._ending:
             self._ended = _first_line(error)
-            self._farewell(peers)
+            self._send_shutdown_notice(peers)
             self._end(error)
 
     def _patience(self, peers: Peers) -> float:
@@ -175,109 +176,110 @@ class Watch:
         return min(peers.lost_seconds, 4 * peers.interval if self._troubled else float("inf"))
 
     def _exchange(self, peers: Peers) -> None:
-        """Gives and takes signs until the end."""
+        """Exchanges heartbeats until the block ends."""
         while not self._closing.wait(peers.interval):
             try:
-                self._verdict = peers.exchange(self.sign())
+                self._failure_reason = peers.exchange(self.heartbeat())
             except (RuntimeError, ValueError):
-                # No answer: `_look` measures for how long.
+                # No answer: `_monitor` measures for how long.
                 _logger.info("the coordination service does not answer")
 
-    def _look(self) -> None:
-        """Judges what is known, until the end."""
+    def _monitor(self) -> None:
+        """Compares all times with their limits until the block ends."""
         ticks = [limit / 10 for limit in vars(self._limits).values() if limit]
         tick = min([1.0, *ticks, *([self._peers.interval] if self._peers else [])])
         while not self._closing.wait(tick):
             if self._peers is not None:
-                self._look_at_others(self._peers)
-            phase, _, since, compiling = self._place
+                self._check_peers(self._peers)
+            phase, _, since, compiling = self._phase
             if time.monotonic() - since > self._limits.of(phase, compiling) and not self._hung:
                 self._report_hang()
 
-    def _look_at_others(self, peers: Peers) -> None:
-        seen, verdict = peers.seen(), self._verdict
+    def _check_peers(self, peers: Peers) -> None:
+        seen, failure_reason = peers.seen(), self._failure_reason
         unanswered = peers.unanswered()
         # JAX's own threads end this process six seconds after the service is gone.
         if unanswered > peers.lost_seconds or (
             unanswered > peers.interval + 1 and self._service_gone()
         ):
             problem = (
-                f"{seen[0].sign.name} is lost: its coordination service, which all others need, "
-                f"has not answered for {unanswered:.0f} s; last seen {seen[0].sign.where}"
+                f"{seen[0].heartbeat.name} is lost: its coordination service, which all others "
+                f"need, has not answered for {unanswered:.0f} s; last seen "
+                f"{seen[0].heartbeat.where}"
             )
-            self._stop(ProcessError(problem, AGAIN), farewell=False)
-        cause = verdict or missing(seen, peers.process, self._patience(peers))
+            self._stop(ProcessError(problem, AGAIN), notify=False)
+        cause = failure_reason or missing(seen, peers.process, self._patience(peers))
         if cause:
-            # An error that all processes have is told by each of them.
+            # Where all processes have the same error, each reports its own.
             self._closing.wait(2 * peers.interval)
-            self._stop(ProcessError(cause, AGAIN), verdict=cause)
-        if any(s.sign.hung for s in seen) and not self._hung:
+            self._stop(ProcessError(cause, AGAIN), failure_reason=cause)
+        if any(s.heartbeat.hung for s in seen) and not self._hung:
             self._report_hang()
 
     def _report_hang(self) -> None:
-        """Writes down where this process stands, says where all do, and ends if it is to."""
+        """Reports the stacks of this process and the phases of all; ends the run if configured."""
         self._hung = True
-        # At once: when the first process ends, the collectives of the others fail and they move.
+        # At once: when the first process ends, collectives fail and the stacks of others change.
         where = self._write_stacks()
-        seen, patience = [Seen(self.sign(), 0.0)], 0.0
+        seen, patience = [PeerState(self.heartbeat(), 0.0)], 0.0
         if self._peers is not None:
-            # Time for the others to see the sign and to report too.
+            # Time for the others to see the heartbeat and to report too.
             patience = 3 * self._peers.interval
             self._closing.wait(patience)
             seen = self._peers.seen()
-        # Who ended before has said it for all.
-        text = self._verdict or describe_hang(seen, patience)
+        # A process that ended before has published the reason for all.
+        text = self._failure_reason or describe_hang(seen, patience)
         error = ProcessError(text, f"{where}; {AGAIN}")
         if self._end_hung:
-            self._stop(error, verdict=text)
+            self._stop(error, failure_reason=text)
         show(error)
 
-    def _stop(self, error: ProcessError, *, farewell: bool = True, verdict: str = "") -> None:
+    def _stop(self, error: ProcessError, *, notify: bool = True, failure_reason: str = "") -> None:
         """Ends this process because of another, or of a hang."""
         with self._ending:
             self._ended = ""
             peers = self._peers
-            if peers is not None and farewell:
-                if verdict:
-                    _briefly(lambda: peers.publish_verdict(verdict))
-                self._farewell(peers)
+            if peers is not None and notify:
+                if failure_reason:
+                    _briefly(lambda: peers.publish_failure_reason(failure_reason))
+                self._send_shutdown_notice(peers)
             self._end(error)
 
-    def _tell(self, peers: Peers) -> None:
-        _briefly(lambda: peers.exchange(self.sign()))
+    def _send_heartbeat(self, peers: Peers) -> None:
+        _briefly(lambda: peers.exchange(self.heartbeat()))
 
-    def _farewell(self, peers: Peers) -> None:
-        """Tells the others; process 0, whom they all need to hear it, goes last."""
-        self._tell(peers)
+    def _send_shutdown_notice(self, peers: Peers) -> None:
+        """Sends the last state; process 0, which serves the messages, waits for the others."""
+        self._send_heartbeat(peers)
         deadline = time.monotonic() + 8 * peers.interval + 2
         while peers.process == 0 and time.monotonic() < deadline:
-            others = [s for s in peers.seen() if s.sign.process]
-            if all(s.sign.ended is not None or s.silent > 4 * peers.interval for s in others):
+            others = [s for s in peers.seen() if s.heartbeat.process]
+            if all(s.heartbeat.ended is not None or s.silent > 4 * peers.interval for s in others):
                 break
             time.sleep(peers.interval / 4)
-            self._tell(peers)
+            self._send_heartbeat(peers)
 
     def _write_stacks(self) -> str:
-        """Writes where all threads stand; returns what to tell the user of it."""
+        """Writes the stacks of all threads; returns the sentence that refers to them."""
         if self._workdir is None:
             return "look at the processes with py-spy"
-        sign = self.sign()
-        path = self._workdir / FOLDER / f"process_{sign.process}.txt"
+        heartbeat = self.heartbeat()
+        path = self._workdir / FOLDER / f"process_{heartbeat.process}.txt"
         # The storage may be what hangs.
-        if _briefly(lambda: _write_report(path, sign)):
-            return f"where the threads of each process stand is in {path.parent}"
+        if _briefly(lambda: _write_report(path, heartbeat)):
+            return f"the stacks of each process are in {path.parent}"
         return f"{path} could not be written: look at the storage first"
 
 
 def join_watch(workdir: Path | None, limits: Limits, end_hung: bool, lost_seconds: float) -> Watch:
-    """Returns a watch that knows the other processes of this run, if there are any.
+    """Returns the watch of this run and of its other processes, if there are any.
 
     Args:
-      workdir: The run's folder, on storage that all processes see.
-      limits: How long is too long.
+      workdir: The run's folder, on storage that all processes share.
+      limits: Time limits of the phases.
       end_hung: Whether a run that hangs is ended.
-      lost_seconds: Silence after which a process is lost; less than JAX's own, since that ends all
-        processes without naming one.
+      lost_seconds: Silence after which a process is lost; shorter than JAX's own limit, which ends
+        all processes without naming one.
     """
     peers = None
     if jax.process_count() > 1:
@@ -290,9 +292,9 @@ def join_watch(workdir: Path | None, limits: Limits, end_hung: bool, lost_second
 def join_job(lost_seconds: float = LOST_SECONDS) -> Iterator[Watch]:
     """Joins the other processes of a command, and ends all of them when one fails.
 
-    Also a decorator, of a function that does all that the processes do together. An error that only
-    one of them has (a full disk under process 0, say) reaches the others within seconds, where they
-    would wait for it in a collective.
+    Also a decorator of the function that holds the collective part of a command. An error of one
+    process (such as a full disk on process 0) reaches the others within seconds; otherwise they
+    would wait for it in a collective until JAX's own limit.
 
     Args:
       lost_seconds: Silence after which a process is lost.
@@ -305,18 +307,18 @@ def join_job(lost_seconds: float = LOST_SECONDS) -> Iterator[Watch]:
         yield watch
 
 
-def _write_report(path: Path, sign: Sign) -> None:
+def _write_report(path: Path, heartbeat: Heartbeat) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        print(f"{now} {sign.name}, pid {os.getpid()}", file=file)
-        print(f"step {sign.step}, {sign.phase} for {sign.seconds:.0f} s", file=file)
+        print(f"{now} {heartbeat.name}, pid {os.getpid()}", file=file)
+        print(f"step {heartbeat.step}, {heartbeat.phase} for {heartbeat.seconds:.0f} s", file=file)
         print("\nThe main thread is the last one below.\n", file=file, flush=True)
         faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _briefly(action: Callable[[], object], seconds: float = 5.0) -> bool:
-    """Tries something that may hang or fail; returns whether it was done in time."""
+    """Runs an action that may hang or fail; returns whether it succeeded in time."""
     done = threading.Event()
 
     def run() -> None:

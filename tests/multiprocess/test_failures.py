@@ -65,7 +65,7 @@ def test_a_stopped_process_is_named_by_the_other(tmp_path: Path) -> None:
         processes[0].kill()
         processes[1].communicate()
     assert processes[0].returncode == 75, errors
-    assert f"process 1 ({HOST}) is lost: no sign of life for" in screen(errors)
+    assert f"process 1 ({HOST}) is lost: no heartbeat for" in screen(errors)
 
 
 def test_a_process_without_data_is_named_by_all(

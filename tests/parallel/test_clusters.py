@@ -150,7 +150,9 @@ def test_a_single_tpu_machine_joins_nobody(
 def test_a_metadata_server_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("requests")
     pretend(monkeypatch, {"GCE_METADATA_IP": "127.0.0.1:1"}, tpu=True)
-    with pytest.raises(ClusterError, match=r"(?s)server 127\.0\.0\.1:1 does not.*PROCESSES=1 runs"):
+    with pytest.raises(
+        ClusterError, match=r"(?s)server 127\.0\.0\.1:1 does not list.*PROCESSES=1 runs"
+    ):
         processes.start_processes()
     monkeypatch.setenv("DSR_NUM_PROCESSES", "1")
     processes.start_processes()

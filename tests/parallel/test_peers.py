@@ -1,11 +1,18 @@
-"""Who is missing, who is behind, and who differs, from signs in a dictionary."""
+"""Which processes are missing, behind or different, from heartbeats in a dictionary."""
 
 from typing import Any
 
 import pytest
 
 from dsr_jax.core.errors import ConfigError, ProcessError
-from dsr_jax.parallel.peers import Peers, Seen, Sign, check_identical, describe_hang, missing
+from dsr_jax.parallel.peers import (
+    Heartbeat,
+    Peers,
+    PeerState,
+    check_identical,
+    describe_hang,
+    missing,
+)
 
 
 class Dictionary:
@@ -28,22 +35,25 @@ class Dictionary:
         return self.values[key]
 
 
-def seen(*signs: Any, silent: float = 0.0) -> list[Seen]:
-    return [Seen(Sign(i, f"host{i}", **sign), silent) for i, sign in enumerate(signs)]
+def seen(*heartbeats: Any, silent: float = 0.0) -> list[PeerState]:
+    return [
+        PeerState(Heartbeat(i, f"host{i}", **heartbeat), silent)
+        for i, heartbeat in enumerate(heartbeats)
+    ]
 
 
 def test_silence_counts_from_the_last_new_sign() -> None:
     store, clock = Dictionary(), [0.0]
     one, two = (Peers(store, i, 2, 10.0, now=lambda: clock[0]) for i in (0, 1))
-    two.exchange(Sign(1, "b", step=7))
+    two.exchange(Heartbeat(1, "b", step=7))
     for clock[0] in (1.0, 5.0, 9.0):
-        one.exchange(Sign(0, "a"))
+        one.exchange(Heartbeat(0, "a"))
     assert [s.silent for s in one.seen()] == [0.0, 8.0]
     assert missing(one.seen(), 0, 10.0) is None
     clock[0] = 12.0
-    one.exchange(Sign(0, "a"))
+    one.exchange(Heartbeat(0, "a"))
     text = missing(one.seen(), 0, 10.0)
-    assert text == "process 1 (b) is lost: no sign of life for 11 s, last seen at step 7, starting"
+    assert text == "process 1 (b) is lost: no heartbeat for 11 s, last seen at step 7, starting"
     assert missing(one.seen(), 1, 10.0) is None, "a process does not miss itself"
     assert two.unanswered() == 12.0 and one.unanswered() == 0.0
 
@@ -57,12 +67,12 @@ def test_a_process_that_never_came_is_missed_too() -> None:
     assert "\nprocess 2 (unknown host) is lost" in text
 
 
-def test_a_verdict_reaches_all() -> None:
+def test_a_failure_reason_reaches_all() -> None:
     store = Dictionary()
     one, two = (Peers(store, i, 2, 10.0) for i in (0, 1))
-    assert one.exchange(Sign(0)) is None
-    two.publish_verdict("process 7 is lost")
-    assert one.exchange(Sign(0)) == "process 7 is lost"
+    assert one.exchange(Heartbeat(0)) is None
+    two.publish_failure_reason("process 7 is lost")
+    assert one.exchange(Heartbeat(0)) == "process 7 is lost"
 
 
 def test_an_error_goes_before_silence_and_a_good_end_is_not_missed() -> None:
@@ -76,7 +86,7 @@ def test_an_error_goes_before_silence_and_a_good_end_is_not_missed() -> None:
     [
         ([(5, "in step"), (5, "waiting for data")], "process 1 (host1) behind the others"),
         ([(4, "saving"), (5, "waiting for data")], "process 0 (host0) behind the others"),
-        ([(5, "in step"), (5, "in step")], "all processes stand at the same place"),
+        ([(5, "in step"), (5, "in step")], "all processes are at the same step and phase"),
         ([(5, "in step")], "the run does not move\n"),
     ],
 )
@@ -88,8 +98,8 @@ def test_a_hang_names_who_is_behind(places: Any, head: str) -> None:
 
 
 def test_a_silent_process_is_named_before_one_behind() -> None:
-    states = [*seen({"step": 4}), Seen(Sign(1, "host1", step=5), 8.0)]
-    assert "no sign of life from process 1 (host1)" in describe_hang(states, 5.0)
+    states = [*seen({"step": 4}), PeerState(Heartbeat(1, "host1", step=5), 8.0)]
+    assert "no heartbeat from process 1 (host1)" in describe_hang(states, 5.0)
 
 
 def test_a_process_that_ended_by_the_same_hang_is_still_named() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsr_jax.core.errors import ConfigError, ProcessError
-from dsr_jax.parallel.peers import Peers, Sign
+from dsr_jax.parallel.peers import Heartbeat, Peers
 from dsr_jax.parallel.watch import Limits, Watch
 from tests.parallel.test_peers import Dictionary
 
@@ -105,7 +105,7 @@ def others(store: Dictionary, process: int = 1, lost_seconds: float = 2.0) -> Pe
 
 def test_the_error_of_another_process_ends_this_one() -> None:
     store, end = Dictionary(), Recorder()
-    others(store, 0).exchange(Sign(0, "a", ended="DataError: no file"))
+    others(store, 0).exchange(Heartbeat(0, "a", ended="DataError: no file"))
     with Watch(peers=others(store), end=end):
         assert end.problem() == "process 0 (a) ended: DataError: no file"
 
@@ -113,8 +113,8 @@ def test_the_error_of_another_process_ends_this_one() -> None:
 def test_the_silence_of_another_process_ends_this_one() -> None:
     store, end = Dictionary(), Recorder()
     with Watch(peers=others(store), end=end):
-        assert "process 0 (unknown host) is lost: no sign of life for" in end.problem()
-    assert "is lost" in store.values["dsr_jax/verdict/text"]
+        assert "process 0 (unknown host) is lost: no heartbeat for" in end.problem()
+    assert "is lost" in store.values["dsr_jax/failure_reason/text"]
 
 
 def test_a_service_that_is_gone_is_process_0() -> None:
@@ -132,7 +132,7 @@ def test_an_own_error_is_told_to_the_others_and_is_the_one_shown() -> None:
     with pytest.raises(Ended), Watch(peers=others(store), end=end):
         raise ConfigError("config.x=1", "it must be 2")
     assert isinstance(end.errors[0], ConfigError)
-    assert "ConfigError: config.x=1" in store.values["dsr_jax/signs/1"]
+    assert "ConfigError: config.x=1" in store.values["dsr_jax/heartbeats/1"]
 
 
 def test_a_broken_collective_is_explained_by_who_is_missing() -> None:
