@@ -1,4 +1,4 @@
-"""Scores samples and writes the numbers, with their recipe, to a file.
+"""Scores samples and writes the scores, with their recipe, to a file.
 
     python -m dsr_jax.evaluate samples.npz --reference ref.npz --inception DIR --out scores.json
     python -m dsr_jax.evaluate runs/digits/samples/NAME.npz --classifier digits
@@ -21,6 +21,7 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.evaluation.image_sets import open_images
+from dsr_jax.evaluation.metric import needs_of
 from dsr_jax.evaluation.metrics import DEFAULT, METRICS, find_metrics
 from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.samples import open_samples
@@ -48,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         classify(args)
         return
-    if args.classifier or not (args.inception or args.dinov2):
+    if args.classifier:
         raise EvaluationError(
-            "--reference needs --inception or --dinov2, and goes without --classifier",
+            "--classifier scores without --reference", "leave one of both out of the command line"
+        )
+    needs = needs_of(find_metrics(args.metrics.split(",") if args.metrics else DEFAULT))
+    if needs - {"images", "labels"} and not (args.inception or args.dinov2):
+        raise EvaluationError(
+            "these metrics need --inception or --dinov2",
             "name the folder that python -m dsr_jax.convert inception wrote",
         )
     compare(args)
@@ -62,14 +68,13 @@ def compare(args: argparse.Namespace) -> None:
 
     Raises:
       EvaluationError: If samples, reference and metrics do not fit.
-      ConversionError: If the weights are not there; says where to get them.
+      ConversionError: If the weights are missing, with where to get them.
     """
     path = Path(args.samples)
     images = open_images(path)
     out = args.out or path.with_name(f"{path.stem}.scores.json")
     metrics = args.metrics.split(",") if args.metrics else None
-    # What files and names can tell is checked before weights are read.
-    find_metrics(DEFAULT if metrics is None else metrics)
+    # What files tell is checked before weights are read.
     check_output(out, images, args.reference)
     scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
     result = score_to_file(

@@ -1,10 +1,10 @@
-"""Scores an autoencoder by what it makes of images: rFID, PSNR, SSIM, LPIPS.
+"""Scores an autoencoder's reconstructions: rFID, PSNR, SSIM, LPIPS.
 
     python -m dsr_jax.evaluate_reconstruction --config=configs/x.py --out=DIR \
         --inception=converted/inception --lpips=converted/lpips
 
 The config names the autoencoder (config.space) and the images (config.data, of the split
-config.eval.split unless --split says otherwise); any key can be set behind it. DIR then holds
+config.eval.split unless --split says otherwise); any key can be overridden after it. DIR then holds
 reconstructions.npz, in the order of the data, scores.json with the recipe, and pairs.png, images
 above their reconstructions. Without --inception there is no rFID, without --lpips no LPIPS. The
 same command continues a stopped one; on several hosts all of them must see DIR.

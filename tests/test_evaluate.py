@@ -99,9 +99,9 @@ def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
     folder, inception = pictures
     with pytest.raises(ConversionError, match="pytorch-fid"):
         evaluate.main(arguments(folder, folder / "none"))
-    with pytest.raises(EvaluationError, match="needs --inception or --dinov2"):
+    with pytest.raises(EvaluationError, match="need --inception or --dinov2"):
         evaluate.main(arguments(folder, inception)[:3])
-    with pytest.raises(EvaluationError, match="without --classifier"):
+    with pytest.raises(EvaluationError, match="--classifier scores without --reference"):
         evaluate.main(arguments(folder, inception, "--classifier", "digits"))
     with pytest.raises(EvaluationError, match="unknown metrics"):
         evaluate.main(arguments(folder, inception, "--metrics", "fid,fdd"))

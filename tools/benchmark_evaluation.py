@@ -129,7 +129,7 @@ def _memory(key: str) -> int:
 
 
 def _features(count: int, width: int, seed: int) -> np.ndarray:
-    """Positive features of uneven spread, as Inception's are [N, D], float32."""
+    """Positive features of unequal variance, as Inception's are [N, D], float32."""
     random = np.random.default_rng(seed)
     scale = (1 / np.arange(1, width + 1)).astype(np.float32)
     features = random.standard_normal((count, width), np.float32)

@@ -1,9 +1,9 @@
-"""Lays scores side by side, and refuses where they were not computed alike.
+"""Compares files of scores, and refuses where their recipes differ.
 
     python tools/compare_scores.py runs/*/samples/*.scores.json --plot fid.png
 
 Files are those of python -m dsr_jax.evaluate --reference. Weights, reference, resize, rounding,
-counts and balance of labels must agree; --force compares all the same and says what differs.
+counts and balance of labels must agree; --force compares nevertheless and prints what differs.
 """
 
 import argparse
@@ -49,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("scores", nargs="+", help="files of scores")
-    add("--force", action="store_true", help="compare what was not computed alike")
+    add("--force", action="store_true", help="compare although recipes differ")
     add("--csv", help="write the table to this file")
-    add("--plot", help="draw FID against guidance into this file")
+    add("--plot", help="plot FID against guidance into this file")
     return parser
 
 

@@ -23,7 +23,7 @@ class ConvBN(nn.Module):
         stride: int = 1,
         padding: Kernel | None = None,
     ) -> None:
-        """Pads so that the size stays, unless `padding` says otherwise."""
+        """Pads so that the size stays, unless `padding` is given."""
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         same = (sides[0] // 2, sides[1] // 2) if padding is None else padding

@@ -8,7 +8,7 @@ The file holds moments of all images (`mu`, `sigma`, `mu_s`, `sigma_s`, with --d
 `mu_dinov2`, `sigma_dinov2`), --keep of the images spread
 evenly over the source (`arr_0`) with their features, and the recipe. The ADM evaluator reads it,
 too. A given reference keeps its moments and gains the features of its images, which then need not
-be computed for every score. A stopped command goes on where it was.
+be computed for every score. The same command continues a stopped one.
 """
 
 import argparse

@@ -29,7 +29,7 @@ class Scores:
       name: What to call it in a table.
       scores: Numbers by name.
       recipe: What must be equal for scores to be compared.
-      sampling: Step, average, guidance and sampler, as far as the samples' record names them.
+      sampling: Step, EMA, guidance and sampler, as far as the samples' record has them.
       packages: Versions that computed the scores.
     """
 
@@ -105,13 +105,13 @@ def check_comparable(all_scores: Sequence[Scores]) -> None:
     if found := differences(all_scores):
         lines = [f"{key}: {' | '.join(map(str, values))}" for key, values in found.items()]
         raise EvaluationError(
-            "these scores were not computed alike:\n    " + "\n    ".join(lines),
-            "score the samples again by one recipe; --force puts them side by side all the same",
+            "these scores were computed by different recipes:\n    " + "\n    ".join(lines),
+            "score the samples again by one recipe, or compare them with --force",
         )
 
 
 def make_table(all_scores: Sequence[Scores]) -> list[list[str]]:
-    """Rows of cells: a heading, then a row per file; columns that nobody fills are left out."""
+    """Returns rows of cells: a heading, then a row per file; empty columns are left out."""
     settings = [key for key in _SETTINGS if any(key in s.sampling for s in all_scores)]
     metrics = shown(key for s in all_scores for key in s.scores)
     rows = [["scores", *settings, *metrics]]
@@ -123,7 +123,7 @@ def make_table(all_scores: Sequence[Scores]) -> list[list[str]]:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """The table in aligned columns."""
+    """Returns the table in aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -139,15 +139,15 @@ def as_csv(rows: Sequence[Sequence[str]]) -> str:
 def plot_guidance(
     all_scores: Sequence[Scores], path: str | os.PathLike[str], note: str = ""
 ) -> int:
-    """Draws FID against guidance, a line for each set of other settings.
+    """Plots FID against guidance, a line for each set of other settings.
 
     Args:
       all_scores: The files.
       path: The picture.
-      note: What to write above it: that recipes differ, for example.
+      note: Title, that recipes differ, for example.
 
     Returns:
-      Points drawn.
+      Number of points.
 
     Raises:
       EvaluationError: If no file has both FID and a guidance.
@@ -164,7 +164,7 @@ def plot_guidance(
     if not lines:
         raise EvaluationError(
             "no file has both FID and a guidance",
-            "plot scores of samples that python -m dsr_jax.sample drew: their record names it",
+            "plot scores of samples of python -m dsr_jax.sample, whose record has it",
         )
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""DPG-Bench's scores from answers to its questions; the model that answers stays outside.
+"""DPG-Bench's scores from a model's answers to its questions; the model is not part of the package.
 
 Source: TencentQQGYLab/ELLA dpg_bench/compute_dpg_bench.py; spec evaluation 12.2.
 """
@@ -66,8 +66,8 @@ def score_image(
 ) -> tuple[list[float], dict[int, float]]:
     """Scores of one image's tiles, and what its last tile's answers alone give by question.
 
-    A question with a failed parent counts 0. Questions are gone through in their order, and each
-    sees what the earlier ones have become, so failures pass on to later questions only.
+    A question with a failed parent counts 0. Questions are processed in order,
+    so that a failure reaches later questions only.
 
     Args:
       questions: The image's.
@@ -104,7 +104,7 @@ def score_benchmark(
     each image's last tile, as the official scorer does.
 
     Returns:
-      score, per_image (shares by tile), failed (names), l1 and l2 (by broad and fine category).
+      score, per_image (fractions by tile), failed (names), l1 and l2 (by broad and fine category).
     """
     tiles: dict[str, list[float]] = {}
     failed: list[str] = []

@@ -41,7 +41,7 @@ class FeatureMoments(Moments):
             bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
             raise EvaluationError(
                 f"features of row {self.count + bad} are not finite",
-                "look at that sample, and at the feature network's weights",
+                "check that sample and the feature network's weights",
             )
         super().update(rows)
 

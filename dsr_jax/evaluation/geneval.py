@@ -1,4 +1,4 @@
-"""GenEval's verdicts from a detector's boxes, and its summary; the detector itself stays outside.
+"""GenEval's results from the boxes of a detector, which is not part of the package.
 
 Source: djghosh13/geneval evaluate_images.py and summary_scores.py; spec evaluation 12.1.
 """
@@ -15,9 +15,9 @@ MAX_OVERLAP = 1.0
 POSITION_THRESHOLD = 0.1
 
 Objects = Mapping[str, Sequence[int]]
-"""Numbers of the boxes that count, by class, best first."""
+"""Indices of the boxes that count, by class, best first."""
 Colours = Callable[[str, Sequence[int]], Sequence[str]]
-"""`(class, numbers of its boxes) -> the colour of each`."""
+"""`(class, indices of its boxes) -> the colour of each`."""
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -32,7 +32,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """Where box `a` lies relative to box `b`: of "left of", "right of", "above", "below".
+    """Returns where box `a` is relative to box `b`: of "left of", "right of", "above", "below".
 
     A tenth of both boxes' extents is taken off the distance of their centres; a direction counts
     if it makes up more than half of the whole distance.
@@ -49,7 +49,7 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 
 
 def keep_boxes(boxes: Sequence[Sequence[float]], threshold: float) -> list[int]:
-    """Numbers of the boxes x1, y1, x2, y2, score that count, best first."""
+    """Returns indices of the boxes x1, y1, x2, y2, score that count, best first."""
     if not boxes:
         return []
     scores = np.asarray(boxes, np.float64)[:, 4]
@@ -64,7 +64,7 @@ def keep_boxes(boxes: Sequence[Sequence[float]], threshold: float) -> list[int]:
 def is_correct(
     prompt: Mapping[str, Any], detections: Mapping[str, Sequence[Sequence[float]]], colours: Colours
 ) -> bool:
-    """Whether an image shows what its prompt asks for.
+    """Returns whether an image shows what its prompt asks for.
 
     Args:
       prompt: A line of evaluation_metadata.jsonl: `tag`, `include`, perhaps `exclude`.
@@ -90,7 +90,7 @@ def _find(
     detections: Mapping[str, Sequence[Sequence[float]]],
     colours: Colours,
 ) -> list[Sequence[float]] | None:
-    """The boxes that fulfil one wish of a prompt, None if there are none."""
+    """Returns the boxes that fulfil one condition of a prompt, None if there are none."""
     name, count = wanted["class"], wanted["count"]
     numbers = list(objects.get(name, ()))[:count]
     if len(numbers) < count:
@@ -115,24 +115,24 @@ def summarise(
 
     Args:
       tags: Task of each image.
-      prompts: Which prompt it was drawn for; any hashable names.
-      correct: Its verdict.
+      prompts: Prompt of each image; any hashable names.
+      correct: Whether each image is correct.
 
     Returns:
-      task_scores (share of correct images by tag), overall (their mean), pct_correct_images,
+      task_scores (fraction of correct images by tag), overall (their mean), pct_correct_images,
       pct_correct_prompts (prompts with at least one correct image), n_images, n_prompts.
     """
-    verdicts = np.asarray(correct, bool)
+    results = np.asarray(correct, bool)
     names = list(dict.fromkeys(tags))
-    scores = {name: float(verdicts[np.asarray(tags) == name].mean()) for name in names}
+    scores = {name: float(results[np.asarray(tags) == name].mean()) for name in names}
     solved: dict[Any, bool] = {}
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        solved[prompt] = solved.get(prompt, False) or bool(verdict)
+    for prompt, result in zip(prompts, results, strict=True):
+        solved[prompt] = solved.get(prompt, False) or bool(result)
     return {
         "task_scores": scores,
         "overall": float(np.mean(list(scores.values()))),
-        "pct_correct_images": float(verdicts.mean()),
+        "pct_correct_images": float(results.mean()),
         "pct_correct_prompts": float(np.mean(list(solved.values()))),
-        "n_images": len(verdicts),
+        "n_images": len(results),
         "n_prompts": len(solved),
     }

@@ -112,7 +112,7 @@ class ImageFiles(_ByIndex):
         try:
             pixels = to_array(decode(read_file(path), str(path)))
         except DataError as error:
-            raise EvaluationError(error.problem, "draw or copy it again") from error
+            raise EvaluationError(error.problem, "make or copy it again") from error
         if self._size and pixels.shape != self._size:
             raise EvaluationError(
                 f"image {path} has {pixels.shape[:2]} pixels, the first of the folder "

@@ -48,7 +48,7 @@ class InceptionScore:
         if not np.isfinite(logits).all():
             raise EvaluationError(
                 f"logits of rows from {self.count} on are not finite",
-                "look at those samples, and at the feature network's weights",
+                "check those samples and the feature network's weights",
             )
         while len(logits):
             free = self.split_size - self.count % self.split_size
@@ -86,7 +86,7 @@ class InceptionScore:
         return float(self.chunks().mean())
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays from which `restore` goes on."""
+        """Returns the arrays from which `restore` continues."""
         return {
             "count": np.asarray(self.count),
             "sums": self._sums,
@@ -94,7 +94,7 @@ class InceptionScore:
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Goes on from what `state` returned."""
+        """Continues from what `state` returned."""
         self.count = int(state["count"])
         self._sums = np.array(state["sums"])
         self._negative_entropies = np.array(state["negative_entropies"])

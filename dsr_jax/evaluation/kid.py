@@ -60,7 +60,7 @@ def kernel_inception_distance(
       samples: Features of the samples.
       reference: Features of the reference images.
       subsets: Number of pairs of random subsets.
-      subset_size: Rows of each, drawn without replacement.
+      subset_size: Rows of each, chosen without replacement.
       sigma: Width of a Gaussian kernel; None for the usual cubic polynomial.
       seed: Of the random subsets; of each pair first the samples', then the reference's.
 

@@ -1,6 +1,8 @@
 """PSNR, SSIM and LPIPS of many pairs of images, over all hosts and devices."""
 
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import open_atomic
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.evaluation.image_sets import ImageSet
-from dsr_jax.evaluation.passes import agree
+from dsr_jax.evaluation.passes import agree, fill_batch
 from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.models.lpips import LPIPS
 from dsr_jax.parallel.axes import make_rules
-from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.parallel.shardings import (
     batch_sharding,
     check_row_order,
@@ -105,7 +107,7 @@ class PairScorer:
         scores = np.zeros((size, 2))
         if count := len(images):
             scores[:count] = np.stack([psnr(images, outputs), ssim(images, outputs)], axis=1)
-        shown = (_filled(x, size) for x in (images, outputs))
+        shown = (fill_batch(x, size) for x in (images, outputs))
         given: dict[str, Any] = dict(zip(("images", "outputs"), shown, strict=True))
         # Devices have no 64-bit floats; two of 32 bits hold a score well enough.
         high = scores.astype(np.float32)
@@ -127,11 +129,6 @@ class PairScorer:
         return distances
 
 
-def _filled(images: np.ndarray, size: int) -> np.ndarray:
-    padding = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
-    return np.concatenate([images, padding]) if len(padding) else images
-
-
 def _restore(path: Path, marks: str) -> list[np.ndarray]:
     """Returns the scores of a stopped pass.
 
@@ -140,9 +137,14 @@ def _restore(path: Path, marks: str) -> list[np.ndarray]:
     """
     if not path.is_file():
         return []
-    with np.load(path, allow_pickle=False) as arrays:
-        if str(arrays["identity"]) != marks:
-            raise EvaluationError(
-                f"{path} is of other images or networks", "delete it, or name another --out"
-            )
-        return [arrays["values"]]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            identity, values = str(arrays["identity"]), arrays["values"]
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, OSError, EOFError) as error:
+        log(f"{path} is damaged ({error}); its pairs are scored again")
+        return []
+    if identity != marks:
+        raise EvaluationError(
+            f"{path} is of other images or networks", "delete it, or name another --out"
+        )
+    return [values]

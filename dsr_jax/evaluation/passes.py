@@ -100,7 +100,7 @@ def update_metrics(
     for number, local in enumerate(images.batches(batch, start, extractor.rows)):
         # The devices work on one batch while the host reads the next and adds up the last.
         first = start + number * batch
-        current = extractor(_filled(local, len(extractor.rows)), outputs, first)
+        current = extractor(fill_batch(local, len(extractor.rows)), outputs, first)
         if pending is not None:
             finish(*pending)
         pending = (first, current)
@@ -231,8 +231,8 @@ def agree(count: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(count)))
 
 
-def _filled(images: np.ndarray, size: int) -> np.ndarray:
-    """Adds black images up to `size`; they are cut off again behind the network."""
+def fill_batch(images: np.ndarray, size: int) -> np.ndarray:
+    """Returns images [size, ...] with black ones added, whose results are to be cut off."""
     if len(images) == size:
         return images
     padding = np.zeros((size - len(images), *images.shape[1:]), images.dtype)
@@ -243,7 +243,7 @@ def _check_levels(first: int, low: np.ndarray, high: np.ndarray, allow_constant:
     """Checks the smallest and largest values of a batch's images.
 
     Raises:
-      EvaluationError: Naming the first image that cannot be meant.
+      EvaluationError: Naming the first constant image, or that all are dark.
     """
     if first == 0 and len(high) > 1 and high.max() <= 1:
         raise EvaluationError(
@@ -256,6 +256,6 @@ def _check_levels(first: int, low: np.ndarray, high: np.ndarray, allow_constant:
         raise EvaluationError(
             f"image {first + int(constant[0])} is constant: every value is "
             f"{int(high[constant[0]])} ({len(constant)} such images in its batch)",
-            "a sampler that diverged leaves such images; draw them again, or score them as they "
+            "a sampler that diverged leaves such images; sample them again, or score them as they "
             "are with --allow-constant",
         )

@@ -76,7 +76,7 @@ class SampleFile:
         return file_digest(self.path)
 
     def describe(self) -> dict[str, Any]:
-        """Name, digest, shape, and the record of the job that drew the images."""
+        """Returns name, digest, shape, and the record of the job that made the images."""
         return {
             "file": self.path.name,
             "digest": self.digest(),
@@ -236,7 +236,7 @@ def _check_images(path: Path, archive: zipfile.ZipFile) -> tuple[int, int, int, 
 
 
 def _levels(archive: zipfile.ZipFile, dtype: np.dtype) -> str:
-    """What the first values of a float array look like."""
+    """Describes the first values of a float array, for an error."""
     if dtype.kind != "f" or dtype.itemsize > 8:
         return ""
     with archive.open("arr_0.npy") as member:

@@ -1,4 +1,4 @@
-"""What a decoder's training shows of itself: pictures, PSNR, SSIM, and at the end the decoder."""
+"""Evaluation during a decoder's training: pictures, PSNR, SSIM, and at the end the decoder."""
 
 import shutil
 from collections.abc import Callable
@@ -34,7 +34,7 @@ COLUMNS = 8
 
 
 class Reconstructions:
-    """Reconstructs held-out images with a run's weights and writes down what came out.
+    """Reconstructs held-out images with a run's weights and records the result.
 
     Args:
       config: The run's config.
@@ -65,7 +65,7 @@ class Reconstructions:
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
     def report(self, step: int, state: TrainState) -> dict[str, float]:
-        """Draws held-out images above their reconstructions; returns their PSNR and SSIM."""
+        """Writes held-out images above their reconstructions; returns their PSNR and SSIM."""
         inputs, outputs = self._pairs(self._weights(state))
         scores = {}
         if is_process_zero() and self._count:
@@ -111,7 +111,7 @@ class Reconstructions:
         )
 
     def _weights(self, state: TrainState) -> Params:
-        """The parameters, or the average of them, that config.sample.ema names."""
+        """Returns the parameters, or the EMA that config.sample.ema names."""
         name = self.config.sample.ema
         return state.params if name == "none" else state.ema[name]
 

@@ -1,4 +1,4 @@
-"""Images through an autoencoder: the job that makes them, and the distance of their features."""
+"""Reconstructions of images by an autoencoder, and rFID."""
 
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,19 @@ class Reconstruction:
     def run(self, out: Path) -> Path:
         """Reconstructs what is missing; returns the path of the `.npz`.
 
-        In place of labels it holds the numbers of the images.
+        Its labels are the images' indices.
         """
         numbers = np.arange(self.images.shape[0], dtype=np.int32)
         shape = self.images.shape[1:]
         job = SampleJob(out, "reconstructions", numbers, shape, self.recipe)
         rows = shardings.process_rows(self._sharding, self._batch)
 
-        def draw(indices: np.ndarray, _: np.ndarray) -> Samples:
+        def reconstruct_rows(indices: np.ndarray, _: np.ndarray) -> Samples:
             given = {"images": self.images.take(indices[rows]), "index": indices[rows]}
             batch = shardings.host_to_global(given, self._sharding, self._batch)
             return self._reconstruct(self._variables, batch["images"], batch["index"])
 
-        return job.run(draw, self._batch, report=log)
+        return job.run(reconstruct_rows, self._batch, report=log)
 
 
 def rfid(
@@ -101,7 +101,7 @@ def rfid(
     """Frechet distance of Inception's features of reconstructions and images.
 
     Returns:
-      The distance; NaN on processes other than the primary.
+      The distance; NaN on processes other than 0.
 
     Raises:
       EvaluationError: If features are not finite, or there are fewer than two images.

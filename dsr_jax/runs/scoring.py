@@ -1,4 +1,4 @@
-"""From files to a scorer, and from scores to a file: what all commands that score share."""
+"""Opens what scoring needs and writes scores to files, for all commands that score."""
 
 import tempfile
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ def make_extractor(
       mesh: The devices; None for all there are.
 
     Raises:
-      ConversionError: If weights are not there; says where to get them.
+      ConversionError: If weights are missing, with where to get them.
     """
     networks = []
     if inception:
@@ -136,13 +136,13 @@ def score_to_file(
     allow_constant: bool = False,
     save_every: int = SAVE_EVERY,
 ) -> Result:
-    """Scores images and writes numbers, recipe and provenance to a JSON file.
+    """Scores images and writes scores, recipe and provenance to a JSON file.
 
     Args:
       scorer: From `make_scorer`.
       images: The samples.
       metrics: Names, or None for those that the reference allows.
-      out: The file; what a stopped pass goes on from lies beside it meanwhile.
+      out: The file; a folder beside it holds what a stopped pass continues from.
       allow_constant: Takes images of a single colour, too.
       save_every: Images between two savings.
 

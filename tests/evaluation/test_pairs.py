@@ -63,3 +63,12 @@ def test_other_shapes_are_refused(sets, tmp_path):
     scorer = PairScorer(make_mesh(MeshShape()), 8)
     with pytest.raises(EvaluationError, match="reconstructions"):
         scorer.score(sets[0], open_images(tmp_path / "fewer.npz"), tmp_path, {})
+
+
+def test_damaged_scores_are_made_again(sets, tmp_path, capsys):
+    scorer = PairScorer(make_mesh(MeshShape()), 8)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "pairs.npz").write_bytes(b"PK cut short")
+    assert scorer.score(*sets, folder, {}) == scorer.score(*sets, tmp_path / "whole", {})
+    assert "is damaged" in capsys.readouterr().err

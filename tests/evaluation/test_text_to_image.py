@@ -23,7 +23,7 @@ def test_relations():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "verdict"),
+    ("prompt", "result"),
     [
         ({"tag": "a", "include": [{"class": "cat", "count": 1}]}, True),
         ({"tag": "a", "include": [{"class": "cat", "count": 2}]}, False),
@@ -34,19 +34,17 @@ def test_relations():
         ({"tag": "a", "exclude": [{"class": "cat", "count": 2}]}, True),
     ],
 )
-def test_verdicts(prompt, verdict):
+def test_whole_images(prompt, result):
     boxes = {"cat": [LEFT, [0, 0, 5, 5, 0.3]], "dog": [RIGHT]}
-    assert (
-        geneval.is_correct(prompt, boxes, lambda name, numbers: ["red"] * len(numbers)) == verdict
-    )
+    assert geneval.is_correct(prompt, boxes, lambda name, numbers: ["red"] * len(numbers)) == result
 
 
-@pytest.mark.parametrize(("relation", "verdict"), [("right of", True), ("above", False)])
-def test_positions(relation, verdict):
+@pytest.mark.parametrize(("relation", "result"), [("right of", True), ("above", False)])
+def test_positions(relation, result):
     wanted = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]}]
     prompt = {"tag": "position", "include": wanted}
     boxes = {"cat": [LEFT], "dog": [RIGHT]}
-    assert geneval.is_correct(prompt, boxes, lambda *_: []) == verdict
+    assert geneval.is_correct(prompt, boxes, lambda *_: []) == result
     assert not geneval.is_correct(prompt, {"dog": [RIGHT]}, lambda *_: [])
 
 

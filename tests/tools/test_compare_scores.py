@@ -63,7 +63,7 @@ def test_other_recipes_are_refused_unless_forced(tmp_path, capsys, change, named
         write(tmp_path / "a.json", 1.0, 3.0),
         write(tmp_path / "b.json", 1.0, 2.0, {**RECIPE, **change}),
     ]
-    with pytest.raises(EvaluationError, match="not computed alike") as caught:
+    with pytest.raises(EvaluationError, match="by different recipes") as caught:
         compare_scores.main(files)
     assert named in str(caught.value)
     compare_scores.main([*files, "--force"])
