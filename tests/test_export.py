@@ -15,7 +15,7 @@ from dsr_jax.build import make_optimizer
 from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.config import base_config
 from dsr_jax.convert.converter import require_converter
-from dsr_jax.convert.families import converters
+from dsr_jax.convert.families import converters, export_denoiser
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError
@@ -26,6 +26,7 @@ from dsr_jax.runs.folder import write_run_files
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.state import create_state
 from tests.requirements import require
+from tests.tiny_denoisers import random_params
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, tuple[str, dict[str, int]]] = {
@@ -43,7 +44,7 @@ EMA = 0.9999
 
 
 def save_run(workdir: Path, model: DiffusionTransformer, params: Any) -> None:
-    """Writes a run of one step, whose averages are `params` and whose weights are 1 more."""
+    """Writes a run of one step, whose EMA weights are `params` and whose weights are 1 more."""
     config = base_config()
     config.model.name = denoiser_name(type(model))
     sizes = model_sizes(model)
@@ -75,6 +76,7 @@ def read_golden(case: str) -> tuple[dict[str, np.ndarray], DiffusionTransformer,
 )
 def test_a_run_exports_the_originals_names_shapes_and_numbers(case: str, tmp_path: Path) -> None:
     state, model, params = read_golden(case)
+    require("torch", "torch")  # rope's tables have its bits
     save_run(tmp_path / "run", model, params)
     export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'x.safetensors'}"])
     prefix = require_converter(type(model)).prefix
@@ -82,14 +84,44 @@ def test_a_run_exports_the_originals_names_shapes_and_numbers(case: str, tmp_pat
         name.removeprefix(prefix): value
         for name, value in load_file(tmp_path / "x.safetensors").items()
     }
-    constants = {name for name in exported if "feat_rope" in name}
-    # The stored JiT is without its constants.
-    assert set(exported) - (set() if any("rope" in key for key in state) else constants) == set(
-        state
-    )
+    # What load_state_dict(strict=True) of the original's class asks for.
+    listed = [
+        {name: (x.shape, x.dtype) for name, x in found.items()} for found in (exported, state)
+    ]
+    assert listed[0] == listed[1]
     for name, want in state.items():
-        assert exported[name].dtype == want.dtype and exported[name].shape == want.shape, name
-        assert np.allclose(exported[name], want, rtol=0, atol=2e-7 if name in constants else 0)
+        assert np.array_equal(exported[name], want), name
+
+
+def record_of(model: DiffusionTransformer) -> dict[str, Any]:
+    """What a converted folder records of a network."""
+    return {"family": denoiser_name(type(model)), "model": model_sizes(model)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("ditdh", {"patch_size": 2}, "official DiTDH cannot hold .*patches of 2"),
+        ("ditdh", {"use_rope": False}, "official DiTDH cannot hold .*no rotary position"),
+        ("lightningdit", {"use_rope": False}, "official LightningDiT .*registers without rotary"),
+    ],
+)
+def test_what_the_official_class_cannot_hold_is_refused(
+    kind: str, change: dict[str, Any], match: str
+) -> None:
+    case = {"ditdh": "ddt_reg", "lightningdit": "lightningdit_reg"}[kind]
+    model = read_golden(case)[1].clone(**change)
+    with pytest.raises(ConversionError, match=match) as caught:
+        export_denoiser(random_params(model), record_of(model))
+    assert "export to a folder" in caught.value.remedy
+
+
+def test_registers_that_a_released_class_lacks_are_pointed_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = read_golden("sit_tiny")[1].clone(num_registers=4, register_start=1)
+    assert "register_tokens" in export_denoiser(random_params(model), record_of(model))
+    assert "the released SiT has no registers" in capsys.readouterr().out
 
 
 def test_torch_files_hold_the_entries_that_the_original_reads(tmp_path: Path) -> None:
@@ -104,10 +136,10 @@ def test_torch_files_hold_the_entries_that_the_original_reads(tmp_path: Path) ->
         content = torch.load(tmp_path / f"{case}.pt", weights_only=True)
         assert set(content) == entries
         for tensors in content.values():
+            prefix = require_converter(type(model)).prefix
+            assert set(tensors) == {prefix + name for name in state}
             assert all(
-                np.array_equal(tensors[require_converter(type(model)).prefix + name], value)
-                for name, value in state.items()
-                if "feat_rope" not in name
+                np.array_equal(tensors[prefix + name], value) for name, value in state.items()
             )
 
 
@@ -125,9 +157,9 @@ def test_a_folder_keeps_the_tree_and_says_whence_it_came(run: Path, tmp_path: Pa
     model, _, _, _ = load_denoiser(run)
     assert (record["source"], record["entry"]) == ("run, step 1", "params")
     assert record["family"] == "ditdh" and record["model"] == model_sizes(model)
-    _, averages, other, _ = load_denoiser(run, step=1)
+    _, ema, other, _ = load_denoiser(run, step=1)
     assert other["entry"] == f"ema {EMA}"
-    want, got = flatten_names(averages), flatten_names(params)
+    want, got = flatten_names(ema), flatten_names(params)
     assert all(np.array_equal(got[name], want[name] + 1) for name in want)
 
 
@@ -135,7 +167,7 @@ def test_what_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
     out = f"--out={tmp_path / 'x.safetensors'}"
     with pytest.raises(ConfigError, match="holds no run"):
         export.main([f"--workdir={tmp_path}", out])
-    with pytest.raises(CheckpointError, match=r"no average of decay 0\.5"):
+    with pytest.raises(CheckpointError, match=r"no EMA weights of decay 0\.5"):
         export.main([f"--workdir={run}", out, "--ema=0.5"])
     with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
         export.main([f"--workdir={run}", out, "--checkpoint-step=7"])

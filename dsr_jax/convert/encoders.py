@@ -90,7 +90,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_eps": 1e-5,
         "num_register_tokens": 0,
         "rope_theta": 100.0,
+        "query_bias": True,
         "key_bias": False,
+        "value_bias": True,
         "use_gated_mlp": False,
     },
     "vit_mae": {**_COMMON_DEFAULTS, "intermediate_size": 3072, "layer_norm_eps": 1e-12},
@@ -102,8 +104,6 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
     "dinov2": {"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False},
     "dinov3": {
         "num_channels": 3,
-        "query_bias": True,
-        "value_bias": True,
         "proj_bias": True,
         "mlp_bias": True,
     },
@@ -111,7 +111,13 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
 }
 """Options for which only the default is supported."""
 
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 
 def config_from_hub(record: Mapping[str, Any]) -> ViTConfig:
@@ -175,7 +181,9 @@ def _architecture(family: str, kind: str, sizes: Mapping[str, Any]) -> dict[str,
         flags |= {
             "position_resampling": "",
             "rope_theta": float(rope["rope_theta"]),
+            "query_bias": sizes["query_bias"],
             "key_bias": sizes["key_bias"],
+            "value_bias": sizes["value_bias"],
             "gated_mlp": sizes["use_gated_mlp"],
         }
     return flags
@@ -241,9 +249,11 @@ def stacked_rules(config: ViTConfig, table: Table) -> list[Rule]:
     heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     into, bias = linear(outputs=(heads, head_dim)), vector(heads, head_dim)
     block = list(table.block)
+    flags = {"q": config.query_bias, "k": config.key_bias, "v": config.value_bias}
+    biased = [name for name, flag in flags.items() if flag]
     for name, source in zip("qkv", table.attention, strict=False):
         block.append(Rule(f"{source}.weight", f"attn/{name}/kernel", into))
-        if name != "k" or config.key_bias:
+        if name in biased:
             block.append(Rule(f"{source}.bias", f"attn/{name}/bias", bias))
     block += layer_rules(table.attention[3], "attn/out", linear(inputs=(heads, head_dim)))
     stack = (Stack("blocks", 0, config.depth),)

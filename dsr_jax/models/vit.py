@@ -35,6 +35,7 @@ from dsr_jax.parallel.axes import Constrain
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
 }
 
 
@@ -51,11 +52,13 @@ class ViTConfig:
       num_heads: Attention heads H.
       mlp_dim: Hidden MLP units M.
       layer_norm_eps: Epsilon of every norm, the final one included.
-      activation: "gelu" (exact) or "gelu_tanh".
+      activation: "gelu" (exact), "gelu_tanh" or "silu".
       use_cls: A class token comes first; its output is dropped.
       num_registers: Trained registers behind the class token; dropped.
       use_layer_scale: Learned factors on both branches of a block.
-      key_bias: The key projection has a bias.
+      query_bias: The query projection has a bias.
+      key_bias: The key projection has one.
+      value_bias: The value projection has one.
       gated_mlp: `fc2(act(gate(x)) * fc1(x))`.
       position_resampling: Method of `resample` for the position table; "" for no table.
       rope_theta: Base of the rotary position of patches; 0 for none.
@@ -77,7 +80,9 @@ class ViTConfig:
     use_cls: bool = False
     num_registers: int = 0
     use_layer_scale: bool = False
+    query_bias: bool = True
     key_bias: bool = True
+    value_bias: bool = True
     gated_mlp: bool = False
     position_resampling: str = "bicubic"
     rope_theta: float = 0.0
@@ -174,7 +179,7 @@ class ViTAttention(nn.Module):
         config = self.config
         heads = (config.num_heads, config.hidden_size // config.num_heads)
 
-        def project(name: str, use_bias: bool = True) -> Array:
+        def project(name: str, use_bias: bool) -> Array:
             axes = ("embed", "heads", "head_dim")
             return Dense(
                 heads,
@@ -185,7 +190,11 @@ class ViTAttention(nn.Module):
                 name=name,
             )(x)
 
-        q, k, v = project("q"), project("k", config.key_bias), project("v")
+        q, k, v = (
+            project("q", config.query_bias),
+            project("k", config.key_bias),
+            project("v", config.value_bias),
+        )
         if rope is not None:
             q, k = (rotate_halves(self.precision.to_float32("rope", y), *rope) for y in (q, k))
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")

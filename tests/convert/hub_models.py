@@ -3,7 +3,29 @@
 from pathlib import Path
 from typing import Any
 
-KINDS = ("siglip", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_vit_gated", "vit_mae")
+KINDS = (
+    "siglip",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "dinov3_vit_gated",
+    "dinov3_vit_huge",
+    "dinov3_vit_7b",
+    "vit_mae",
+)
+
+DINOV3: dict[str, dict[str, Any]] = {
+    "dinov3_vit": {},
+    "dinov3_vit_gated": {"use_gated_mlp": True},
+    "dinov3_vit_huge": {"use_gated_mlp": True, "hidden_act": "silu"},
+    "dinov3_vit_7b": {
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+        "query_bias": False,
+        "value_bias": False,
+    },
+}
+"""What distinguishes the kinds: ViT-H+ and 7B have SiLU, 7B no biases in attention's inputs."""
 
 
 def save_snapshot(kind: str, folder: Path, **sizes: Any) -> None:
@@ -29,7 +51,7 @@ def save_snapshot(kind: str, folder: Path, **sizes: Any) -> None:
         model = transformers.Dinov2WithRegistersModel(config)
     elif kind.startswith("dinov3_vit"):
         config = transformers.DINOv3ViTConfig(
-            num_register_tokens=4, use_gated_mlp=kind.endswith("gated"), **explicit, **sizes
+            num_register_tokens=4, **DINOV3[kind], **explicit, **sizes
         )
         model = transformers.DINOv3ViTModel(config)
     else:

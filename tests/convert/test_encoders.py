@@ -15,11 +15,11 @@ from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.models.variants import ENCODERS
 from dsr_jax.models.vit import ViTConfig
-from tests.convert.hub_models import KINDS, save_snapshot
+from tests.convert.hub_models import DINOV3, KINDS, save_snapshot
 from tests.requirements import require
 
 FAMILY = {"siglip": "siglip2", "dinov2": "dinov2", "dinov2_with_registers": "dinov2"}
-FAMILY |= {"dinov3_vit": "dinov3", "dinov3_vit_gated": "dinov3", "vit_mae": "mae"}
+FAMILY |= {"vit_mae": "mae"} | dict.fromkeys(DINOV3, "dinov3")
 
 
 @pytest.fixture(scope="module", params=KINDS)

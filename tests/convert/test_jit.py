@@ -187,7 +187,7 @@ def test_command_converts_and_exports_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "chosen"), [([], 0), (["--entry=model_ema2"], 1), (["--entry=model"], 2)]
 )
-def test_each_average_of_a_checkpoint_is_reached(
+def test_each_entry_of_a_checkpoint_is_reached(
     tmp_path: Path, given: list[str], chosen: int
 ) -> None:
     torch = pytest.importorskip("torch")

@@ -1,5 +1,6 @@
 """LightningDiT's table: exact round trips under all flags, sizes read off files, strictness."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.models.dit import LightningDiT
 from tests.convert.official_states import make_state
+from tests.requirements import require
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = dict(input_size=4, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=5)
@@ -69,8 +71,31 @@ def test_original_state_dicts_come_back(case, start):
     assert set(back) | set(constants) == set(state)
     for name, value in back.items():
         np.testing.assert_array_equal(value, state[name], err_msg=name)
+    require("torch", "torch")  # whose bits the tables have
     for name, value in constants.items():
-        np.testing.assert_allclose(value, state[name], atol=2e-7, err_msg=name)
+        np.testing.assert_array_equal(value, state[name], err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["72_16_0", "72_16_36", "64_16_36", "128_16_36"])
+def test_rope_tables_of_released_sizes_have_the_originals_bits(case):
+    require("torch", "torch")
+    head_dim, grid, registers = map(int, case.split("_"))
+    sizes = dict(input_size=grid, hidden_size=2 * head_dim, num_registers=registers)
+    model = LightningDiT(**{**SIZES, **sizes, "register_start": 1})
+    name = "feat_rope_incontext" if registers else "feat_rope"
+    tables = rope_buffers(model)
+    with np.load(GOLDEN / "denoiser_tables" / "io.npz") as io:
+        for part in ("cos", "sin"):
+            got = tables[f"{name}.freqs_{part}"][io[f"rope_{case}_rows"]]
+            np.testing.assert_array_equal(got, io[f"rope_{case}_{part}"])
+
+
+def test_rope_tables_without_torch_are_one_unit_off_at_most(monkeypatch):
+    model = LightningDiT(**SIZES)
+    with_torch = rope_buffers(model)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name, table in rope_buffers(model).items():
+        np.testing.assert_allclose(table, with_torch[name], rtol=0, atol=2e-7)
 
 
 def test_gate_and_heads_land_where_the_model_reads_them():
@@ -123,7 +148,7 @@ def test_what_a_file_does_not_hold_is_asked_for():
     with pytest.raises(ConversionError, match="4 registers .*\n.*--register-start"):
         infer_model(make_state(registers))
     without_rope = LightningDiT(**SIZES, use_rope=False)
-    with pytest.raises(ConversionError, match="number of heads\n.*--num-heads"):
+    with pytest.raises(ConversionError, match="number of heads .*\n.*--num-heads"):
         infer_model(make_state(without_rope))
 
 

@@ -71,7 +71,7 @@ def test_heads_of_released_sizes_are_known(variant: str) -> None:
 
 
 def test_other_heads_are_asked_for() -> None:
-    with pytest.raises(ConversionError, match="number of heads\n.*--num-heads"):
+    with pytest.raises(ConversionError, match="number of heads .*\n.*--num-heads"):
         infer_model(make_state(SiT(**SIZES)))
     registers = make_state(SiT(**SIZES, num_registers=4, register_start=1))
     with pytest.raises(ConversionError, match=r"4 registers .*\n.*--register-start"):
@@ -116,7 +116,7 @@ def test_command_converts_and_exports_the_same_bytes(tmp_path: Path) -> None:
     assert back.read_bytes() == save(load_file(source))
 
 
-def test_a_file_of_the_trainer_is_read_for_its_averages(tmp_path: Path) -> None:
+def test_a_file_of_the_trainer_is_read_for_its_ema(tmp_path: Path) -> None:
     torch = require("torch", "torch")
     state = {name: torch.from_numpy(x) for name, x in make_state(SiT(**SIZES)).items()}
     raw = {name: x + 1 for name, x in state.items()}
