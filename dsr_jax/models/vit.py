@@ -4,6 +4,7 @@ Source: DSR and RAE stage1/encoders, transformers' modeling files; spec encoder 
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ from dsr_jax.models.resample import resample
 from dsr_jax.models.rope import centred_rope_tables, rotate_halves
 from dsr_jax.parallel.axes import Constrain
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
