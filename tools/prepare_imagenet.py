@@ -25,10 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import leave, make_parser, run_main
 from dsr_jax.core.errors import DataError, DsrError, UnreadableRecord
-from dsr_jax.core.files import file_digest, read_json, write_json
+from dsr_jax.core.files import file_digest, leftovers, read_json, write_json
 from dsr_jax.core.images import is_hidden
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.workers import end_with_parent
 from dsr_jax.data.archives import ImageTar, read_classes
 from dsr_jax.data.base import SourceOptions
@@ -134,7 +135,16 @@ def prepare(recipe: Recipe, out: Path, workers: int) -> None:
 
     Raises:
       DataError: If the folder holds shards of other settings, or an image is damaged.
+      LockError: If another command packs into the folder.
     """
+    with FolderLock(out, lost=leave):
+        for part in leftovers(out):
+            part.unlink(missing_ok=True)
+        _prepare(recipe, out, workers)
+
+
+def _prepare(recipe: Recipe, out: Path, workers: int) -> None:
+    """Packs into a folder that no other command writes."""
     source, path = open_source(recipe), out / f"{recipe.split}.json"
     manifest = {
         "recipe": vars(recipe),
@@ -144,7 +154,6 @@ def prepare(recipe: Recipe, out: Path, workers: int) -> None:
     }
     if path.exists():
         manifest["shards"] = _recorded_shards(path, manifest)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, manifest)
     names = {shard: shard_name(recipe, shard) for shard in range(recipe.shards)}
     recorded = manifest["shards"]

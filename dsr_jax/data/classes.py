@@ -113,7 +113,7 @@ def is_description(found: Any) -> bool:
 def trained_labels(description: DataDescription, num_classes: int) -> list[int]:
     """Returns the labels of a table of `num_classes` that the data set has images of.
 
-    All of them where the source tells neither names nor counts.
+    All of them where the source has neither names nor counts.
     """
     names, counts = description["names"], description["counts"]
     if counts:
@@ -137,7 +137,7 @@ def label_of(description: DataDescription, name: str) -> int:
 
 
 def warnings_of(description: DataDescription, num_classes: int) -> list[str]:
-    """Returns what a user should know of the classes before training: one text per matter.
+    """Returns warnings about the classes, to be shown before training.
 
     Args:
       description: The data.

@@ -28,7 +28,7 @@ class ImageFolder:
 
     If `root/SPLIT` is a folder of folders, it takes the place of `root`, so that both
     `imagenet` and `imagenet/train` may be named. Folders may be nested below a class.
-    `core.images.find_image_files` says which names are left out.
+    Names that `core.images.is_hidden` lists are left out.
 
     Args:
       options: `root`; `split`, for example "train" or "val"; size, channels and `fit` of the

@@ -42,7 +42,7 @@ def decode_image(
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
     """Crops the central square after shrinking the shorter side to `image_size`.
 
-    Halving with a box filter first keeps the bicubic filter's support small on large photographs;
+    Halving with a box filter first keeps the bicubic filter's support small on large images;
     the result depends on it, so reference statistics fit only this recipe.
 
     Source: ADM image_datasets.py center_crop_arr; spec denoiser 8.

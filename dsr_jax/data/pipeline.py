@@ -51,7 +51,7 @@ def make_batches(
 ) -> Iterator[HostBatch]:
     """Yields rows of the batches of steps start_step, start_step + 1, ... for ever.
 
-    Each record comes once per epoch; a batch may lie across the border of two epochs.
+    Each record comes once per epoch; a batch may cross the border of two epochs.
 
     Args:
       source: Images and labels.
@@ -61,14 +61,14 @@ def make_batches(
       rows: Rows [b] of each global batch to read; None for all. A process of several reads those
         that its devices hold (`parallel.shardings.process_rows`).
       flip: Mirror half of the images, left to right.
-      crop: Side of a square to cut at a random place; 0 takes images as they are.
+      crop: Side of a square to crop at a random position; 0 takes images as they are.
       workers: Reader processes; 0 reads with threads of this process, which is right unless
         decoding is the bottleneck. With workers, the main module must be guarded by
         `if __name__ == "__main__"`.
 
     Returns:
       Iterator of "image" uint8 [b, H, W, C], "label" int32 [b] and "index" int64 [b], the sample's
-      position in the run: step * global_batch + place in the global batch.
+      position in the run: step * global_batch + row in the global batch.
 
     Raises:
       DataError: If a row is outside the batch, the source is empty or the seed out of range; later,

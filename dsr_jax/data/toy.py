@@ -59,7 +59,7 @@ class Digits:
 
 
 class Shapes:
-    """One disk, square, diamond or ring on a shaded ground; the label fixes form and colour.
+    """One disk, square, diamond or ring on a shaded background; the label fixes shape and color.
 
     Args:
       options: Any `image_size` and `channels`; `split` is "train", "heldout" (every fifth) or
@@ -88,9 +88,9 @@ class Shapes:
         grid = (np.arange(size) + 0.5) / size
         y, x = grid[:, None], grid[None, :]
 
-        angle, ground = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.5, channels)
+        angle, base = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.5, channels)
         slope = (np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)) * 0.3
-        image = ground + slope[..., None]
+        image = base + slope[..., None]
         hue = label / self.num_classes + np.arange(channels) / channels
         mask = self._mask(label % 4, x - rng.uniform(0.3, 0.7), y - rng.uniform(0.3, 0.7), rng)
         image = np.where(mask[..., None], 0.6 + 0.4 * np.cos(2 * np.pi * hue), image)

@@ -5,6 +5,8 @@ The training commands build a `TrainingJob` from a config; all else is here.
 
 import argparse
 import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.config.resume import check_allowed
 from dsr_jax.core.cli import make_parser, path_argument
+from dsr_jax.core.errors import DataError
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Batch
@@ -131,6 +136,26 @@ def check_processes(config: Mapping[str, Any]) -> None:
     check_identical(coordination_client(), jax.process_index(), jax.process_count(), values)
 
 
+def check_same_data(data: DataDescription) -> None:
+    """Checks that all processes list the same data, as disks of their own may not.
+
+    Raises:
+      DataError: Naming the processes that differ from process 0.
+    """
+    listing = {key: data[key] for key in ("images", "names", "counts", "fingerprint")}
+    digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8), tiled=False)
+    rows = np.reshape(digests, (-1, len(digest)))
+    others = np.flatnonzero((rows != rows[0]).any(axis=1))
+    if others.size:
+        raise DataError(
+            f"processes {', '.join(map(str, others[:8]))} find other data than process 0 does; "
+            f"process {jax.process_index()} finds {data['images']} images of "
+            f"{len(data['names'])} classes in {data['source']}",
+            "give all hosts the same files: a shared folder, or whole copies of it",
+        )
+
+
 def _limits(config: configs.ConfigDict) -> Limits:
     section = config.failures
     return Limits(section.step_seconds, section.pause_seconds, config.checkpoint.save_seconds)
@@ -151,6 +176,7 @@ def _run(
     changes += check_data(workdir, job.data, allowed)
     # The folder that others still look at must not change.
     wait_for_all("workdir checked")
+    check_same_data(job.data)
     for change in changes:
         log(f"changed since the last start: {change}")
     if not configs.trains_decoder(config):

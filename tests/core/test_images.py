@@ -119,8 +119,8 @@ def test_damage_is_reported_by_path(damage: str) -> None:
         "float": encode(Image.fromarray(np.zeros((16, 16), np.float32)), "TIFF"),
         "integer": encode(Image.fromarray(np.zeros((16, 16), np.int32)), "TIFF"),
     }[damage]
-    with pytest.raises(UnreadableRecord, match="photos/bad.jpg cannot be decoded: (?!.*BytesIO)"):
-        decode(content, "photos/bad.jpg")
+    with pytest.raises(UnreadableRecord, match="images/bad.jpg cannot be decoded: (?!.*BytesIO)"):
+        decode(content, "images/bad.jpg")
 
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (MAX_PIXELS // 1024 + 1, 1024)])

@@ -34,10 +34,10 @@ class Numbers:
         return {"image": image, "label": np.int32(index % 3)}
 
 
-class Grounds:
-    """Record i is an image of its own size in which every pixel tells its row and column."""
+class Coordinates:
+    """Record i is an image of its own size whose pixels hold their row and column."""
 
-    name = "grounds"
+    name = "coordinates"
     num_classes = 1
     image_shape = (6, 6, 2)
 
@@ -55,7 +55,7 @@ def test_crops_are_random_squares_fixed_by_the_sample() -> None:
         parts = [
             next(
                 make_batches(
-                    Grounds(),
+                    Coordinates(),
                     seed,
                     8,
                     start_step=start,
@@ -74,7 +74,7 @@ def test_crops_are_random_squares_fixed_by_the_sample() -> None:
     np.testing.assert_array_equal(crops(2, 3), images[24:32])
     assert (crops(1, 3, seed=1) != images[24:32]).any()
     with pytest.raises(DataError, match="too small for squares of 9.*\n.*crop_from"):
-        next(make_batches(Grounds(), 0, 8, crop=9))
+        next(make_batches(Coordinates(), 0, 8, crop=9))
 
 
 def split_rows(size: int, hosts: int, interleaved: bool = False) -> list[np.ndarray]:

@@ -84,7 +84,7 @@ def test_shapes_are_fixed_by_their_index() -> None:
 
 
 def test_the_class_shows_in_a_shape() -> None:
-    """Mean colours of two classes differ by more than their samples scatter."""
+    """Mean colors of two classes differ by more than their samples scatter."""
     source = make_source("synthetic", image_size=16, channels=5, num_classes=2)
     means: dict[int, list[np.ndarray]] = {0: [], 1: []}
     for i in range(100):

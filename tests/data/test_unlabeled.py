@@ -16,7 +16,7 @@ def _fill(folder: Path) -> None:
     pixels[:, 20:] = 200
     image = Image.fromarray(pixels)
     (folder / "deep" / "er").mkdir(parents=True)
-    image.save(folder / "colour.png")
+    image.save(folder / "color.png")
     image.convert("L").save(folder / "deep" / "grey.png")
     image.convert("RGBA").save(folder / "deep" / "alpha.png")
     image.convert("CMYK").save(folder / "deep" / "er" / "cmyk.jpg", quality=95)
@@ -77,7 +77,7 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_decoded_are_left_out_on_request(tmp_path: Path) -> None:
     _fill(tmp_path)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "colour.png").read_bytes()[:60])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "color.png").read_bytes()[:60])
     images = UnlabeledImages(str(tmp_path), 8, on_corrupt="skip")
     assert len(images) == 5 and images.skipped == [tmp_path / "cut.png"]
     (tmp_path / "only").mkdir()

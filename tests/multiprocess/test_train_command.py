@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.files import read_json
+from dsr_jax.data.base import SourceOptions
+from dsr_jax.data.toy import Digits
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
 from tests.finished_run import final_state
@@ -19,6 +21,16 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 REPOSITORY = Path(__file__).parents[2]
 DEVICES = 2
 STEPS = 8
+
+
+class OwnFiles(Digits):
+    """Digits of which each process finds other classes, as on disks of their own."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        self.class_names[3] += os.environ.get("DSR_PROCESS_ID", "")
+
+
 COMMAND = (
     *(sys.executable, "-m", "dsr_jax.train"),
     f"--config={REPOSITORY / 'configs' / 'digits.py'}:runlocal",
@@ -32,7 +44,11 @@ COMMAND = (
 
 
 def run(
-    workdir: Path, count: int, *overrides: str, status: int = 0, own: tuple[str, ...] = ("", "")
+    workdir: Path,
+    count: int,
+    *overrides: str,
+    status: int = 0,
+    own: tuple[str, ...] = ("", ""),
 ) -> list[str]:
     """Runs the command on `count` processes; returns what each wrote to standard error.
 
@@ -133,3 +149,11 @@ def test_processes_with_different_configs_are_told_so(tmp_path: Path) -> None:
         assert "of 2 processes these differ from the others: 1 (" in error
         assert "config.optim.lr: 0.002 there, 0.001 elsewhere" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_find_different_data_end_before_they_write(tmp_path: Path) -> None:
+    source = f"--config.data.source={__name__}:OwnFiles"
+    errors = run(tmp_path / "run", 2, source, status=2)
+    for error in errors:
+        assert "DataError: processes 1 find other data than process 0 does" in error
+    assert not (tmp_path / "run" / "config.json").exists()

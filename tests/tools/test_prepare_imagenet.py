@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, LockError
 from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.data import classes
 from dsr_jax.data.images import decode_image
 from dsr_jax.data.sources import make_source
@@ -187,6 +188,11 @@ def test_a_damaged_record_is_named(folder: Path, tmp_path: Path, content: bytes)
             prepare_imagenet.main(words)
 
 
+def test_one_command_at_a_time_packs_into_a_folder(folder: Path, tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "a"), pytest.raises(LockError, match="is in use by process"):
+        pack(folder, tmp_path / "a")
+
+
 @pytest.mark.slow
 def test_a_killed_command_leaves_no_worker_and_is_continued(folder: Path, tmp_path: Path) -> None:
     content = image_file(0, (400, 400))
@@ -206,6 +212,8 @@ def test_a_killed_command_leaves_no_worker_and_is_continued(folder: Path, tmp_pa
         time.sleep(0.05)
     assert not set(workers) & set(running())
     prepare_imagenet.main(words)
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".array_record", ".json"}
+    assert len(list((tmp_path / "a").iterdir())) == 13
     prepare_imagenet.main(["--verify", str(tmp_path / "a")])
     prepare_imagenet.main([str(folder), str(tmp_path / "b"), *words[2:]])
     for path in (tmp_path / "b").glob("*.array_record"):
