@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dsr_jax.build.abstract import encoder_preset
 from dsr_jax.build.experiment import make_space
 from dsr_jax.build.frozen import open_decoder
-from dsr_jax.build.rae import PATCHES, check_images
+from dsr_jax.build.rae import PATCHES, check_images, place_networks
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.encoders import FAMILIES
 from dsr_jax.convert.hub import config_of_record
@@ -61,7 +61,9 @@ def make_decoding_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[I
     space = RAE(ViT(sizes), decoder, image_size=side, noise_tau=0.0, eps=section.eps)
     statistics = load_statistics(section.statistics) if section.statistics else None
     variables = space.make_variables(None, params, statistics)
-    return space, variables if mesh is None else jax.device_put(variables, replicated(mesh))
+    if mesh is None:
+        return space, variables
+    return place_networks(space, config, mesh), jax.device_put(variables, replicated(mesh))
 
 
 def _encoder_sizes(config: ConfigDict) -> ViTConfig | None:
