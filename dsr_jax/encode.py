@@ -3,12 +3,13 @@
     python -m dsr_jax.encode statistics --config=configs/x.py --out=DIR
     python -m dsr_jax.encode cache --config=configs/x.py --out=DIR --copies=2
 
-`statistics` takes mean and variance of the latents, by channel and position, of each image once,
-half of them mirrored as in the original; `--config.space.statistics=DIR` makes a training run use
-them. `cache` writes the latents themselves; with `--config.data.latents=DIR` a training run reads
-them instead of images and runs no encoder. Any key of the config can be set behind it, as in
+`statistics` computes mean and variance of the latents, by channel and position, of each image
+once, half of them mirrored as in the original; `--config.space.statistics=DIR` makes a training run
+use them. `cache` writes the latents themselves; with `--config.data.latents=DIR` a training run
+reads them instead of images and runs no encoder. Any key of the config can be set behind it, as in
 `--config.data.root=imagenet/train`. The same command continues a pass that was stopped, and ends
-with the same bits as one that was not. On several hosts DIR must be one that all of them see.
+with the same bits as one that was not. On several hosts DIR must be on storage that all of them
+share.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @join_job()
 def encode(args: argparse.Namespace, config: configs.ConfigDict) -> None:
-    """Runs the encoder as the command line says, on all processes."""
+    """Runs the pass that the command line names, on all processes."""
     build.set_precision(config)
     if args.what == "statistics":
         work = EncoderPass(config, args.images)
@@ -64,7 +65,7 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     configs.apply_overrides(config, overrides)
     config.data.update(global_batch=args.batch, flip=args.flip, latents="")
     config.optim.accumulate = 1
-    # What is wanted are the encoder's latents themselves.
+    # The encoder's own latents, without normalization, decoder or noise.
     config.space.update(statistics="", decoder="", noise_tau=0.0)
     configs.check(config)
     if config.space.name != "rae":

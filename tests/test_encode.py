@@ -1,4 +1,4 @@
-"""The command that takes statistics of latents: right, resumable to the bit, told what it is of."""
+"""The encode command: correct statistics and caches, exact resume, refusals."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_a_pass_in_pieces_has_the_same_bits(whole, overrides, tmp_path, capsys) 
     assert (out / "progress.npz").stat().st_mtime_ns == before
 
 
-def test_flips_are_taken_unless_told_otherwise(whole, overrides, tmp_path) -> None:
+def test_flips_are_on_by_default(whole, overrides, tmp_path) -> None:
     run(tmp_path / "flipped", overrides)
     assert (
         np.abs(load_statistics(tmp_path / "flipped")["mean"] - load_statistics(whole)["mean"]).max()
@@ -143,7 +143,7 @@ def test_a_cache_in_pieces_has_the_same_bytes(cached, overrides, tmp_path) -> No
         cache(out, overrides, "--copies=1")
 
 
-def test_training_sees_the_latents_that_the_encoder_would_give(cached, overrides, tmp_path) -> None:
+def test_training_reads_the_latents_that_the_encoder_computes(cached, overrides, tmp_path) -> None:
     config = configs.load_file(DIGITS.removeprefix("--config=") + ":runlocal")
     configs.apply_overrides(config, overrides)
     config.space.noise_tau = 0.5
@@ -164,7 +164,7 @@ def test_training_sees_the_latents_that_the_encoder_would_give(cached, overrides
 
 
 @pytest.mark.slow
-def test_a_run_on_cached_latents_trains_and_draws(cached, overrides, tmp_path) -> None:
+def test_a_run_on_cached_latents_trains_and_samples(cached, overrides, tmp_path) -> None:
     shrink = ["--config.train.steps=2", "--config.sample.every_steps=2", "--config.model.depth=2"]
     arguments = [DIGITS + ":runlocal", f"--workdir={tmp_path / 'run'}", *overrides, *shrink]
     train.main([*arguments, f"--config.data.latents={cached}", "--config.model.patch_size=1"])

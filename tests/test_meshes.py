@@ -128,7 +128,7 @@ def reference(family: str = "lightningdit") -> dict[str, np.ndarray]:
 
 
 def agree(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    """Loss, metrics, parameters, averages and moments, all up to rounding."""
+    """Loss, metrics, parameters, EMA weights and moments, all up to rounding."""
     assert got.keys() == want.keys()
     assert {"metrics/loss", "metrics/grad_norm", "state/step"} < want.keys()
     for name, value in want.items():
@@ -161,7 +161,7 @@ def test_the_step_moves_every_parameter(family: str) -> None:
         assert moved > 1000 * TOLERANCE * np.abs(value).max(), name
 
 
-def share(tree: Any) -> float:
+def held_fraction(tree: Any) -> float:
     """The part of a tree's bytes that one device holds."""
     leaves = jax.tree.leaves(tree)
     held = sum(
@@ -170,16 +170,16 @@ def share(tree: Any) -> float:
     return held / tree_bytes(tree)
 
 
-def test_fsdp_divides_parameters_averages_and_moments() -> None:
+def test_fsdp_splits_parameters_ema_and_moments() -> None:
     state = Step(((1, 8, 1), "fsdp")).abstract
     for part in (state.params, state.ema, state.opt_state):
-        assert 1 / 8 <= share(part) < 0.2
-    assert share(Step(((2, 2, 2), "fsdp")).abstract.params) < 0.45
-    assert share(Step(((2, 2, 2), "replicated")).abstract.params) == 1
-    assert share(Step(REFERENCE).abstract.params) == 1
+        assert 1 / 8 <= held_fraction(part) < 0.2
+    assert held_fraction(Step(((2, 2, 2), "fsdp")).abstract.params) < 0.45
+    assert held_fraction(Step(((2, 2, 2), "replicated")).abstract.params) == 1
+    assert held_fraction(Step(REFERENCE).abstract.params) == 1
 
 
-def test_zero1_divides_averages_and_moments_alone() -> None:
+def test_zero1_splits_ema_and_moments_only() -> None:
     """On the devices, before and after a step."""
     built = Step(((1, 8, 1), "zero1"))
     first = built.noisy()

@@ -58,9 +58,9 @@ class ImageStream:
 
     Args:
       images: The images.
-      batch: Images at a time; rounded up to a multiple of the devices that share a batch.
+      batch: Images at a time; rounded up to a multiple of the devices that split a batch.
       mesh: Devices; the batch is split over all of its axes.
-      log: Takes lines about progress.
+      log: Called with lines about progress.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ImageStream:
           params: Placed arrays.
           what: What to call the pass in lines about progress.
         """
-        total, start, told = len(self.images), monotonic(), monotonic()
+        total, start, reported = len(self.images), monotonic(), monotonic()
         with ThreadPoolExecutor(_READERS) as pool:
             pending = self._read(pool, 0)
             for first in range(0, total, self.batch):
@@ -102,9 +102,9 @@ class ImageStream:
                 check_row_order(fetch(placed["index"]), first + np.arange(self.batch), what)
                 done = min(first + self.batch, total)
                 yield jax.tree.map(lambda rows, n=done - first: rows[:n], outputs)
-                if monotonic() - told > REPORT_SECONDS or done == total:
-                    told = monotonic()
-                    rate = done / max(told - start, 1e-9)
+                if monotonic() - reported > REPORT_SECONDS or done == total:
+                    reported = monotonic()
+                    rate = done / max(reported - start, 1e-9)
                     self._log(f"{what}: {done} of {total} images, {rate:.3g} images/s")
 
     def _read(self, pool: ThreadPoolExecutor, first: int) -> list[Any]:

@@ -35,12 +35,12 @@ class EncoderPass:
 
     Args:
       config: Data and space.
-      images: How many to take; 0 for each image once.
+      images: Number of images to encode; 0 for each image once.
 
     Attributes:
       latent_shape: Height, width and channels.
-      num_classes: Labels lie in [0, num_classes).
-      count: Images to take.
+      num_classes: Labels are in [0, num_classes).
+      count: Images to encode.
       batch: Images at a time.
       steps: Batches in all; what the last holds beyond `count` belongs to the next epoch.
       recipe: What decides the latents to the bit, as JSON values.
@@ -67,10 +67,10 @@ class EncoderPass:
 
         Args:
           steps: Which batches.
-          keep: Takes step, latents [B, h, w, C] of all hosts, and the batch.
+          keep: Called with the step, the global latents [B, h, w, C] and the batch.
 
         Returns:
-          The share of the time after the first batch that was spent waiting for data.
+          The fraction of the time after the first batch that was spent waiting for data.
         """
         if not steps:
             return 0.0
@@ -88,9 +88,10 @@ class EncoderPass:
                 shardings.check_row_order(shardings.fetch(batch["index"]), wanted, "latents")
                 keep(step, shardings.fetch(latents), batch)
                 progress.update(step + 1, timing=clock.lap(step + 1))
-        share = (batches.seconds - started) / max(time.monotonic() - begin, 1e-9)
-        log(f"first batch after {started:.1f} s; then {share:.1%} of the time was waiting for data")
-        return share
+        fraction = (batches.seconds - started) / max(time.monotonic() - begin, 1e-9)
+        wait = f"{fraction:.1%} of the time was waiting for data"
+        log(f"first batch after {started:.1f} s; then {wait}")
+        return fraction
 
     def _start(self, batches: Iterator[Batch]) -> tuple[Any, Batch]:
         batch = next(batches)
@@ -98,7 +99,7 @@ class EncoderPass:
 
 
 class Waiting:
-    """An iterator that knows how long its caller has waited for it.
+    """Iterator that measures how long its caller has waited for it.
 
     Args:
       batches: What it yields.
@@ -123,7 +124,7 @@ class Waiting:
 
 
 def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: int = 0) -> None:
-    """Takes mean and variance of the latents and writes them, and what they are of, into `out`.
+    """Computes mean and variance of the latents and writes them, with their recipe, into `out`.
 
     Args:
       work: What to encode.
@@ -145,11 +146,11 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
         if (step + 1) % save_every == 0 or step + 1 == stop:
             _save(out, work.recipe, statistics, step + 1)
 
-    share = work.run(range(start, stop), keep)
+    waiting = work.run(range(start, stop), keep)
     log(f"{statistics.count} images")
     if stop == work.steps and is_process_zero():
         save_statistics(out / FILE, statistics.finish())
-        details = {"images": statistics.count, "data_wait_share": round(share, 4)}
+        details = {"images": statistics.count, "data_wait_share": round(waiting, 4)}
         write_json(out / _RECORD, {"recipe": work.recipe, **details, "provenance": provenance()})
         log(f"statistics: {out / FILE}; use them with --config.space.statistics={out}")
 
@@ -207,14 +208,14 @@ def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class _ShardWriter:
-    """Collects batches and, on the primary process, writes them where a shard ends."""
+    """Collects batches; process 0 writes them at the end of each shard."""
 
     def __init__(self, work: EncoderPass, out: Path, manifest: dict[str, Any]) -> None:
         self._work, self._out, self._manifest = work, out, manifest
         self._rows: list[tuple[np.ndarray, int]] = []
 
     def __call__(self, step: int, latents: np.ndarray, batch: Batch) -> None:
-        """Takes one batch."""
+        """Adds one batch."""
         dtype, shard_steps = self._manifest["dtype"], self._manifest["shard_steps"]
         stored = latents.astype(cache.DTYPES[dtype])
         pairs = list(zip(stored, shardings.fetch(batch["label"]), strict=True))
@@ -283,7 +284,7 @@ def _recipe(config: ConfigDict, source: str, count: int) -> dict[str, Any]:
 
 
 def _save(out: Path, recipe: dict[str, Any], statistics: LatentStatistics, step: int) -> None:
-    """Writes the sums over the batches before `step`, on the primary process."""
+    """Writes the sums over the batches before `step`, on process 0."""
     if is_process_zero():
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {"recipe": json.dumps(recipe), "step": step, **statistics.state()}

@@ -350,12 +350,12 @@ def _on_process_zero(action: Callable[[], np.ndarray], like: np.ndarray) -> np.n
             result = action()
         except Exception as caught:
             error = caught
-            told = f"{type(caught).__name__}: {caught}".encode()[:_REASON_BYTES]
-            reason[: len(told)] = np.frombuffer(told, np.uint8)
+            text = f"{type(caught).__name__}: {caught}".encode()[:_REASON_BYTES]
+            reason[: len(text)] = np.frombuffer(text, np.uint8)
     reason, result = multihost_utils.broadcast_one_to_all((reason, result))
     if error is not None:
         raise error
     if reason.any():
-        text = np.asarray(reason, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
-        raise CheckpointError(f"process 0 stopped this job: {text}", "look at its output")
+        cause = np.asarray(reason, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
+        raise CheckpointError(f"process 0 stopped this job: {cause}", "look at its output")
     return result
