@@ -83,7 +83,7 @@ def test_a_process_without_data_is_named_by_all(
     assert list_steps(tmp_path / "checkpoints") == [10]
 
 
-def test_an_error_in_one_process_is_told_by_the_other(
+def test_the_other_process_reports_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_FAULT", "raise:1:12")
@@ -138,7 +138,7 @@ def test_a_corrupted_copy_is_named_and_never_saved(
     finish(start(tmp_path, 15, 2, "--data-parallel"))
 
 
-def test_the_samples_of_another_step_are_noticed(
+def test_samples_of_another_step_are_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_FAULT", "skip:1:13")

@@ -1,4 +1,4 @@
-"""Four processes train, are killed, go on as two and as one; four draw and score the images."""
+"""Four processes train, are killed, go on as two and as one; four sample and score."""
 
 import signal
 import subprocess
@@ -102,7 +102,7 @@ def test_a_run_survives_losing_one_of_four_and_goes_on_with_fewer(
         assert losses[0][step] == pytest.approx(loss, rel=1e-4), step
 
 
-def test_four_processes_draw_and_score_what_one_does(whole: Path, tmp_path: Path) -> None:
+def test_four_processes_sample_and_score_as_one_does(whole: Path, tmp_path: Path) -> None:
     images, scores = [], []
     for count in (1, 4):
         out = tmp_path / str(count)
@@ -112,7 +112,7 @@ def test_four_processes_draw_and_score_what_one_does(whole: Path, tmp_path: Path
             "--name=drawn",
             "--num-samples=50",
             "--batch=20",
-            # Averages over so few steps are grey.
+            # EMA weights of so few steps give gray images.
             "--ema=none",
         )
         finish(start("dsr_jax.sample", words, count, DEVICES))

@@ -123,7 +123,7 @@ def test_two_processes_do_what_one_does(whole: Path, tmp_path: Path) -> None:
     errors = run(tmp_path / "run", 2)
     close(tmp_path / "run", whole)
     assert f"step {STEPS}/{STEPS}" in errors[0]
-    assert "loss" not in errors[1], "one process alone talks to the user"
+    assert "loss" not in errors[1], "only process 0 logs"
     assert len(read_json(tmp_path / "run" / "provenance.json")) == 1
 
 
@@ -136,13 +136,13 @@ def test_two_processes_continue_what_one_began(whole: Path, tmp_path: Path) -> N
 
 
 def test_both_processes_refuse_what_cannot_work(tmp_path: Path) -> None:
-    """Neither waits for the other."""
+    """No process waits for the other."""
     errors = run(tmp_path / "run", 2, "--config.registers.num=5", status=2)
     assert all("ConfigError: config.registers.num=5" in error for error in errors)
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_different_configs_are_told_so(tmp_path: Path) -> None:
+def test_different_configs_are_refused(tmp_path: Path) -> None:
     own = ("--config.optim.lr=0.001", "--config.optim.lr=0.002")
     errors = run(tmp_path / "run", 2, status=2, own=own)
     for error in errors:

@@ -21,7 +21,7 @@ class Ended(BaseException):
 
 
 class Recorder:
-    """Takes the error that would end the process, and the thread that says so."""
+    """Records the error that would end the process."""
 
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
@@ -127,7 +127,7 @@ def test_a_service_that_is_gone_is_process_0() -> None:
         assert "process 0 (unknown host) is lost: its coordination service" in end.problem()
 
 
-def test_an_own_error_is_told_to_the_others_and_is_the_one_shown() -> None:
+def test_an_own_error_reaches_the_others_and_is_shown() -> None:
     store, end = Dictionary(), Recorder()
     with pytest.raises(Ended), Watch(peers=others(store), end=end):
         raise ConfigError("config.x=1", "it must be 2")

@@ -17,7 +17,7 @@ LABELS = (np.arange(23) * 7 % 10).astype(np.int32)
 
 
 def picture(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Images that tell their index and label."""
+    """Images that hold their index and label."""
     images = np.zeros((len(indices), *SHAPE), np.uint8)
     images[:, 0, 0, 0] = indices
     images[:, 1, 2, 0] = labels
