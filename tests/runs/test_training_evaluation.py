@@ -1,20 +1,27 @@
 """Scores during training: what is logged and left behind, and configs that are refused."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsr_jax import train
+from dsr_jax.config import base_config
 from dsr_jax.core.errors import ConfigError, ConversionError, EvaluationError
 from dsr_jax.core.files import read_json
+from dsr_jax.data.classes import DataDescription
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.evaluation.scoring import Scorer
 from dsr_jax.runs import training_evaluation
+from dsr_jax.runs.training_evaluation import Results
+from dsr_jax.sampling.job import Samples
 from dsr_jax.telemetry.writers import read_metrics
+from dsr_jax.training.state import TrainState
 from tests.programs import quick_programs
 from tests.test_train import DIGITS, STEPS, TINY
 from tests.tiny_inception import StandIn
@@ -112,3 +119,43 @@ def test_files_that_are_not_there_end_the_command_before_it_trains(
     with pytest.raises(EvaluationError, match="unknown metrics"):
         start(run, reference, inception, "--config.eval.metrics=('fld',)")
     assert not run.exists()
+
+
+DATA: DataDescription = {
+    "source": "folder",
+    "images": 5,
+    "names": ["a", "b", "c"],
+    "counts": [3, 0, 2],
+    "fingerprint": "sha256:0",
+}
+
+
+def make_results(workdir: Path, sample: Any = None, **settings: float) -> Results:
+    config = base_config()
+    config.sample.update(ema="none", num=6)
+    config.objective.update(settings)
+    return Results(config, workdir, sample, {}, 1, (8, 8, 1), DATA)
+
+
+@pytest.mark.parametrize(("dropout", "guided"), [(0.1, True), (0.0, False)])
+def test_the_suggested_command_is_one_that_works(
+    tmp_path: Path, dropout: float, guided: bool
+) -> None:
+    """Paths are quoted, and guidance is suggested only where the null class was trained."""
+    workdir = tmp_path / "my runs"
+    words = shlex.split(make_results(workdir, label_dropout=dropout)._command())
+    assert words[:4] == ["python", "-m", "dsr_jax.sample", f"--workdir={workdir}"]
+    assert ("--guidance=2.0" in words) is guided
+
+
+def test_pictures_show_trained_classes_alone(tmp_path: Path) -> None:
+    seen: list[np.ndarray] = []
+
+    def sample(params: Any, variables: Any, indices: np.ndarray, labels: np.ndarray) -> Samples:
+        seen.append(labels)
+        return Samples(jnp.zeros((6, 8, 8, 1), jnp.uint8), jnp.ones(6, bool), jnp.asarray(indices))
+
+    state = TrainState(step=np.int32(4), params={}, ema={}, opt_state=())
+    make_results(tmp_path, sample).save_grid(4, state)
+    assert seen[0].tolist() == [0, 2, 0, 2, 0, 2]
+    assert (tmp_path / "samples" / "step_00000004.png").is_file()
