@@ -26,7 +26,7 @@ import jax
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import make_parser, path_argument, positive_int, run_main
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.parallel.topologies import find_topology
 from dsr_jax.planning.page import make_page
@@ -80,13 +80,24 @@ def _words(kind: Callable[[str], Any], text: str) -> list[Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "python -m dsr_jax.compile")
-    parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="config file with its arguments, joined by commas: configs/x.py:key=value,key",
+    )
     parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4, or 2xv5e:4x4")
-    parser.add_argument("--out", help="folder for report.json and report.html")
-    parser.add_argument("--hlo", help="file for the text of the compiled program")
+    parser.add_argument("--out", type=path_argument, help="folder for report.json and report.html")
+    parser.add_argument(
+        "--hlo", type=path_argument, help="file for the text of the compiled program"
+    )
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     parser.add_argument("--sweep", action="store_true", help="try layouts of the training step")
-    for name, kind in (("fsdp", int), ("tensor", int), ("remat", str), ("accumulate", int)):
+    for name, kind in (
+        ("fsdp", positive_int),
+        ("tensor", positive_int),
+        ("remat", str),
+        ("accumulate", positive_int),
+    ):
         parser.add_argument(
             f"--try-{name}",
             type=functools.partial(_words, kind),

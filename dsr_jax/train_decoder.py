@@ -57,6 +57,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         abstract,
         sharding,
         mesh,
+        build.xla_options(config),
     )
     reconstructions = Reconstructions(
         config,
@@ -87,10 +88,11 @@ def _run_summary(
     losses = ["L1"]
     if parts.lpips is not None:
         losses.append(f"{config.lpips.weight:g} LPIPS")
-    if state.critic is not None:
+    if state.discriminator is not None:
         losses.append(
             f"{gan.weight:g} GAN from step {gan.generator_start:,} (its discriminator, "
-            f"{count_params(state.critic.params):,} parameters, from {gan.discriminator_start:,})"
+            f"{count_params(state.discriminator.params):,} parameters, "
+            f"from {gan.discriminator_start:,})"
         )
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (

@@ -91,6 +91,8 @@ def test_a_run_leaves_its_config_its_numbers_and_its_pictures(whole: Path) -> No
     assert config.model.hidden_size == 16 and config.train.steps == STEPS
     (stamp,) = read_json(whole / "provenance.json")
     assert stamp["packages"]["jax"] == jax.__version__
+    table = (whole / "parameters.txt").read_text()
+    assert "| pos_embed" in table and "Total: " in table
     assert list_steps(whole / "checkpoints") == [4, STEPS]
     metrics = read_metrics(whole)
     assert [record["step"] for record in metrics] == [2, 4, 6, 8]
@@ -214,7 +216,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
     before = content(whole)
     with pytest.raises(error, match=message):
         start(tmp_path / "new", f"--config.{override}")
-    with pytest.raises(error):
+    with pytest.raises((error, ConfigError)):
         start(whole, f"--config.{override}")
     assert not (tmp_path / "new").exists()
     assert content(whole) == before
@@ -233,7 +235,8 @@ def test_a_step_that_is_not_there_costs_no_result(whole: Path) -> None:
         start(whole, "--config.checkpoint.restore_step=5")
     after = content(whole)
     differing = {name for name in {**before, **after} if before.get(name) != after.get(name)}
-    assert differing == {"config.json", "provenance.json"}
+    written = {"config.json", "provenance.json", "class_names.json", "parameters.txt"}
+    assert differing == written
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:

@@ -149,8 +149,12 @@ def test_a_run_in_pieces_equals_the_whole_bit_for_bit(
     assert start(tmp_path, *overrides) == 0
     want, got = final_state(whole), final_state(tmp_path)
     assert got.keys() == want.keys()
-    assert {"critic/step", "critic/spectral/heads/out/u", "params/pred/kernel"} < want.keys()
-    assert int(want["step"]) == STEPS and int(want["critic/step"]) == STEPS - 2
+    assert {
+        "discriminator/step",
+        "discriminator/spectral/heads/out/u",
+        "params/pred/kernel",
+    } < want.keys()
+    assert int(want["step"]) == STEPS and int(want["discriminator/step"]) == STEPS - 2
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     assert records(tmp_path) == records(whole)
@@ -177,9 +181,14 @@ def test_losses_that_are_switched_off_are_not_computed_nor_stored(
     assert "losses: L1\n" in capsys.readouterr().err
     losses = [r for r in records(tmp_path) if "loss" in r]
     assert all(r["loss"] == r["l1"] > 0 and "discriminator_loss" not in r for r in losses)
-    assert not any(name.startswith("critic") for name in final_state(tmp_path))
-    with pytest.raises(CheckpointError, match="optimizer and discriminator cannot change"):
-        start(tmp_path, *overrides, "--config.train.steps=8")
+    assert not any(name.startswith("discriminator") for name in final_state(tmp_path))
+    on = (*overrides, "--config.train.steps=8")
+    with pytest.raises(ConfigError, match="--allow-change gan.weight"):
+        start(tmp_path, *on)
+    with pytest.raises(CheckpointError, match="discriminator cannot change.*set config.gan back"):
+        start(tmp_path, *on, "--allow-change=gan", "--allow-change=lpips")
+    # The remedy.
+    assert start(tmp_path, *overrides, *off, "--config.train.steps=3") == 0
 
 
 @pytest.mark.slow

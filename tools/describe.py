@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.build.abstract import abstract_batch, abstract_decoder_parts, abstract_space
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.trees import count_params, tree_bytes
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel.axes import MESH_AXES, Constrain
@@ -24,6 +24,7 @@ from dsr_jax.parallel.mesh import MeshShape, check_batch
 from dsr_jax.planning.memory import GIB, bytes_per_chip
 from dsr_jax.spaces import InputSpace
 from dsr_jax.telemetry import flops
+from dsr_jax.telemetry.parameters import parameter_table
 
 IMAGENET = 1_281_167
 """Training images of ImageNet, which count where a config has its classes but not its files."""
@@ -33,13 +34,21 @@ Card = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--config", required=True, help="config file, as in configs/x.py:key=value")
-    parser.add_argument("--chips", type=int, help="default: as few as config.mesh allows")
+    parser = make_parser(__doc__, "python tools/describe.py")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="config file with its arguments, joined by commas: configs/x.py:key=value,key",
+    )
+    parser.add_argument("--chips", type=positive_int, help="default: as few as config.mesh allows")
+    parser.add_argument("--parameters", action="store_true", help="lists every parameter array")
     parser.add_argument("--json", action="store_true", help="prints the numbers as JSON")
     args, overrides = parser.parse_known_args(argv)
     card = describe(configs.load(args.config, overrides), args.chips)
+    table = card.pop("table")
     print(json.dumps(card, indent=2) if args.json else format_card(args.config, card))
+    if args.parameters:
+        print(table)
 
 
 def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
@@ -70,6 +79,7 @@ def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
     return {
         "network": network,
         "parameters": count_params(state.params),
+        "table": parameter_table(state.params),
         "parts": {name: count_params(tree) for name, tree in state.params.items()},
         "latents": list(space.latent_shape),
         "space": {

@@ -64,7 +64,7 @@ class DecoderParts:
             ),
             decode=self.decode,
             perceptual=None if self.lpips is None else self._perceptual,
-            judge=None if self.discriminator is None else self._judge,
+            discriminate=None if self.discriminator is None else self._discriminate,
         )
 
     def decode(self, variables: PyTree, params: Params, latents: Array) -> Array:
@@ -76,7 +76,7 @@ class DecoderParts:
         distances: Any = self.lpips.apply({"params": variables["lpips"]}, a, b)
         return distances
 
-    def _judge(
+    def _discriminate(
         self, variables: PyTree, heads: Params, spectral: PyTree, images: Array, *, train: bool
     ) -> tuple[Array, PyTree]:
         assert self.discriminator is not None

@@ -3,6 +3,7 @@
 Nothing is built here: what a check needs is in the config itself.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,28 @@ from ml_collections import ConfigDict
 from dsr_jax.config.schema import leaves, to_json
 from dsr_jax.core.errors import ConfigError
 
+EMA_REST = 0.01
+"""Fraction of the initial weights that EMA weights may still hold at the end of a run."""
+
 _SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale"}}
+_POSITIVE = (
+    *("data.global_batch", "data.image_size", "data.channels", "data.num_classes"),
+    *("train.steps", "optim.lr", "optim.accumulate", "objective.time_bins"),
+    *("model.depth", "model.hidden_size", "model.num_heads", "model.patch_size"),
+    *("model.decoder_depth", "model.decoder_hidden_size", "model.decoder_num_heads"),
+    *("decoder.depth", "decoder.num_heads", "decoder.mlp_dim", "decoder.patch_size"),
+    *("gan.kernel_size", "sample.num", "sample.batch", "eval.batch", "log.every_steps"),
+    *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.save_seconds"),
+    "failures.lost_seconds",
+)
+_NOT_NEGATIVE = (
+    *("decoder.hidden_size", "lpips.weight", "gan.weight", "data.crop_from", "data.workers"),
+    *("eval.every_steps", "eval.num_samples", "sample.every_steps", "sample.guidance_channels"),
+    *("registers.num", "registers.start", "checkpoint.keep_every", "train.stop_after_steps"),
+    *("log.profile_start", "log.profile_steps", "optim.warmup_steps", "optim.decay_end_steps"),
+    *("gan.discriminator_start", "gan.generator_start"),
+    *("failures.step_seconds", "failures.pause_seconds"),
+)
 _DENOISER_SECTIONS = ("model", "registers", "objective")
 _DECODER_SECTIONS = ("lpips", "gan")
 
@@ -41,6 +63,23 @@ def trains_decoder(config: ConfigDict) -> bool:
     return config.decoder.hidden_size > 0
 
 
+def hints(config: ConfigDict) -> list[str]:
+    """Returns what will work, but hardly as the user expects."""
+    found = []
+    ema, steps = config.sample.ema, config.train.steps
+    if ema != "none" and not config.train.init_from:
+        left = float(ema) ** steps
+        if left > EMA_REST:
+            shorter = math.floor(1000 * EMA_REST ** (1 / steps)) / 1000
+            found.append(
+                f"the EMA weights of decay {ema} are longer than the run: after {steps:,} steps "
+                f"{100 * left:.2g} % of the initial weights are still in them; samples are better "
+                f"with config.ema.decays=({shorter},) and config.sample.ema={shorter}, or with "
+                "config.sample.ema=none"
+            )
+    return found
+
+
 def check(config: ConfigDict) -> None:
     """Checks what can be checked without building anything.
 
@@ -52,17 +91,8 @@ def check(config: ConfigDict) -> None:
         if not condition:
             raise ConfigError(problem, remedy)
 
-    positive = (
-        "data.global_batch data.image_size data.channels data.num_classes train.steps optim.lr "
-        "optim.accumulate model.depth model.hidden_size model.num_heads model.patch_size "
-        "model.decoder_depth model.decoder_hidden_size model.decoder_num_heads "
-        "decoder.depth decoder.num_heads decoder.mlp_dim decoder.patch_size gan.kernel_size "
-        "objective.time_bins sample.num sample.batch eval.batch log.every_steps "
-        "checkpoint.every_steps checkpoint.keep_latest checkpoint.save_seconds "
-        "failures.lost_seconds"
-    )
     values = dict(leaves(config))
-    for key in positive.split():
+    for key in _POSITIVE:
         require(values[key] > 0, f"config.{key}={values[key]}", "it must be positive")
     for decay in config.ema.decays:
         require(0 <= decay < 1, f"config.ema.decays holds {decay}", "decays lie in [0, 1)")
@@ -73,9 +103,19 @@ def check(config: ConfigDict) -> None:
         f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
         f"choose from none, {', '.join(known)}",
     )
-    none = "decoder.hidden_size lpips.weight gan.weight data.crop_from eval.every_steps "
-    for key in (none + "failures.step_seconds failures.pause_seconds").split():
-        require(values[key] >= 0, f"config.{key}={values[key]}", "use 0 for none")
+    for key in _NOT_NEGATIVE:
+        require(values[key] >= 0, f"config.{key}={values[key]}", "use 0 for none, or more")
+    require(
+        config.checkpoint.restore_step >= -1,
+        f"config.checkpoint.restore_step={config.checkpoint.restore_step}",
+        "name a step, or use -1 for the newest",
+    )
+    interval = config.sample.interval
+    require(
+        len(interval) == 2 and interval[0] < interval[-1],
+        f"config.sample.interval={interval}",
+        "give two times, the lower first, as in (0.0,0.9)",
+    )
     dropout = config.objective.label_dropout
     require(0 <= dropout <= 1, f"config.objective.label_dropout={dropout}", "use 0 to 1")
     require(

@@ -103,9 +103,15 @@ def leave(error: BaseException) -> NoReturn:
     which the processes of a run wait minutes for the one that is missing.
     """
     show(error)
+    end_at_once(error.exit_status if isinstance(error, DsrError) else 1)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for anything, from any thread; locks are given back."""
     sys.stdout.flush()
+    sys.stderr.flush()
     # The storage may be what hangs.
     releasing = threading.Thread(target=release_all, daemon=True)
     releasing.start()
     releasing.join(2.0)
-    os._exit(error.exit_status if isinstance(error, DsrError) else 1)
+    os._exit(status)

@@ -24,6 +24,7 @@ from dsr_jax import config as configs
 from dsr_jax.config.resume import check_allowed
 from dsr_jax.core.cli import make_parser, path_argument
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.files import write_atomic
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Batch
@@ -41,6 +42,7 @@ from dsr_jax.parallel.watch import Limits, Watch, join_watch
 from dsr_jax.runs.folder import check_data, check_workdir, lock_workdir, write_run_files
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
+from dsr_jax.telemetry.parameters import parameter_table
 from dsr_jax.telemetry.profiler import ProfileWindow
 from dsr_jax.telemetry.progress import Progress
 from dsr_jax.telemetry.writers import MetricWriter, check_packages
@@ -179,12 +181,15 @@ def _run(
     check_same_data(job.data)
     for change in changes:
         log(f"changed since the last start: {change}")
+    for hint in configs.hints(config):
+        log(f"hint: {hint}")
     if not configs.trains_decoder(config):
         for warning in warnings_of(job.data, config.data.num_classes):
             log(f"warning: {warning}")
     if is_process_zero():
         write_run_files(config, workdir)
         write_class_names(workdir, job.data)
+        write_atomic(workdir / "parameters.txt", parameter_table(job.abstract.params) + "\n")
     return _train(job, config, workdir, watch)
 
 
@@ -269,12 +274,16 @@ def _instruments(
         yield Instruments(writer, progress, clock, profile, mfu, watch)
 
 
+_CONFIG_HELP = (
+    "config file with its arguments, joined by commas: configs/x.py:key=value,key; "
+    "--config.KEY=VALUE behind it sets any key, and python -m dsr_jax.config lists them all"
+)
+
+
 def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
     parser = make_parser(description, program)
     add = parser.add_argument
-    add(
-        "--config", required=True, help="config file with its arguments: configs/x.py:key=value,key"
-    )
+    add("--config", required=True, help=_CONFIG_HELP)
     add("--workdir", required=True, type=path_argument, help="the run's folder, new or its own")
     add(
         "--allow-change",

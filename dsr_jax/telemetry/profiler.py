@@ -29,7 +29,7 @@ class ProfileWindow:
       workdir: The run's folder.
       start: First step, counted from the beginning of training.
       num_steps: Steps; 0 traces nothing.
-      primary: Whether this process traces; None asks the runtime.
+      process_zero: Whether this is process 0, which traces; None asks JAX.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class ProfileWindow:
         start: int,
         num_steps: int,
         *,
-        primary: bool | None = None,
+        process_zero: bool | None = None,
     ) -> None:
         self._folder = Path(workdir) / "profile"
-        wanted = is_process_zero() if primary is None else primary
+        wanted = is_process_zero() if process_zero is None else process_zero
         self._window = range(start, start + num_steps) if wanted else range(0)
         self._active = False
 

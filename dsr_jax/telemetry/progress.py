@@ -95,7 +95,7 @@ def announce_first_call(function: Callable[..., Any], what: str) -> Callable[...
 class Progress:
     """Shows how far a run is: loss, step time, images/s, remaining time, MFU; a context manager.
 
-    Only the primary process shows anything.
+    Only process 0 shows anything.
 
     Args:
       total_steps: Step at which the run ends.
@@ -103,7 +103,7 @@ class Progress:
       stream: Where to; None for standard error.
       max_lines: Where the stream is no terminal, at most about so many progress lines, evenly over
         the run, however often `update` is called.
-      primary: Whether this process shows; None asks the runtime.
+      process_zero: Whether this is process 0, which shows; None asks JAX.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Progress:
         start_step: int = 0,
         stream: TextIO | None = None,
         max_lines: int = MAX_LINES,
-        primary: bool | None = None,
+        process_zero: bool | None = None,
     ) -> None:
         self._total = total_steps
         self._max_lines = max_lines
         self._stream = sys.stderr if stream is None else stream
-        self._shown = is_process_zero() if primary is None else primary
+        self._shown = is_process_zero() if process_zero is None else process_zero
         self._bucket = -1
         self._bar: tqdm | None = None
         if self._shown and self._stream.isatty():

@@ -39,7 +39,7 @@ class MetricWriter:
     with null for what is no finite number. On opening, records that this run will write again are
     removed, so that steps never repeat nor run backwards, however often the run was resumed.
 
-    Only the primary process writes; in the others every method does nothing.
+    Only process 0 writes; in the others every method does nothing.
 
     Args:
       workdir: The run's folder.
@@ -47,7 +47,7 @@ class MetricWriter:
       tensorboard: Also writes events to `workdir/tensorboard`.
       wandb: Project of Weights & Biases to write to; "" for none.
       config: Plain values shown there.
-      primary: Whether this process writes; None asks the runtime.
+      process_zero: Whether this is process 0, which writes; None asks JAX.
 
     Raises:
       ConfigError: If a package that was asked for is not installed (in every process).
@@ -61,13 +61,13 @@ class MetricWriter:
         tensorboard: bool = False,
         wandb: str = "",
         config: Mapping[str, Any] | None = None,
-        primary: bool | None = None,
+        process_zero: bool | None = None,
     ) -> None:
         folder = Path(workdir)
         check_packages(tensorboard, wandb)
         self._last_step = first_step
         self._sinks: list[_Sink] = []
-        if not (is_process_zero() if primary is None else primary):
+        if not (is_process_zero() if process_zero is None else process_zero):
             return
         self._sinks.append(_Jsonl(folder / METRICS_FILE, first_step))
         if tensorboard:

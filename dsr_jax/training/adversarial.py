@@ -42,7 +42,7 @@ def generator_loss(fake: Array) -> Array:
 
 
 def accuracy(real: Array, fake: Array) -> Array:
-    """Share of places whose real logit is above the generated one."""
+    """Fraction of positions whose real logit is above the generated one."""
     return jnp.mean(real > fake)
 
 

@@ -209,7 +209,7 @@ class Checkpoints:
         """Restores a whole state, on the mesh of `abstract`, whichever it was saved on.
 
         EMA weights that the checkpoint lacks start from its parameters; those that the state at
-        hand has no place for are dropped. The log says so.
+        hand lacks are dropped. The log says so.
 
         Args:
           abstract: `ShapeDtypeStruct`s with shardings.

@@ -1,4 +1,4 @@
-"""What a run of stage 1 carries from step to step: the decoder's arrays and the discriminator's."""
+"""The state of a run of stage 1: the arrays of the decoder and of the discriminator."""
 
 import flax.struct
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from dsr_jax.training.state import TrainState, create_state
 
 
 @flax.struct.dataclass(kw_only=True)
-class Critic:
+class DiscriminatorState:
     """The discriminator's part of the state.
 
     Attributes:
@@ -29,7 +29,7 @@ class Critic:
 class DecoderState(TrainState):
     """All arrays of a run of stage 1: the decoder's, and the discriminator's if there is one."""
 
-    critic: Critic | None = None
+    discriminator: DiscriminatorState | None = None
 
 
 def create_decoder_state(
@@ -44,14 +44,16 @@ def create_decoder_state(
       params: The decoder's parameters, also boxed.
       heads: Parameters and singular vectors of the discriminator; None for none.
       optimizer: Of both networks.
-      ema_decays: One average of the decoder per decay.
+      ema_decays: One set of EMA weights of the decoder per decay.
     """
-    critic = None
+    discriminator = None
     if heads is not None:
-        critic = Critic(
+        discriminator = DiscriminatorState(
             step=jnp.zeros((), jnp.int32),
             params=heads[0],
             spectral=heads[1],
             opt_state=optimizer.init(heads[0]),
         )
-    return DecoderState(**vars(create_state(params, optimizer, ema_decays)), critic=critic)
+    return DecoderState(
+        **vars(create_state(params, optimizer, ema_decays)), discriminator=discriminator
+    )

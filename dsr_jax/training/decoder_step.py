@@ -25,8 +25,8 @@ from dsr_jax.training.adversarial import (
     quantise,
     to_signed,
 )
-from dsr_jax.training.decoder_state import Critic, DecoderState
-from dsr_jax.training.diffaug import NUM_DRAWS, augment
+from dsr_jax.training.decoder_state import DecoderState, DiscriminatorState
+from dsr_jax.training.diffaug import NUM_UNIFORMS, augment
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.state import Reshard
 from dsr_jax.training.step import apply_gradients, to_unit_range
@@ -40,13 +40,13 @@ class Encode(Protocol):
         ...
 
 
-class Judge(Protocol):
+class Discriminate(Protocol):
     """Images to logits."""
 
     def __call__(
         self, variables: PyTree, heads: Params, spectral: PyTree, images: Array, /, *, train: bool
     ) -> tuple[Array, PyTree]:
-        """Judges images [B, H, W, 3] in [-1, 1]; in training, `spectral` changes."""
+        """Returns logits of images [B, H, W, 3] in [-1, 1]; in training, `spectral` changes."""
         ...
 
 
@@ -58,14 +58,14 @@ class Networks:
       encode: Images to latents, never differentiated.
       decode: `(variables, params, latents) -> images` [B, H, W, 3], about [0, 1], not clipped.
       perceptual: `(variables, real, fake) -> distances` [B] of images in [-1, 1]; None for none.
-      judge: The discriminator; None for none.
+      discriminate: The discriminator; None for none.
       last_layer: Path of the decoder's last kernel, where gradients are balanced.
     """
 
     encode: Encode
     decode: Callable[[PyTree, Params, Array], Array]
     perceptual: Callable[[PyTree, Array, Array], Array] | None = None
-    judge: Judge | None = None
+    discriminate: Discriminate | None = None
     last_layer: tuple[str, ...] = ("pred", "kernel")
 
 
@@ -80,7 +80,7 @@ class LossSettings:
       gan_loss: The discriminator's, "hinge" or "vanilla".
       discriminator_start: First step that trains the discriminator.
       generator_start: First step whose decoder is trained against it.
-      cutout: Side of the hole in what the discriminator sees, as a share of the image's.
+      cutout: Side of the hole in what the discriminator sees, as a fraction of the image's.
     """
 
     perceptual_weight: float = 1.0
@@ -115,12 +115,12 @@ class GeneratorTerms(NamedTuple):
     total: Array
 
 
-class CriticTerms(NamedTuple):
+class DiscriminatorTerms(NamedTuple):
     """Outcome of the discriminator's passes over one batch.
 
     Attributes:
       loss: What it minimises.
-      accuracy: Share of places where it prefers the real image.
+      accuracy: Fraction of positions where it prefers the real image.
       spectral: Singular vectors after both passes, the reconstructions' first.
     """
 
@@ -136,14 +136,14 @@ def generator_terms_and_grads(
     state: DecoderState,
     images: Array,
     latents: Array,
-    draws: Array,
+    uniforms: Array,
     gan_on: Array | bool,
 ) -> tuple[GeneratorTerms, PyTree]:
-    """Computes the decoder's losses and the gradient of their total; draws nothing.
+    """Computes the decoder's losses and the gradient of their total on given random inputs.
 
-    The gradient at the last kernel follows from that at the images by one product. So the decoder
+    The gradient at the last kernel follows from that at the images by one matmul. So the decoder
     is passed backwards once, with the balanced sum; the two gradients at its last kernel cost a
-    product each, since the compiler drops what nothing reads.
+    matmul each, since the compiler drops what nothing reads.
 
     The weight balances gradients of the whole batch. The original takes each process's own, before
     averaging, so its weight depends on the number of processes.
@@ -155,7 +155,7 @@ def generator_terms_and_grads(
       state: Where to differentiate, and the discriminator.
       images: Targets [B, H, W, 3] in [0, 1].
       latents: The encoder's output for them.
-      draws: Of the augmentation [B, NUM_DRAWS].
+      uniforms: [B, NUM_UNIFORMS] in [0, 1), for the augmentation.
       gan_on: Whether the discriminator counts.
 
     Returns:
@@ -172,12 +172,14 @@ def generator_terms_and_grads(
 
     (loss, (l1, distance)), upstream = jax.value_and_grad(reconstruction, has_aux=True)(decoded)
     gan = weight = jnp.zeros(())
-    if networks.judge is not None and state.critic is not None:
+    if networks.discriminate is not None and state.discriminator is not None:
 
         def at_last_layer(gradient: Array) -> Array:
             return functools.reduce(operator.getitem, networks.last_layer, pull_back(gradient)[0])
 
-        adversarial = _adversarial(networks.judge, settings, variables, state.critic, draws)
+        adversarial = _adversarial(
+            networks.discriminate, settings, variables, state.discriminator, uniforms
+        )
         gan, towards_real = jax.lax.cond(gan_on, adversarial, _nothing, decoded)
         weight = adaptive_weight(
             at_last_layer(upstream), at_last_layer(towards_real), settings.max_adaptive_weight
@@ -190,13 +192,19 @@ def generator_terms_and_grads(
 
 
 def _adversarial(
-    judge: Judge, settings: LossSettings, variables: PyTree, critic: Critic, draws: Array
+    discriminate: Discriminate,
+    settings: LossSettings,
+    variables: PyTree,
+    discriminator: DiscriminatorState,
+    uniforms: Array,
 ) -> Callable[[Array], tuple[Array, Array]]:
     """The generator's loss and its gradient as a function of reconstructions."""
 
     def loss(x: Array) -> Array:
-        seen = augment(to_signed(x), draws, settings.cutout)
-        logits, _ = judge(variables, critic.params, critic.spectral, seen, train=False)
+        seen = augment(to_signed(x), uniforms, settings.cutout)
+        logits, _ = discriminate(
+            variables, discriminator.params, discriminator.spectral, seen, train=False
+        )
         return generator_loss(logits)
 
     return jax.value_and_grad(loss)
@@ -207,48 +215,50 @@ def _nothing(x: Array) -> tuple[Array, Array]:
     return jnp.zeros(()), jnp.zeros_like(x)
 
 
-def critic_loss_and_grads(
-    judge: Judge,
+def discriminator_loss_and_grads(
+    discriminate: Discriminate,
     settings: LossSettings,
     variables: PyTree,
-    critic: Critic,
+    discriminator: DiscriminatorState,
     real: Array,
     fake: Array,
-) -> tuple[CriticTerms, PyTree]:
-    """Computes the discriminator's loss and gradients; draws nothing.
+) -> tuple[DiscriminatorTerms, PyTree]:
+    """Computes the discriminator's loss and gradients on given inputs.
 
     Args:
-      judge: The discriminator.
+      discriminate: The discriminator.
       settings: Which loss.
       variables: Frozen arrays.
-      critic: Its state.
+      discriminator: Its state.
       real: Augmented images [B, H, W, 3] in [-1, 1].
       fake: Augmented reconstructions.
 
     Returns:
-      Its terms, and gradients like `critic.params`.
+      Its terms, and gradients like `discriminator.params`.
     """
 
-    def loss(params: Params) -> tuple[Array, CriticTerms]:
-        on_fake, spectral = judge(variables, params, critic.spectral, fake, train=True)
-        on_real, spectral = judge(variables, params, spectral, real, train=True)
+    def loss(params: Params) -> tuple[Array, DiscriminatorTerms]:
+        on_fake, spectral = discriminate(
+            variables, params, discriminator.spectral, fake, train=True
+        )
+        on_real, spectral = discriminate(variables, params, spectral, real, train=True)
         value = discriminator_loss(settings.gan_loss, on_real, on_fake)
-        return value, CriticTerms(value, accuracy(on_real, on_fake), spectral)
+        return value, DiscriminatorTerms(value, accuracy(on_real, on_fake), spectral)
 
-    grads, terms = jax.grad(loss, has_aux=True)(critic.params)
+    grads, terms = jax.grad(loss, has_aux=True)(discriminator.params)
     return terms, grads
 
 
-def update_critic(
+def update_discriminator(
     networks: Networks,
     settings: LossSettings,
     optimizer: Optimizer,
     variables: PyTree,
-    critic: Critic,
+    discriminator: DiscriminatorState,
     params: Params,
     images: Array,
-    draws: tuple[Array, Array],
-) -> tuple[Critic, Array, Array]:
+    uniforms: tuple[Array, Array],
+) -> tuple[DiscriminatorState, Array, Array]:
     """Trains the discriminator on images and what a decoder makes of them without noise.
 
     Args:
@@ -256,23 +266,31 @@ def update_critic(
       settings: Weights.
       optimizer: Its update; the discriminator counts its own steps.
       variables: Frozen arrays.
-      critic: Its state.
+      discriminator: Its state.
       params: The decoder's parameters.
       images: The batch [B, H, W, 3] in [0, 1].
-      draws: Of the augmentation of images and of reconstructions, each [B, NUM_DRAWS].
+      uniforms: For the augmentation of images and of reconstructions, each [B, NUM_UNIFORMS].
 
     Returns:
       Its new state, loss and accuracy.
     """
-    assert networks.judge is not None
+    assert networks.discriminate is not None
     decoded = networks.decode(variables, params, networks.encode(variables, images, None))
     seen = [
         augment(x, u, settings.cutout)
-        for x, u in zip((to_signed(images), quantise(to_signed(decoded))), draws, strict=True)
+        for x, u in zip((to_signed(images), quantise(to_signed(decoded))), uniforms, strict=True)
     ]
-    terms, grads = critic_loss_and_grads(networks.judge, settings, variables, critic, *seen)
-    moved, opt_state = optimizer.apply(grads, critic.opt_state, critic.params, critic.step)
-    new = Critic(step=critic.step + 1, params=moved, spectral=terms.spectral, opt_state=opt_state)
+    terms, grads = discriminator_loss_and_grads(
+        networks.discriminate, settings, variables, discriminator, *seen
+    )
+    # config.optim.freeze names parameters of the decoder.
+    optimizer = dataclasses.replace(optimizer, freeze=())
+    moved, opt_state = optimizer.apply(
+        grads, discriminator.opt_state, discriminator.params, discriminator.step
+    )
+    new = DiscriminatorState(
+        step=discriminator.step + 1, params=moved, spectral=terms.spectral, opt_state=opt_state
+    )
     return new, terms.loss, terms.accuracy
 
 
@@ -309,37 +327,37 @@ def make_decoder_step(
         def keys(stream: str) -> Array:
             return sample_keys(stream_key(seed, stream, state.step), batch["index"])
 
-        def draws(stream: str) -> Array:
-            return uniform_per_sample(keys(stream), (NUM_DRAWS,))
+        def uniforms(stream: str) -> Array:
+            return uniform_per_sample(keys(stream), (NUM_UNIFORMS,))
 
         images = to_unit_range(batch["image"])
         latents = jax.lax.stop_gradient(networks.encode(variables, images, keys("encode")))
         gan_on = state.step >= settings.generator_start
         terms, grads = generator_terms_and_grads(
-            networks, settings, variables, state, images, latents, draws("augment"), gan_on
+            networks, settings, variables, state, images, latents, uniforms("augment"), gan_on
         )
-        grads = divide(grads)
+        grads = divide(optimizer.zero_frozen(grads))
         new = apply_gradients(state, grads, optimizer, divide)
         metrics = _generator_metrics(new, terms, grads, optimizer.learning_rate(state.step))
         finite = [metrics[name] for name in ("loss", "grad_norm", "param_norm")]
-        if state.critic is not None:
-            uniforms = draws("augment_real"), draws("augment_fake")
-            critic, loss, share = jax.lax.cond(
+        if state.discriminator is not None:
+            pair = uniforms("augment_real"), uniforms("augment_fake")
+            discriminator, loss, share = jax.lax.cond(
                 state.step >= settings.discriminator_start,
-                lambda critic, params: update_critic(
-                    networks, settings, optimizer, variables, critic, params, images, uniforms
+                lambda discriminator, params: update_discriminator(
+                    networks, settings, optimizer, variables, discriminator, params, images, pair
                 ),
-                lambda critic, params: (critic, jnp.zeros(()), jnp.zeros(())),
-                state.critic,
+                lambda discriminator, params: (discriminator, jnp.zeros(()), jnp.zeros(())),
+                state.discriminator,
                 new.params,
             )
-            new = dataclasses.replace(new, critic=critic)
+            new = dataclasses.replace(new, discriminator=discriminator)
             metrics |= {
                 "discriminator_loss": loss,
                 "discriminator_accuracy": share,
-                "discriminator_learning_rate": optimizer.learning_rate(state.critic.step),
+                "discriminator_learning_rate": optimizer.learning_rate(state.discriminator.step),
             }
-            finite += [loss, optax.tree.norm(critic.params)]
+            finite += [loss, optax.tree.norm(discriminator.params)]
         return new, {**metrics, "finite": jnp.all(jnp.isfinite(jnp.stack(finite)))}
 
     return step

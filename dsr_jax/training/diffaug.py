@@ -8,27 +8,27 @@ import jax.numpy as jnp
 
 from dsr_jax.core.typing import Array
 
-NUM_DRAWS = 7
+NUM_UNIFORMS = 7
 """Uniforms per sample: shift down, right; brightness, saturation, contrast; hole down, right."""
 
 _SHIFT_SHARE = 8
 """Images move by up to this fraction of their side."""
 
 
-def augment(images: Array, draws: Array, cutout: float = 0.0) -> Array:
+def augment(images: Array, uniforms: Array, cutout: float = 0.0) -> Array:
     """Moves images, changes their colours, and cuts holes into them.
 
     Args:
       images: [B, H, W, C], around zero.
-      draws: Uniforms in [0, 1), [B, NUM_DRAWS].
+      uniforms: Uniforms in [0, 1), [B, NUM_UNIFORMS].
       cutout: Side of the hole as a share of the image's; 0 for none.
 
     Returns:
       Images of the same shape; zero where nothing is left.
     """
-    out = translate(images, draws[:, 0], draws[:, 1])
-    out = change_colours(out, draws[:, 2], draws[:, 3], draws[:, 4])
-    return cut_out(out, draws[:, 5], draws[:, 6], cutout) if cutout else out
+    out = translate(images, uniforms[:, 0], uniforms[:, 1])
+    out = change_colours(out, uniforms[:, 2], uniforms[:, 3], uniforms[:, 4])
+    return cut_out(out, uniforms[:, 5], uniforms[:, 6], cutout) if cutout else out
 
 
 def translate(images: Array, down: Array, right: Array) -> Array:
@@ -43,16 +43,16 @@ def translate(images: Array, down: Array, right: Array) -> Array:
     def one(image: Array, shifts: tuple[Array, Array]) -> Array:
         for axis, shift in enumerate(shifts):
             size = image.shape[axis]
-            places = jnp.arange(size) + shift
-            image = jnp.take(image, places, axis=axis, mode="clip")
-            inside = (places >= 0) & (places < size)
+            positions = jnp.arange(size) + shift
+            image = jnp.take(image, positions, axis=axis, mode="clip")
+            inside = (positions >= 0) & (positions < size)
             image = jnp.where(jnp.expand_dims(inside, (1 - axis, 2)), image, 0)
         return image
 
     shifts = []
-    for size, draw in zip(images.shape[1:3], (down, right), strict=True):
-        most = round(size / _SHIFT_SHARE)
-        shifts.append(jnp.floor(draw * (2 * most + 1)).astype(jnp.int32) - most)
+    for size, uniform in zip(images.shape[1:3], (down, right), strict=True):
+        largest = round(size / _SHIFT_SHARE)
+        shifts.append(jnp.floor(uniform * (2 * largest + 1)).astype(jnp.int32) - largest)
     return jax.vmap(one)(images, (shifts[0], shifts[1]))
 
 
@@ -62,7 +62,7 @@ def change_colours(images: Array, brightness: Array, saturation: Array, contrast
     Each takes uniforms [B].
     """
     brightness, saturation, contrast = (
-        draw[:, None, None, None] for draw in (brightness, saturation, contrast)
+        uniform[:, None, None, None] for uniform in (brightness, saturation, contrast)
     )
     images = images + (brightness - 0.5)
     grey = jnp.mean(images, axis=-1, keepdims=True)
@@ -83,10 +83,10 @@ def cut_out(images: Array, down: Array, right: Array, share: float) -> Array:
       share: Its side as a share of the image's.
     """
     inside = []
-    for size, draw in zip(images.shape[1:3], (down, right), strict=True):
+    for size, uniform in zip(images.shape[1:3], (down, right), strict=True):
         hole = round(size * share)
-        first = jnp.floor(draw * (size + 1 - hole % 2)).astype(jnp.int32) - hole // 2
-        places = jnp.clip(first[:, None] + jnp.arange(hole), 0, size - 1)  # [B, hole]
-        inside.append(jnp.any(places[..., None] == jnp.arange(size), axis=1))
+        first = jnp.floor(uniform * (size + 1 - hole % 2)).astype(jnp.int32) - hole // 2
+        positions = jnp.clip(first[:, None] + jnp.arange(hole), 0, size - 1)  # [B, hole]
+        inside.append(jnp.any(positions[..., None] == jnp.arange(size), axis=1))
     rows, columns = inside
     return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], 0, images)

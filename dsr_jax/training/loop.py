@@ -20,7 +20,7 @@ from dsr_jax.parallel.processes import log
 from dsr_jax.parallel.watch import Watch
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
-from dsr_jax.telemetry.progress import Progress
+from dsr_jax.telemetry.progress import Progress, announce
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.metrics import MetricWindow
@@ -40,7 +40,7 @@ class LoopSettings:
       total_steps: Step at which the run is complete.
       log_every: Steps between two log records.
       stop_after_steps: Ends this start after so many steps, as if asked to stop; 0 for no limit.
-      check_replicas: Whether to compare the copies of the state at log records and before saves.
+      check_replicas: Whether to compare the replicas of the state at log records and before saves.
     """
 
     total_steps: int
@@ -81,8 +81,8 @@ class Instruments:
       progress: Shows the user.
       clock: Measures the steps.
       profile: Traces some steps.
-      mfu: Share of the devices' peak from the seconds per step; None if unknown.
-      watch: Is told where the loop is.
+      mfu: Fraction of the devices' peak from the seconds per step; None if unknown.
+      watch: Receives the phase that the loop is in.
     """
 
     writer: MetricWriter
@@ -207,7 +207,7 @@ def train_loop(
     Raises:
       NumericsError: After a step whose loss, gradients or parameters are not finite. That step's
         state is not saved.
-      ProcessError: If copies of the state differ. That state is not saved.
+      ProcessError: If replicas of the state differ. That state is not saved.
       CheckpointError: If a save fails, or does not end.
     """
     start = step = int(state.step)
@@ -225,8 +225,11 @@ def train_loop(
             watch.enter("waiting for data", step)
             batch = next(batches)
             watch.enter("in step", step, compiling=step == start)
-            with instruments.profile.step(step, wait_for=metrics):
-                state, metrics = step_fn(state, batch)
+            with _first_step(stop) if step == start else contextlib.nullcontext():
+                with instruments.profile.step(step, wait_for=metrics):
+                    state, metrics = step_fn(state, batch)
+                if step == start:
+                    jax.block_until_ready(metrics)
             step += 1
             stopping = stop.reached(step)
             saving = stopping or step == end or checkpoints.due(step)
@@ -243,6 +246,13 @@ def train_loop(
         text = f"stopped by {stopped} after step {step} of {total}; the same command continues"
         instruments.progress.log(text)
     return Summary(state, step, step - start, stopped, status, loop.seconds)
+
+
+@contextlib.contextmanager
+def _first_step(stop: StopRequest) -> Iterator[None]:
+    """Wraps the step that compiles: lines while it lasts, and signals that end it at once."""
+    with stop.nothing_to_save(), announce("compiling and running the first step"):
+        yield
 
 
 def _batches(
@@ -293,7 +303,7 @@ class _Loop:
         self._checkpoints.raise_errors()
 
     def save(self, step: int, state: TrainState, why: str) -> None:
-        """Saves a state, after its own metrics were seen to be finite and its copies to agree."""
+        """Saves a state, after its own metrics were seen to be finite and its replicas to agree."""
         if why:
             self._out.progress.log(f"{why}: saving step {step} ...")
         self._log.drain()
@@ -349,7 +359,7 @@ class _Log:
 
         Raises:
           NumericsError: If one was not finite.
-          ProcessError: If copies of one's state differ.
+          ProcessError: If replicas of one's state differ.
         """
         while self._pending:
             self._take()

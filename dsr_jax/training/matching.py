@@ -15,6 +15,9 @@ Arrays = Mapping[str, Mapping[str, Any]]
 _MOMENTS = re.compile(r"(.*opt_state)/\d+/(.+)")
 """Names of the optimizer's arrays: their index depended on clipping in older checkpoints."""
 
+_DISCRIMINATOR = re.compile(r"critic/(.+)")
+"""Names of the discriminator's arrays in older checkpoints."""
+
 
 class Match(NamedTuple):
     """Where the arrays of a state come from.
@@ -47,10 +50,10 @@ def match_state(
     saved = meta["arrays"]
     new_ema = sorted(_ema_decays(wanted) - _ema_decays(saved))
     dropped_ema = sorted(_ema_decays(saved) - _ema_decays(wanted))
-    moments = {_without_index(name): name for name in saved}
+    names = {_current_name(name): name for name in saved}
     sources = {}
     for name in wanted:
-        source = moments.get(_without_index(name), name)
+        source = names.get(_current_name(name), name)
         if name.split("/")[0] == "ema" and name.split("/")[1] in new_ema:
             source = "/".join(["params", *name.split("/")[2:]])
         sources[name] = source
@@ -133,8 +136,10 @@ def _is_ema(name: str, decays: list[str]) -> bool:
     return name.startswith("ema/") and name.split("/")[1] in decays
 
 
-def _without_index(name: str) -> str:
-    """Names an array of the optimizer without its transformation's index in the chain."""
+def _current_name(name: str) -> str:
+    """Names an array as today, and one of the optimizer without its index in the chain."""
+    if found := _DISCRIMINATOR.fullmatch(name):
+        name = f"discriminator/{found[1]}"
     found = _MOMENTS.fullmatch(name)
     return "/".join(found.groups()) if found else name
 

@@ -48,8 +48,8 @@ class MetricWindow:
                 record[name] = float(value) if name in _LAST else float(value) / self._count
         losses = self._values.get("bin_loss", np.zeros(0))
         counts = self._values.get("bin_count", np.zeros(0))
-        for place, (loss, count) in enumerate(zip(losses, counts, strict=True)):
-            interval = f"{place / len(counts):.2f}-{(place + 1) / len(counts):.2f}"
+        for index, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+            interval = f"{index / len(counts):.2f}-{(index + 1) / len(counts):.2f}"
             record[f"loss_t/{interval}"] = float(loss / count) if count else None
             record[f"count_t/{interval}"] = float(count)
         self._count, self._values = 0, {}

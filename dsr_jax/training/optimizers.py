@@ -139,6 +139,18 @@ class Optimizer:
             lambda p, kept: p if kept else jax.lax.stop_gradient(p), params, self.trainable(params)
         )
 
+    def zero_frozen(self, grads: PyTree) -> PyTree:
+        """Sets the gradients of frozen parameters to zero, so that no norm counts them.
+
+        Raises:
+          ConfigError: If a pattern matches nothing.
+        """
+        if not self.freeze:
+            return grads
+        return jax.tree.map(
+            lambda g, kept: g if kept else jnp.zeros_like(g), grads, self.trainable(grads)
+        )
+
     def trainable(self, params: Params) -> PyTree:
         """Returns a tree of booleans, False for frozen parameters.
 

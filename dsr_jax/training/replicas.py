@@ -1,4 +1,4 @@
-"""Checks that the copies of one array are one: on all devices, in all processes.
+"""Checks that the replicas of an array agree: on all devices, in all processes.
 
 Parameters that several devices hold are never compared by training itself: a device that computes
 wrongly, or a process that started from something else, goes on beside the others for ever. Here
@@ -21,12 +21,12 @@ from dsr_jax.training.checksums import sum_bits
 
 
 class ReplicaCheck:
-    """Compares copies of a state's arrays, and the batches that they were trained on.
+    """Compares the replicas of a state's arrays, and the batches that they were trained on.
 
     Args:
       state: Arrays, or shapes, with shardings over one mesh.
-      batch: A global batch. Its "index" tells where its samples lie in the run:
-        step * batch size + place. Without it only the state is compared.
+      batch: A global batch. Its "index" holds the run's numbers of its samples:
+        step * batch size + row. Without it only the state is compared.
       name_process: How messages call a process, by its index.
     """
 
@@ -41,7 +41,9 @@ class ReplicaCheck:
         self._name_process = name_process
         mesh: Mesh = next(iter(leaves.values())).sharding.mesh
         self._devices = list(mesh.devices.flat)
-        self._twins = np.stack([_first_twins(leaf, self._devices) for leaf in leaves.values()], 1)
+        self._replicas = np.stack(
+            [_first_replicas(leaf, self._devices) for leaf in leaves.values()], 1
+        )
         index: Any = batch.get("index")
         self._size = 0 if index is None else index.shape[0]
         self._sums = _make_sums(
@@ -59,7 +61,8 @@ class ReplicaCheck:
           batch: Its batch.
 
         Returns:
-          uint32 [devices, arrays + 1]: sums, and the number of samples of another step.
+          uint32 [devices, arrays + 1]: sums, and the number of misaligned samples:
+          those of another step.
         """
         first = np.uint32((step - 1) * self._size % 2**32)
         return self._sums(list(flatten_names(state).values()), batch.get("index"), first)
@@ -68,40 +71,40 @@ class ReplicaCheck:
         """Compares.
 
         Raises:
-          ProcessError: With the array and the processes whose copy differs from most of the others,
-            or the processes whose samples are those of another step.
+          ProcessError: With the array and the processes whose replica differs from most others, or
+            the processes whose samples are those of another step.
         """
-        if strangers := np.flatnonzero(sums[:, -1]).tolist():
+        if misaligned := np.flatnonzero(sums[:, -1]).tolist():
             raise ProcessError(
-                f"step {step}: {self._who(strangers)} trained on samples of another step",
+                f"step {step}: {self._who(misaligned)} trained on samples of another step",
                 "look whether its data are those of the others; the same command continues from "
                 "the last checkpoint",
             )
         sums = sums[:, :-1]
-        wrong = np.flatnonzero((sums != np.take_along_axis(sums, self._twins, 0)).any(0))
+        wrong = np.flatnonzero((sums != np.take_along_axis(sums, self._replicas, 0)).any(0))
         if wrong.size == 0:
             return
-        place = int(wrong[0])
-        odd = _minority(sums[:, place], self._twins[:, place])
+        column = int(wrong[0])
+        odd = _minority(sums[:, column], self._replicas[:, column])
         more = f" and {wrong.size - 1} arrays more" if wrong.size > 1 else ""
         if odd:
-            problem = f"{self._who(odd)} differs from the others in {self._names[place]}{more}"
+            problem = f"{self._who(odd)} differs from the others in {self._names[column]}{more}"
         else:
-            twins = self._twins[:, place]
-            split = twins[sums[:, place] != sums[twins, place]]
-            pairs = np.flatnonzero(np.isin(twins, split)).tolist()
-            problem = f"{self._who(pairs)} differ from each other in {self._names[place]}{more}"
+            replicas = self._replicas[:, column]
+            split = replicas[sums[:, column] != sums[replicas, column]]
+            pairs = np.flatnonzero(np.isin(replicas, split)).tolist()
+            problem = f"{self._who(pairs)} differ from each other in {self._names[column]}{more}"
         raise ProcessError(
             f"step {step}: {problem}; the state was not saved",
-            "the same command continues from the last checkpoint; if it comes again in the same "
-            "place, do without that machine",
+            "the same command continues from the last checkpoint; if it comes again on the "
+            "same machine, do without that one",
         )
 
-    def _who(self, places: Sequence[int]) -> str:
+    def _who(self, indices: Sequence[int]) -> str:
         """Names processes and, where they have several, their devices."""
         owners: dict[int, list[int]] = {}
-        for place in places:
-            device = self._devices[place]
+        for index in indices:
+            device = self._devices[index]
             owners.setdefault(device.process_index, []).append(device.id)
         texts = []
         for process, ids in list(owners.items())[:8]:
@@ -110,7 +113,7 @@ class ReplicaCheck:
         return " and ".join(texts)
 
 
-def _first_twins(leaf: Any, devices: Sequence[Any]) -> np.ndarray:
+def _first_replicas(leaf: Any, devices: Sequence[Any]) -> np.ndarray:
     """Returns for each device the first that holds the same piece [devices]."""
     pieces = leaf.sharding.devices_indices_map(leaf.shape)
     seen: dict[str, int] = {}
@@ -119,11 +122,11 @@ def _first_twins(leaf: Any, devices: Sequence[Any]) -> np.ndarray:
     )
 
 
-def _minority(sums: np.ndarray, twins: np.ndarray) -> list[int]:
+def _minority(sums: np.ndarray, replicas: np.ndarray) -> list[int]:
     """Returns the devices whose piece differs from that of most of its holders; [] if none has."""
     odd: list[int] = []
-    for first in np.unique(twins):
-        held = np.flatnonzero(twins == first)
+    for first in np.unique(replicas):
+        held = np.flatnonzero(replicas == first)
         values, counts = np.unique(sums[held], return_counts=True)
         if counts.max() * 2 > held.size:
             odd += held[sums[held] != values[counts.argmax()]].tolist()
@@ -136,12 +139,12 @@ def _make_sums(
     """Returns the program `(arrays, index or None, first index) -> [devices, arrays + 1]`."""
 
     def local(leaves: list[Array], index: Array | None, first: Array) -> Array:
-        strangers = jnp.zeros((), jnp.uint32)
+        misaligned = jnp.zeros((), jnp.uint32)
         if index is not None:
             # Unsigned numbers wrap around, so that a sample before the first is far behind it.
             size = jnp.uint32(index.shape[0] * _shards(index_spec, mesh))
-            strangers = jnp.sum(index.astype(jnp.uint32) - first >= size, dtype=jnp.uint32)
-        return jnp.stack([*map(sum_bits, leaves), strangers])[None]
+            misaligned = jnp.sum(index.astype(jnp.uint32) - first >= size, dtype=jnp.uint32)
+        return jnp.stack([*map(sum_bits, leaves), misaligned])[None]
 
     everywhere = PartitionSpec(mesh.axis_names)
     mapped = jax.shard_map(

@@ -1,4 +1,4 @@
-"""What a run carries from step to step: arrays and nothing else."""
+"""The state of a run between two steps: arrays and nothing else."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ class TrainState:
     Attributes:
       step: Updates done, int32.
       params: Parameters, float32.
-      ema: Their exponential moving averages, by decay as in `str(0.9999)`.
+      ema: EMA weights, the parameters' exponential moving averages, by decay as in `str(0.9999)`.
       opt_state: Moments of the optimizer.
     """
 
@@ -38,11 +38,11 @@ def create_state(
     """Returns the state before the first step.
 
     Args:
-      params: Initial parameters, also inside Flax's logical-axis boxes: averages and moments take
-        the boxes over, and with them the shardings.
+      params: Initial parameters, also inside Flax's logical-axis boxes: EMA weights and moments
+        take the boxes over, and with them the shardings.
       optimizer: Makes the moments.
-      ema_decays: One average per decay. Each starts as a copy of the parameters (a true copy: the
-        step donates its state, and no buffer may be donated twice).
+      ema_decays: One set of EMA weights per decay. Each starts as a copy of the parameters (a true
+        copy: the step donates its state, and no buffer may be donated twice).
 
     Raises:
       ConfigError: For a decay outside [0, 1) or given twice.
@@ -61,7 +61,9 @@ def create_state(
 
 
 def make_reshard(abstract: TrainState) -> Reshard | None:
-    """Returns what lays a tree like the parameters out as their moments lie; None if it does.
+    """Returns a function that gives a tree like the parameters the layout of their moments.
+
+    None where that layout is the parameters' own.
 
     A step under ZeRO-1 applies it to gradients and parameters, so that each device reduces and
     updates its own part only, and the new parameters are gathered afterwards.
@@ -79,12 +81,12 @@ def make_reshard(abstract: TrainState) -> Reshard | None:
 
 
 def update_ema(ema: dict[str, Params], params: Params) -> dict[str, Params]:
-    """Moves every average towards `params`: `ema <- d * ema + (1 - d) * params`.
+    """Moves all EMA weights towards `params`: `ema <- d * ema + (1 - d) * params`.
 
     From the first step on, without warm-up or bias correction. Source: DSR train.py (update_ema);
     spec denoiser 8.
     """
     return {
-        name: jax.tree.map(lambda e, p, d=float(name): d * e + (1 - d) * p, average, params)
-        for name, average in ema.items()
+        name: optax.incremental_update(params, weights, 1 - float(name))
+        for name, weights in ema.items()
     }

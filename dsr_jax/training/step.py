@@ -1,4 +1,4 @@
-"""One training step: draws, loss, gradients, update, averages, metrics.
+"""One training step: random inputs, loss, gradients, update, EMA, metrics.
 
 Source: DSR train.py; spec denoiser 8.
 """
@@ -44,8 +44,8 @@ class EncodeWithNorms(Protocol):
         ...
 
 
-class Draws(NamedTuple):
-    """What a step draws for a batch.
+class RandomInputs(NamedTuple):
+    """The random inputs of a step for one batch.
 
     Attributes:
       t: Times [B].
@@ -63,28 +63,28 @@ class Draws(NamedTuple):
 
 
 def loss_and_grads(
-    apply_fn: ApplyFn, objective: Objective, params: Params, x1: Array, draws: Draws
+    apply_fn: ApplyFn, objective: Objective, params: Params, x1: Array, inputs: RandomInputs
 ) -> tuple[Array, PyTree]:
-    """Computes losses and the gradient of their mean; draws nothing.
+    """Computes losses and the gradient of their mean on given inputs.
 
     Args:
       apply_fn: The network.
       objective: Path, prediction and weights.
       params: Where to differentiate.
       x1: Data [B, h, w, C].
-      draws: Times, noise and labels.
+      inputs: Times, noise and labels.
 
     Returns:
       Losses [B], float32, and gradients like `params`.
     """
 
     def mean_loss(p: Params) -> tuple[Array, Array]:
-        more = () if draws.dropout is None else (draws.dropout,)
-        network = lambda x, t: apply_fn(p, x, t, draws.labels, *more)  # noqa: E731
-        terms = objective.loss(network, x1, draws.x0, draws.t)
+        more = () if inputs.dropout is None else (inputs.dropout,)
+        network = lambda x, t: apply_fn(p, x, t, inputs.labels, *more)  # noqa: E731
+        terms = objective.loss(network, x1, inputs.x0, inputs.t)
         loss = terms.loss
-        if draws.token_weights is not None:
-            loss = jnp.mean(terms.per_element * draws.token_weights, axis=(1, 2, 3))
+        if inputs.token_weights is not None:
+            loss = jnp.mean(terms.per_element * inputs.token_weights, axis=(1, 2, 3))
         loss = loss.astype(jnp.float32)
         return jnp.mean(loss), loss
 
@@ -95,7 +95,7 @@ def loss_and_grads(
 def apply_gradients(
     state: State, grads: PyTree, optimizer: Optimizer, reshard: Reshard = lambda tree: tree
 ) -> State:
-    """Returns the state after one update: parameters, moments, then averages, then the count.
+    """Returns the state after one update: parameters, moments, then EMA, then the count.
 
     Args:
       state: The state before.
@@ -124,11 +124,11 @@ class TrainStep:
       encode: Images to latents, not differentiated; within the step so that it, too, works on one
         micro-batch at a time.
       objective: Path, prediction and weights.
-      time_sampler: Uniform draws [B] to times [B].
+      time_sampler: Uniform numbers [B] to times [B].
       optimizer: Parameters' update.
       seed: The run's seed.
       null_label: Label of "no class".
-      label_dropout: Share of labels replaced by it.
+      label_dropout: Fraction of labels replaced by it.
       dropout: Gives the network keys for dropout.
       token_weights: Weighs the tokens' losses by their norms, which `encode` then returns, too. The
         weights' mean is 1 over a micro-batch.
@@ -137,7 +137,7 @@ class TrainStep:
       reshard: From `make_reshard`; None divides nothing.
 
     Raises:
-      ConfigError: For a share outside [0, 1] or counts below 1.
+      ConfigError: For a fraction outside [0, 1] or counts below 1.
     """
 
     apply_fn: ApplyFn
@@ -178,7 +178,7 @@ class TrainStep:
 
         Returns:
           The state after it, and metrics: "loss", "grad_norm" before clipping, "param_norm" after
-          the update, "learning_rate", "dropped_labels" (share), "bin_loss" and "bin_count"
+          the update, "learning_rate", "dropped_labels" (fraction), "bin_loss" and "bin_count"
           [num_time_bins] (sum and count), and "finite", False where any of these or of the
           parameters is no number: such a state must not be kept.
         """
@@ -200,8 +200,10 @@ class TrainStep:
         """Lays a tree like the parameters out for the update."""
         return self.reshard(tree) if self.reshard else tree
 
-    def _draw(self, step: Array, batch: Batch, variables: PyTree) -> tuple[Array, Draws]:
-        """Returns latents and what goes with them."""
+    def _random_inputs(
+        self, step: Array, batch: Batch, variables: PyTree
+    ) -> tuple[Array, RandomInputs]:
+        """Returns latents and the random inputs that go with them."""
 
         def keys(stream: str) -> Array:
             return sample_keys(stream_key(self.seed, stream, step), batch["index"])
@@ -215,20 +217,22 @@ class TrainStep:
         t = self.time_sampler(uniform_per_sample(keys("time")))
         noise = normal_per_sample(keys("noise"), x1.shape[1:])
         weights = weigh(norms[..., None], t) if weigh else None
-        return x1, Draws(t, noise, labels, keys("dropout") if self.dropout else None, weights)
+        return x1, RandomInputs(
+            t, noise, labels, keys("dropout") if self.dropout else None, weights
+        )
 
     def _micro_step(
         self, state: TrainState, batch: Batch, variables: PyTree
     ) -> tuple[PyTree, dict[str, Array]]:
         """Returns gradients of the mean loss of one micro-batch, and sums over it."""
-        x1, draws = self._draw(state.step, batch, variables)
+        x1, inputs = self._random_inputs(state.step, batch, variables)
         freeze = self.optimizer.freeze_params
         trained = lambda p, *args: self.apply_fn(freeze(p), *args)  # noqa: E731
-        loss, grads = loss_and_grads(trained, self.objective, state.params, x1, draws)
-        bin_loss, bin_count = bin_losses(loss, draws.t, self.num_time_bins)
+        loss, grads = loss_and_grads(trained, self.objective, state.params, x1, inputs)
+        bin_loss, bin_count = bin_losses(loss, inputs.t, self.num_time_bins)
         sums = {
             "loss": jnp.sum(loss),
-            "dropped_labels": jnp.sum(draws.labels != batch["label"], dtype=jnp.float32),
+            "dropped_labels": jnp.sum(inputs.labels != batch["label"], dtype=jnp.float32),
             "bin_loss": bin_loss,
             "bin_count": bin_count,
         }

@@ -1,13 +1,18 @@
-"""How a run is told to stop: Ctrl-C, SIGTERM, and the agreement of several hosts on one step."""
+"""Stopping a run: Ctrl-C, SIGTERM, and the agreement of several hosts on one step."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from dsr_jax.core.cli import end_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -15,8 +20,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Turns signals into a question that the loop asks after every step; a context manager.
 
-    The first signal asks the loop to save and end. After a first Ctrl-C the second one kills the
-    process at once, also within a save; what is on disk then is the checkpoint before.
+    The first signal asks the loop to save and end; within `nothing_to_save` it ends the process at
+    once, even while the main thread compiles and cannot handle it. After a first Ctrl-C the second
+    one kills the process at once, also within a save; what is on disk is the checkpoint before.
 
     On several hosts a signal reaches one, some or all, at different steps. There JAX's preemption
     service, which owns SIGTERM, agrees with all hosts on a step that none has passed yet; Ctrl-C is
@@ -27,6 +33,8 @@ class StopRequest:
         self._signal: int | None = None
         self._before: dict[int, signal._HANDLER] = {}
         self._several = jax.process_count() > 1
+        self._nothing_to_save = False
+        self._pipe: tuple[int, int] | None = None
 
     def reached(self, step: int) -> bool:
         """Whether to stop after `step`; every process asks after every step."""
@@ -48,6 +56,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS[1:] if self._several else SIGNALS:
                 self._before[number] = signal.signal(number, self._on_signal)
+            if not self._several:
+                self._watch_signals()
         return self
 
     def __exit__(
@@ -58,6 +68,42 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])
+            self._pipe = None
+
+    @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """Wraps the first step of a start, which compiles: all that was done before is on disk.
+
+        In a run of several processes a signal waits for its end all the same.
+        """
+        self._nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._nothing_to_save = False
+
+    def _watch_signals(self) -> None:
+        """Starts a thread that sees signals also while the main thread is in C code."""
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._read_signals, args=(self._pipe[0],), daemon=True).start()
+
+    def _read_signals(self, reading: int) -> None:
+        """Ends the process where nothing is lost; returns once the pipe is closed."""
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while data := pipe.read(1):
+                if data[0] in SIGNALS and self._nothing_to_save:
+                    name = signal.Signals(data[0]).name
+                    print(
+                        f"stopped by {name} in the first step of this start: there is nothing to "
+                        "save; the same command continues",
+                        file=sys.stderr,
+                    )
+                    end_at_once(128 + data[0])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -42,6 +42,15 @@ def test_overrides_reach_their_key() -> None:
         ("--config.sample.ema=0.5", "config.sample.ema='0.5'.*\n.*none, 0.995"),
         ("--config.precision.matmul=int8", "matmul='int8'"),
         ("--steps=3", "'--steps=3' is not understood"),
+        ("--config.sample.num=0", "config.sample.num=0"),
+        ("--config.sample.batch=0", "config.sample.batch=0"),
+        ("--config.sample.every_steps=-1", "config.sample.every_steps=-1.*\n.*0 for none"),
+        ("--config.sample.interval=(0.9,)", r"config.sample.interval=\(0.9,\).*\n.*two times"),
+        ("--config.sample.interval=(0.9,0.1)", "config.sample.interval"),
+        ("--config.checkpoint.keep_every=-3", "config.checkpoint.keep_every=-3"),
+        ("--config.checkpoint.restore_step=-2", "restore_step=-2.*\n.*-1 for the newest"),
+        ("--config.train.stop_after_steps=-1", "config.train.stop_after_steps=-1"),
+        ("--config.data.workers=-1", "config.data.workers=-1"),
     ],
 )
 def test_bad_overrides_name_the_key(override: str, message: str) -> None:
@@ -80,3 +89,26 @@ def test_old_names_of_keys_are_read(tmp_path: Path) -> None:
     assert configs.from_json(values, "config.json").eval.classifier == "digits"
     known = dict(leaves(configs.base_config()))
     assert set(RENAMED.values()) <= set(known) and not set(RENAMED) & set(known)
+
+
+def test_ema_weights_that_are_longer_than_the_run_are_pointed_out() -> None:
+    """After 300 steps of decay 0.995 a fifth of the initial weights is still in them."""
+    (hint,) = configs.hints(configs.load(DIGITS, ["--config.train.steps=300"]))
+    assert "decay 0.995 are longer than the run: after 300 steps 22 % of the initial" in hint
+    remedy = [
+        "--config.train.steps=300",
+        "--config.ema.decays=(0.984,)",
+        "--config.sample.ema=0.984",
+    ]
+    assert remedy[1].removeprefix("--") in hint and remedy[2].removeprefix("--") in hint
+    assert configs.hints(configs.load(DIGITS, remedy)) == []
+    none = ["--config.train.steps=300", "--config.sample.ema=none"]
+    assert configs.hints(configs.load(DIGITS, none)) == []
+    assert configs.hints(configs.load(DIGITS, ["--config.train.steps=2000"])) == []
+
+
+def test_paths_may_begin_with_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it alone behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = configs.load(DIGITS, ["--config.data.root=~/images", "--config.log.wandb=~x"])
+    assert config.data.root == "/home/somebody/images" and config.log.wandb == "~x"

@@ -34,15 +34,15 @@ class Recorder:
 def test_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
 
-    def run(first: int, last: int, num_steps: int = 4, primary: bool = True) -> list:
-        window = ProfileWindow(tmp_path, 3, num_steps, primary=primary)
+    def run(first: int, last: int, num_steps: int = 4, process_zero: bool = True) -> list:
+        window = ProfileWindow(tmp_path, 3, num_steps, process_zero=process_zero)
         return recorder.run(window, first, last)
 
     assert run(0, 20) == [("start", 3), ("stop", 7)]
     assert run(5, 20) == [("start", 5), ("stop", 7)]
     assert run(0, 5) == [("start", 3), ("stop", 5)]
     assert run(7, 20) == run(0, 3) == run(0, 20, num_steps=0) == []
-    assert run(0, 20, primary=False) == []
+    assert run(0, 20, process_zero=False) == []
 
 
 def test_an_error_ends_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

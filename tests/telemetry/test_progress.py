@@ -60,7 +60,7 @@ def test_one_bar_on_a_terminal() -> None:
 
 def test_other_processes_are_silent() -> None:
     for stream in (io.StringIO(), Terminal()):
-        with Progress(10, stream=stream, primary=False) as progress:
+        with Progress(10, stream=stream, process_zero=False) as progress:
             progress.update(1, loss=0.5)
             progress.log("hello")
         assert stream.getvalue() == ""

@@ -75,7 +75,7 @@ def test_steps_never_run_backwards(tmp_path: Path) -> None:
 
 
 def test_only_the_primary_process_writes(tmp_path: Path) -> None:
-    with MetricWriter(tmp_path, tensorboard=True, primary=False) as writer:
+    with MetricWriter(tmp_path, tensorboard=True, process_zero=False) as writer:
         writer.write(1, {"loss": 1.0})
         writer.write_image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     assert not list(tmp_path.iterdir())
@@ -99,9 +99,9 @@ def test_missing_package_is_named(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == package else found(n))
-    for primary in (True, False):
+    for process_zero in (True, False):
         with pytest.raises(ConfigError, match=f"needs {package}.*\n.*pip install {package}"):
-            MetricWriter(tmp_path, primary=primary, **options)
+            MetricWriter(tmp_path, process_zero=process_zero, **options)
 
 
 class FakeWandb(types.ModuleType):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dsr_jax.core.errors import ConfigError
@@ -20,9 +21,9 @@ from dsr_jax.training.decoder_step import (
     Networks,
     generator_terms_and_grads,
     make_decoder_step,
-    update_critic,
+    update_discriminator,
 )
-from dsr_jax.training.diffaug import NUM_DRAWS, augment
+from dsr_jax.training.diffaug import NUM_UNIFORMS, augment
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from tests.training.toy_training import FAST_COMPILE
 
@@ -48,22 +49,22 @@ def perceptual(variables: Any, a: Any, b: Any) -> Any:
     return variables["scale"] * jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
 
 
-def judge(variables: Any, heads: Any, spectral: Any, images: Any, *, train: bool) -> Any:
+def discriminate(variables: Any, heads: Any, spectral: Any, images: Any, *, train: bool) -> Any:
     """Counts its passes in training."""
     logits = jnp.tanh(images.reshape(len(images), -1) @ heads)
     return logits, spectral + 1 if train else spectral
 
 
-NETWORKS = Networks(encode, decode, perceptual, judge)
+NETWORKS = Networks(encode, decode, perceptual, discriminate)
 VARIABLES = {"scale": jnp.float32(0.7)}
 
 
-def state(with_critic: bool = True) -> DecoderState:
+def state(with_discriminator: bool = True) -> DecoderState:
     keys = jax.random.split(jax.random.key(0), 3)
     kernel = 0.1 * jax.random.normal(keys[1], (6, PIXELS))
     params = {"first": 0.1 * jax.random.normal(keys[0], (PIXELS, 6)), "pred": {"kernel": kernel}}
     heads = (0.1 * jax.random.normal(keys[2], (PIXELS, 5)), jnp.zeros(()))
-    return create_decoder_state(params, heads if with_critic else None, OPTIMIZER, (0.5,))
+    return create_decoder_state(params, heads if with_discriminator else None, OPTIMIZER, (0.5,))
 
 
 def batch() -> dict[str, Any]:
@@ -89,14 +90,14 @@ def run(steps: int) -> list[tuple[DecoderState, dict[str, Any]]]:
 
 def test_gradients_are_those_of_the_balanced_sum() -> None:
     before, images = state(), batch()["image"] / 255
-    draws = jax.random.uniform(jax.random.key(3), (ROWS, NUM_DRAWS))
+    uniforms = jax.random.uniform(jax.random.key(3), (ROWS, NUM_UNIFORMS))
     latents = encode(VARIABLES, images, None)
     settings = dataclasses.replace(SETTINGS, perceptual_weight=2.0)
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def compute(before: DecoderState) -> Any:
         return generator_terms_and_grads(
-            NETWORKS, settings, VARIABLES, before, images, latents, draws, True
+            NETWORKS, settings, VARIABLES, before, images, latents, uniforms, True
         )
 
     terms, grads = compute(before)
@@ -107,8 +108,8 @@ def test_gradients_are_those_of_the_balanced_sum() -> None:
         return jnp.mean(jnp.abs(x - images)) + 2.0 * jnp.mean(distance)
 
     def adversarial(params: Any) -> Any:
-        seen = augment(to_signed(decode(VARIABLES, params, latents)), draws)
-        return generator_loss(jnp.tanh(seen.reshape(ROWS, -1) @ before.critic.params))
+        seen = augment(to_signed(decode(VARIABLES, params, latents)), uniforms)
+        return generator_loss(jnp.tanh(seen.reshape(ROWS, -1) @ before.discriminator.params))
 
     first, second = (
         jax.jit(jax.value_and_grad(f), compiler_options=FAST_COMPILE)(before.params)
@@ -125,15 +126,15 @@ def test_gradients_are_those_of_the_balanced_sum() -> None:
 
 def test_each_part_begins_at_its_step() -> None:
     steps = run(3)
-    counts = [int(after.critic.step) for after, _ in steps]
+    counts = [int(after.discriminator.step) for after, _ in steps]
     assert counts == [0, 1, 2]
     # One pass over reconstructions and one over images per update.
-    assert [float(after.critic.spectral) for after, _ in steps] == [0, 2, 4]
+    assert [float(after.discriminator.spectral) for after, _ in steps] == [0, 2, 4]
     on = [float(metrics["adaptive_weight"]) > 0 for _, metrics in steps]
     assert on == [False, False, True]
     assert [float(m["gan"]) != 0 for _, m in steps] == on
     assert [float(m["discriminator_loss"]) > 0 for _, m in steps] == [False, True, True]
-    np.testing.assert_array_equal(steps[0][0].critic.params, state().critic.params)
+    np.testing.assert_array_equal(steps[0][0].discriminator.params, state().discriminator.params)
     # The discriminator's schedule begins with its own first update.
     rates = [float(metrics["discriminator_learning_rate"]) for _, metrics in steps]
     assert rates[0] == rates[1] == pytest.approx(1e-2) and rates[2] < rates[1]
@@ -143,16 +144,16 @@ def test_each_part_begins_at_its_step() -> None:
 
 def test_without_discriminator_the_first_steps_are_the_same() -> None:
     with_gan, _ = run(1)[0]
-    networks = dataclasses.replace(NETWORKS, judge=None)
-    without, metrics = compiled(networks)(state(with_critic=False), batch(), VARIABLES)
-    assert without.critic is None and "discriminator_loss" not in metrics
+    networks = dataclasses.replace(NETWORKS, discriminate=None)
+    without, metrics = compiled(networks)(state(with_discriminator=False), batch(), VARIABLES)
+    assert without.discriminator is None and "discriminator_loss" not in metrics
     for name, value in flatten_names(with_gan.params).items():
         np.testing.assert_allclose(flatten_names(without.params)[name], value, rtol=1e-6)
 
 
 def test_without_lpips_the_loss_is_l1() -> None:
-    networks = dataclasses.replace(NETWORKS, judge=None, perceptual=None)
-    _, metrics = compiled(networks)(state(with_critic=False), batch(), {})
+    networks = dataclasses.replace(NETWORKS, discriminate=None, perceptual=None)
+    _, metrics = compiled(networks)(state(with_discriminator=False), batch(), {})
     assert metrics["loss"] == metrics["l1"] > 0 and metrics["lpips"] == 0
 
 
@@ -166,17 +167,17 @@ def test_the_decoder_sees_noise_and_the_discriminator_none() -> None:
         expected.append(float(compiled(networks)(before, batch(), VARIABLES)[1]["l1"]))
     assert expected[0] == pytest.approx(float(metrics["l1"])) and expected[0] != expected[1]
 
-    middle = jnp.full((ROWS, NUM_DRAWS), 0.5)
+    middle = jnp.full((ROWS, NUM_UNIFORMS), 0.5)
 
     def loss(networks: Networks) -> float:
-        given = (VARIABLES, before.critic, after.params, images, (middle, middle))
-        update = functools.partial(update_critic, networks, SETTINGS, OPTIMIZER)
+        given = (VARIABLES, before.discriminator, after.params, images, (middle, middle))
+        update = functools.partial(update_discriminator, networks, SETTINGS, OPTIMIZER)
         return float(jax.jit(update, compiler_options=FAST_COMPILE)(*given)[1])
 
     assert loss(NETWORKS) == loss(noiseless)
 
 
-def test_draws_belong_to_samples_and_the_step() -> None:
+def test_random_inputs_belong_to_samples_and_the_step() -> None:
     _, want = run(1)[0]
     _, later = compiled()(dataclasses.replace(state(), step=jnp.ones((), int)), batch(), VARIABLES)
     assert float(want["l1"]) != float(later["l1"])
@@ -197,7 +198,9 @@ def test_a_discriminator_without_numbers_is_told() -> None:
     broken = dataclasses.replace(
         before,
         step=before.step + 1,
-        critic=dataclasses.replace(before.critic, params=before.critic.params * jnp.nan),
+        discriminator=dataclasses.replace(
+            before.discriminator, params=before.discriminator.params * jnp.nan
+        ),
     )
     assert not compiled()(broken, batch(), VARIABLES)[1]["finite"]
 
@@ -218,16 +221,34 @@ def test_balancing_costs_no_second_pass_through_the_decoder() -> None:
         return network.apply({"params": p}, z).image
 
     def flops(networks: Networks, given: DecoderState) -> float:
-        def grads(given: Any, images: Any, latents: Any, draws: Any) -> Any:
+        def grads(given: Any, images: Any, latents: Any, uniforms: Any) -> Any:
             return generator_terms_and_grads(
-                networks, SETTINGS, {}, given, images, latents, draws, True
+                networks, SETTINGS, {}, given, images, latents, uniforms, True
             )[1]
 
-        images, draws = jnp.zeros((ROWS, SIDE, SIDE, 3)), jnp.zeros((ROWS, NUM_DRAWS))
-        return jax.jit(grads).lower(given, images, tokens, draws).compile().cost_analysis()["flops"]
+        images, uniforms = jnp.zeros((ROWS, SIDE, SIDE, 3)), jnp.zeros((ROWS, NUM_UNIFORMS))
+        return (
+            jax.jit(grads).lower(given, images, tokens, uniforms).compile().cost_analysis()["flops"]
+        )
 
-    alone = dataclasses.replace(state(with_critic=False), params=nn.unbox(params))
+    alone = dataclasses.replace(state(with_discriminator=False), params=nn.unbox(params))
     balanced = dataclasses.replace(state(), params=nn.unbox(params))
     plain = Networks(encode, decoded)
     cost = flops(plain, alone)
-    assert cost < flops(dataclasses.replace(plain, judge=judge), balanced) < 1.2 * cost
+    assert (
+        cost < flops(dataclasses.replace(plain, discriminate=discriminate), balanced) < 1.2 * cost
+    )
+
+
+def test_frozen_parameters_of_the_decoder_do_not_concern_the_discriminator() -> None:
+    optimizer = dataclasses.replace(OPTIMIZER, freeze=("first",), weight_decay=0.1)
+    settings = dataclasses.replace(SETTINGS, discriminator_start=0, generator_start=0)
+    step = make_decoder_step(NETWORKS, settings, optimizer, seed=0)
+    before = state()
+    after, metrics = jax.jit(step, compiler_options=FAST_COMPILE)(before, batch(), VARIABLES)
+    np.testing.assert_array_equal(after.params["first"], before.params["first"])
+    assert (after.params["pred"]["kernel"] != before.params["pred"]["kernel"]).any()
+    assert before.discriminator is not None and after.discriminator is not None
+    assert (after.discriminator.params != before.discriminator.params).any()
+    kernel = optax.tree.get(after.opt_state, "mu")["pred"]["kernel"] / (1 - OPTIMIZER.b1)
+    np.testing.assert_allclose(metrics["grad_norm"], jnp.linalg.norm(kernel), rtol=1e-5)

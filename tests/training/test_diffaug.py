@@ -1,23 +1,23 @@
-"""The discriminator's augmentation: what each draw does, and to its own sample only."""
+"""The discriminator's augmentation: what each random number does, and to its own sample only."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.training.diffaug import NUM_DRAWS, augment, change_colours, cut_out, translate
+from dsr_jax.training.diffaug import NUM_UNIFORMS, augment, change_colours, cut_out, translate
 
-MIDDLE = jnp.full((1, NUM_DRAWS), 0.5)
+MIDDLE = jnp.full((1, NUM_UNIFORMS), 0.5)
 
 
 def images(count: int = 1, size: int = 16) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (count, size, size, 3))
 
 
-def draws(count: int) -> jax.Array:
-    return jax.random.uniform(jax.random.key(1), (count, NUM_DRAWS))
+def uniforms(count: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(1), (count, NUM_UNIFORMS))
 
 
-def test_draws_in_the_middle_change_nothing() -> None:
+def test_uniforms_in_the_middle_change_nothing() -> None:
     np.testing.assert_allclose(augment(images(), MIDDLE), images(), atol=1e-6)
 
 
@@ -50,8 +50,8 @@ def test_holes_have_their_size_and_lie_within_the_image() -> None:
     assert (corner == 0).sum() == 9 and not corner[0, 0, 0].any()
 
 
-def test_a_sample_depends_on_its_own_draws() -> None:
-    x, u = images(3), draws(3)
+def test_a_sample_depends_on_its_own_uniforms() -> None:
+    x, u = images(3), uniforms(3)
     whole = augment(x, u, 0.2)
     for row in range(3):
         alone = augment(x[row : row + 1], u[row : row + 1], 0.2)

@@ -1,4 +1,4 @@
-"""The training step: draws, accumulation, averages, metrics, and equality across meshes."""
+"""The training step: random inputs, accumulation, EMA, metrics, and equality across meshes."""
 
 import functools
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_rows_are_dealt_out_in_strides() -> None:
         split_batch({"label": jnp.arange(6)}, 4)
 
 
-def test_draws_follow_the_sample_and_not_its_row() -> None:
+def test_random_inputs_follow_the_sample_and_not_its_row() -> None:
     rows = np.random.default_rng(0).permutation(BATCH)
     shuffled = {name: value[rows] for name, value in batch().items()}
     step = compiled()
@@ -103,7 +103,7 @@ def test_noise_differs_by_step_seed_and_sample() -> None:
     assert len({loss(), loss(seed=8), loss(at=1), loss(shift=BATCH)}) == 4
 
 
-def test_loss_is_the_mean_over_the_documented_draws() -> None:
+def test_loss_is_the_mean_over_the_documented_inputs() -> None:
     """Recomputes the loss from the streams that the docstring names."""
     state, data = initial(), batch()
     metrics = compiled(label_dropout=0.0)(state, data)[1]

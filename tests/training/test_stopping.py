@@ -89,6 +89,23 @@ def test_sigterm_to_a_process_saves_and_the_second_start_continues(
     equal(dict(np.load(tmp_path / "final.npz")), whole[1])
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_first_step_compiles_ends_at_once(
+    tmp_path: Path, number: int, status: int
+) -> None:
+    """The main thread is in C code, where Python cannot handle the signal."""
+    first = start(tmp_path, 12, "--long-compilation")
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.startswith("compiling and running the first step"):
+            break
+    first.send_signal(number)
+    status_seen, errors = finish(first)
+    assert status_seen == status, errors
+    assert f"stopped by {signal.Signals(number).name} in the first step" in errors
+    assert not list_steps(tmp_path / "checkpoints")
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_screen_and_earlier_steps_survive(whole: Any, tmp_path: Path) -> None:
     run = whole[0].elsewhere(tmp_path)

@@ -3,6 +3,7 @@
 As a script it is a whole run, for tests that need processes of their own:
 
     python toy_training.py WORKDIR STEPS [--slow] [--save-every=N] [--step-seconds=S]
+        [--long-compilation]
 
 It writes the final parameters to WORKDIR/final.npz and prints `step N` after each step. With
 TOY_FAULT=KIND:PROCESS:STEP something goes wrong in one process behind a step: "corrupt" changes its
@@ -13,6 +14,7 @@ copy of an array, "data" lets it wait for a batch for ever, "skip" gives it thos
 import argparse
 import copy
 import errno
+import hashlib
 import itertools
 import os
 import sys
@@ -249,6 +251,7 @@ def main() -> int:
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--long-compilation", action="store_true")
     parser.add_argument("--data-parallel", action="store_true")
     args = parser.parse_args()
     start_processes()
@@ -264,6 +267,9 @@ def run_script(args: argparse.Namespace, watch: Watch) -> int:
     run = Run(args.workdir, mesh, every_steps=args.save_every)
 
     def step_fn(state: TrainState, batch: Any) -> Any:
+        if args.long_compilation:
+            # C code that no signal interrupts, as the compiler's.
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
         done = run.step(state, batch)
         step = int(done[0].step)
         print(f"step {step}", flush=True)

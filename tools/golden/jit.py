@@ -21,7 +21,7 @@ from dsr_jax.diffusion.objectives import Objective, make_objective
 from dsr_jax.diffusion.paths import flip_time
 from dsr_jax.models.jit import JiT
 from dsr_jax.training.optimizers import LearningRate, Optimizer
-from dsr_jax.training.step import Draws, loss_and_grads
+from dsr_jax.training.step import RandomInputs, loss_and_grads
 from tools.golden.compare import Case, Check
 from tools.golden.denoiser import nchw, nhwc
 
@@ -65,7 +65,7 @@ def _forward(case: Case, model: JiT, params: Params) -> list[Check]:
 
 
 def _loss(case: Case, model: JiT, params: Params) -> list[Check]:
-    """The mean loss and the norm of its gradient, from recorded draws."""
+    """The mean loss and the norm of its gradient, from recorded inputs."""
     config, io = case.config, case.io
     # The original's position table takes no gradient.
     optimizer = Optimizer(LearningRate(1.0), freeze=("pos_embed",))
@@ -74,9 +74,9 @@ def _loss(case: Case, model: JiT, params: Params) -> list[Check]:
         return flip_time(_bound(model, optimizer.freeze_params(p)), "data")(x, t, labels)
 
     t = 1 - jax.nn.sigmoid(config["P_mean"] + config["P_std"] * jnp.asarray(io["loss_z"]))
-    draws = Draws(t, jnp.asarray(nhwc(io["loss_e"])), _labels(case, "loss_y"))
+    inputs = RandomInputs(t, jnp.asarray(nhwc(io["loss_e"])), _labels(case, "loss_y"))
     losses, grads = jax.jit(
-        lambda p: loss_and_grads(network, _objective(case), p, nhwc(io["loss_x1"]), draws)
+        lambda p: loss_and_grads(network, _objective(case), p, nhwc(io["loss_x1"]), inputs)
     )(params)
     checks = [Check("loss", np.reshape(losses.mean(), io["loss"].shape), io["loss"], "loss")]
     if "grad_norm" in io:

@@ -32,11 +32,11 @@ from dsr_jax.training.adversarial import (
     quantise,
     to_signed,
 )
-from dsr_jax.training.decoder_state import Critic, DecoderState
+from dsr_jax.training.decoder_state import DecoderState, DiscriminatorState
 from dsr_jax.training.decoder_step import (
     LossSettings,
     Networks,
-    critic_loss_and_grads,
+    discriminator_loss_and_grads,
     generator_terms_and_grads,
 )
 from dsr_jax.training.diffaug import augment
@@ -77,19 +77,21 @@ def run_discriminator(case: Case) -> list[Check]:
     network, *arrays = load_discriminator(case.weights(), config["recipe"], config["ks"])
     backbone, heads, spectral = arrays
     real, fake = (jnp.asarray(nhwc(io[key])) for key in ("real", "fake"))
-    judge: Any = jax.jit(network, static_argnames="train")
+    discriminate: Any = jax.jit(network, static_argnames="train")
     loss, gradient = jax.jit(
         jax.value_and_grad(lambda x: generator_loss(network(*arrays, x, train=False)[0]))
     )(fake)
     quantised = quantise(fake)
-    critic = Critic(step=jnp.zeros((), jnp.int32), params=heads, spectral=spectral, opt_state=())
-    terms, grads = jax.jit(functools.partial(critic_loss_and_grads, network, LossSettings()))(
-        backbone, critic, real, quantised
+    discriminator = DiscriminatorState(
+        step=jnp.zeros((), jnp.int32), params=heads, spectral=spectral, opt_state=()
     )
-    on_fake, between = judge(backbone, heads, spectral, quantised, train=True)
-    on_real, _ = judge(backbone, heads, between, real, train=True)
+    terms, grads = jax.jit(
+        functools.partial(discriminator_loss_and_grads, network, LossSettings())
+    )(backbone, discriminator, real, quantised)
+    on_fake, between = discriminate(backbone, heads, spectral, quantised, train=True)
+    on_real, _ = discriminate(backbone, heads, between, real, train=True)
     found = {
-        "eval_logits_fake": judge(backbone, heads, spectral, fake, train=False)[0],
+        "eval_logits_fake": discriminate(backbone, heads, spectral, fake, train=False)[0],
         "gen_loss": loss,
         "gen_loss_grad_fake": nchw(gradient),
         "dino_activations": jax.jit(network.features)(backbone, fake).swapaxes(2, 3),
@@ -99,7 +101,9 @@ def run_discriminator(case: Case) -> list[Check]:
         "hinge_d_loss": terms.loss,
         "vanilla_d_loss": discriminator_loss("vanilla", on_real, on_fake),
         "accuracy": accuracy(on_real, on_fake),
-        "eval_logits_real_after": judge(backbone, heads, terms.spectral, real, train=False)[0],
+        "eval_logits_real_after": discriminate(backbone, heads, terms.spectral, real, train=False)[
+            0
+        ],
     }
     # One tree holds both: the table converts parameters and singular vectors together.
     state = flax_to_torch({"params": grads, SPECTRAL: terms.spectral}, heads_rules(network))
@@ -149,12 +153,12 @@ def run_lpips(case: Case) -> list[Check]:
 
 def run_augmentation(case: Case) -> list[Check]:
     """Augmented images, without and with holes; the share stands in the array's name."""
-    images, draws = jnp.asarray(nhwc(case.io["x"])), jnp.asarray(case.io["rand01"].T)
+    images, uniforms = jnp.asarray(nhwc(case.io["x"])), jnp.asarray(case.io["rand01"].T)
     checks = []
     for key, want in case.io.items():
         if found := re.fullmatch(r"cutout(\d)(\d*)_out", key):
             share = float(f"{found[1]}.{found[2] or 0}")
-            checks.append(Check(key, nchw(augment(images, draws, share)), want, "encoder"))
+            checks.append(Check(key, nchw(augment(images, uniforms, share)), want, "encoder"))
     return checks
 
 
@@ -213,43 +217,45 @@ def run_step(case: Case) -> list[Check]:
     _, average = load_decoder(below(weights, "ema_before."), config["decoder"])
     lpips, lpips_params = load_lpips(below(weights, "lpips."))
     disc = config["disc"]
-    judge, *arrays = load_discriminator(weights, disc["recipe"], disc["ks"])
+    discriminate, *arrays = load_discriminator(weights, disc["recipe"], disc["ks"])
     settings, optimizer = step_settings(config)
     mean, std = (np.array(config[f"image_{name}"], np.float32) for name in ("mean", "std"))
     latents, images = jnp.asarray(io["latent_tokens"]), jnp.asarray(nhwc(io["images"]))
-    draws = jnp.asarray(io["diffaug_rand01"].T)
+    uniforms = jnp.asarray(io["diffaug_rand01"].T)
     networks = Networks(
         encode=lambda variables, images, keys: latents,
         decode=lambda variables, p, z: ViTDecoder(sizes).apply({"params": p}, z).image * std + mean,
         perceptual=lambda variables, a, b: lpips.apply({"params": lpips_params}, a, b),
-        judge=judge,
+        discriminate=discriminate,
     )
     start, decay = jnp.zeros((), jnp.int32), str(config["ema_decay"])
-    critic = Critic(step=start, params=arrays[1], spectral=arrays[2], opt_state=())
+    discriminator = DiscriminatorState(
+        step=start, params=arrays[1], spectral=arrays[2], opt_state=()
+    )
     state = DecoderState(
         step=start,
         params=params,
         ema={decay: average},
         opt_state=optimizer.init(params),
-        critic=critic,
+        discriminator=discriminator,
     )
 
     @jax.jit
     def step(state: DecoderState) -> Any:
         terms, grads = generator_terms_and_grads(
-            networks, settings, arrays[0], state, images, latents, draws, True
+            networks, settings, arrays[0], state, images, latents, uniforms, True
         )
         return terms, grads, apply_gradients(state, grads, optimizer)
 
     terms, grads, after = step(state)
-    augmented = augment(to_signed(terms.images), draws)
+    augmented = augment(to_signed(terms.images), uniforms)
     found = {
         "recon": nchw(terms.images),
         "l1": terms.l1,
         "lpips": terms.perceptual,
         "recon_total": terms.l1 + settings.perceptual_weight * terms.perceptual,
         "fake_aug": nchw(augmented),
-        "logits_fake": judge(*arrays, augmented, train=False)[0],
+        "logits_fake": discriminate(*arrays, augmented, train=False)[0],
         "gan_loss": terms.gan,
         "adaptive_weight": terms.weight,
         "total_loss": terms.total,

@@ -13,7 +13,7 @@ from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.diffusion.time_sampling import make_time_sampler
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, create_state
-from dsr_jax.training.step import Draws, apply_gradients, loss_and_grads
+from dsr_jax.training.step import RandomInputs, apply_gradients, loss_and_grads
 from tools.golden.compare import Case, Check
 from tools.golden.denoiser import case_network, is_denoiser, nhwc, official
 
@@ -66,7 +66,7 @@ def parse_optimizer(config: Mapping[str, Any]) -> Optimizer:
 
 
 def run_training(case: Case) -> list[Check]:
-    """Draws, losses, gradients, rates, parameters and averages of consecutive steps."""
+    """Losses, gradients, rates, parameters and EMA weights of consecutive steps."""
     config, io = case.config, case.io
     model, params = case_network(case)
     optimizer = parse_optimizer(config)
@@ -81,8 +81,8 @@ def run_training(case: Case) -> list[Check]:
         return model.apply({"params": params}, x, t, labels)
 
     @jax.jit
-    def step(state: TrainState, x1: jax.Array, draws: Draws) -> tuple[TrainState, Any, Any]:
-        losses, grads = loss_and_grads(network, objective, state.params, x1, draws)
+    def step(state: TrainState, x1: jax.Array, inputs: RandomInputs) -> tuple[TrainState, Any, Any]:
+        losses, grads = loss_and_grads(network, objective, state.params, x1, inputs)
         return apply_gradients(state, grads, optimizer), losses, grads
 
     checks, kept = [], _every_tensor(case, lambda tree: official(model, tree))
@@ -94,9 +94,9 @@ def run_training(case: Case) -> list[Check]:
             config["params"]["num_classes"],
         )
         t = sampler(jnp.asarray(io["u_time"][k]))
-        draws = Draws(t, jnp.asarray(nhwc(io["x0"][k])), labels)
+        inputs = RandomInputs(t, jnp.asarray(nhwc(io["x0"][k])), labels)
         rate = optimizer.learning_rate(state.step)
-        state, losses, grads = step(state, jnp.asarray(nhwc(io["x1"][k])), draws)
+        state, losses, grads = step(state, jnp.asarray(nhwc(io["x1"][k])), inputs)
         norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in _leaves(grads)))
         checks += [
             Check(f"t[{k}]", t, io["t"][k], "forward"),
