@@ -114,6 +114,7 @@ def test_the_way_of_sit_starts_at_noise_and_ends_at_data(whole: Path) -> None:
     [
         ("space.vae=", ConfigError, "config.space.vae is not set"),
         ("space.vae=nowhere", ConversionError, "nowhere holds no converted model"),
+        ("space.shift=0.5", ConfigError, "shift=0.5, but the autoencoder in .* 0.0"),
         ("space.scale=0.5", ConfigError, "scale=0.5, but the autoencoder in .* 0.18215"),
         ("data.image_size=7", ConfigError, "image_size=7"),
         ("data.channels=1", ConfigError, "config.data.channels=1"),

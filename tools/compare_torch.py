@@ -3,8 +3,8 @@
     python tools/compare_torch.py SNAPSHOT [--images FOLDER] [--batch 4]
 
 SNAPSHOT is a local folder with `config.json` and weights, as `hf download` or `save_pretrained`
-leave it. Prints the relative error (greatest difference / greatest value) of the embeddings, of
-every block and of the final tokens.
+leave it. Prints the largest difference, and the largest relative error of a token (norm of its
+difference / its norm), of every block and of the final tokens.
 """
 
 import json
@@ -24,9 +24,16 @@ from dsr_jax.registers.trace import trace_encoder
 
 
 class Difference(NamedTuple):
-    """How far ours is from PyTorch's at one place."""
+    """How far ours is from PyTorch's behind one layer.
 
-    place: str
+    Attributes:
+      layer: "block 0", ..., "tokens".
+      absolute: Largest difference.
+      relative: Largest over all tokens of the norm of the difference over the token's norm, so
+        that outlier tokens do not hide errors of the others.
+    """
+
+    layer: str
     absolute: float
     relative: float
 
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         pixels = np.random.default_rng(0).standard_normal((args.batch, size, size, 3), np.float32)
     for difference in compare(args.snapshot, pixels):
-        print(f"{difference.place:12} {difference.absolute:10.3e} {difference.relative:10.3e}")
+        print(f"{difference.layer:12} {difference.absolute:10.3e} {difference.relative:10.3e}")
 
 
 def compare(snapshot: Path, pixels: np.ndarray) -> list[Difference]:
@@ -56,24 +63,24 @@ def compare(snapshot: Path, pixels: np.ndarray) -> list[Difference]:
 
     Args:
       snapshot: Folder with an HF encoder.
-      pixels: Normalised images [B, H, W, 3].
+      pixels: Normalized images [B, H, W, 3].
     """
     config, params = read_encoder(snapshot)
     with jax.default_matmul_precision("highest"):
         ours = trace_encoder(ViT(config), params, pixels)
     theirs = run_torch(snapshot, pixels)
-    places = [
+    layers = [
         (f"block {i}", a, b) for i, (a, b) in enumerate(zip(ours.outputs, theirs, strict=True))
     ]
     patches = theirs[-1][:, config.num_prefix :]
     centred = patches - patches.mean(axis=-1, keepdims=True)
     variance = np.square(centred).mean(axis=-1, keepdims=True)
-    places.append(("tokens", ours.tokens, centred / np.sqrt(variance + config.layer_norm_eps)))
-    return [_difference(place, np.asarray(a), b) for place, a, b in places]
+    layers.append(("tokens", ours.tokens, centred / np.sqrt(variance + config.layer_norm_eps)))
+    return [_difference(layer, np.asarray(a), b) for layer, a, b in layers]
 
 
 def run_torch(snapshot: Path, pixels: np.ndarray) -> list[np.ndarray]:
-    """What each block of the HF encoder puts out [B, S, D]."""
+    """Returns the output of each block of the HF encoder [B, S, D]."""
     import torch
 
     model, inputs = _load_torch(snapshot)
@@ -125,9 +132,10 @@ def _load_torch(snapshot: Path) -> tuple[Any, Any]:
     return model, inputs
 
 
-def _difference(place: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    absolute = float(np.abs(ours - theirs).max())
-    return Difference(place, absolute, absolute / float(np.abs(theirs).max()))
+def _difference(layer: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    error = ours - theirs
+    relative = np.linalg.norm(error, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    return Difference(layer, float(np.abs(error).max()), float(relative.max()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Opened(NamedTuple):
     Attributes:
       path: The file or folder.
       state: Arrays by name.
-      record: What conversion.json says about it: source, digest, entry, dropped names.
+      record: What conversion.json holds about it: source, digest, entry, dropped names.
     """
 
     path: Path

@@ -64,11 +64,11 @@ def infer_decoder(state: Mapping[str, np.ndarray], num_heads: int = 0) -> Decode
 
     Args:
       state: Arrays by the original's names.
-      num_heads: Which no shape tells; 0 for that of the released sizes.
+      num_heads: Which no shape shows; 0 for that of the released sizes.
 
     Raises:
-      ConversionError: If a tensor that tells a size is missing or of odd shape, or the heads are
-        not known.
+      ConversionError: If a tensor that a size is read off is missing or of odd shape, or the heads
+        are not known.
     """
 
     shape = functools.partial(shape_of, state, remedy=_OTHER_FILE)
@@ -81,7 +81,8 @@ def infer_decoder(state: Mapping[str, np.ndarray], num_heads: int = 0) -> Decode
     known = [p["num_heads"] for p in DECODERS.values() if sizes.items() <= p.items()]
     if not num_heads and not known:
         raise ConversionError(
-            f"no released decoder has {sizes}, and no tensor tells the number of attention heads",
+            f"no released decoder has {sizes}, and the number of attention heads cannot be read "
+            "off a tensor",
             "give --num-heads (decoder_num_attention_heads of its config.json)",
         )
     return DecoderConfig(

@@ -203,7 +203,7 @@ def infer_heads(
     """Heads of blocks of this width, by the first of `keys` whose last axis is one head's.
 
     Raises:
-      ConversionError: If the file holds none of them, naming the option that tells.
+      ConversionError: If the file holds none of them, naming the option that gives it.
     """
     for key in keys:
         if key in state:

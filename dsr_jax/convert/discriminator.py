@@ -103,11 +103,11 @@ def infer_backbone(state: Mapping[str, np.ndarray], num_heads: int = 0) -> ViTCo
 
     Args:
       state: Arrays by the original's names.
-      num_heads: Which no shape tells; 0 for that of the released widths.
+      num_heads: Which no shape shows; 0 for that of the released widths.
 
     Raises:
-      ConversionError: If a tensor that tells a size is missing or of odd shape, or the heads are
-        not known.
+      ConversionError: If a tensor that a size is read off is missing or of odd shape, or the heads
+        are not known.
     """
 
     shape = functools.partial(shape_of, state, remedy=_OTHER_FILE)
@@ -115,7 +115,8 @@ def infer_backbone(state: Mapping[str, np.ndarray], num_heads: int = 0) -> ViTCo
     known = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DINO.values()}
     if not num_heads and width not in known:
         raise ConversionError(
-            f"no released DINO is {width} wide, and no tensor tells the number of attention heads",
+            f"no released DINO is {width} wide, and the number of attention heads cannot be read "
+            "off a tensor",
             "give --num-heads",
         )
     rows = shape("pos_embed", 3)[1] - 1

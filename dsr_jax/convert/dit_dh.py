@@ -71,8 +71,8 @@ def infer_model(
       state: Arrays by PyTorch name.
       num_heads: Attention heads of the encoder; 0 derives them from the rope table or q/k norm.
       decoder_num_heads: The same of the head.
-      decoder_depth: Blocks of the head; 0 derives them from the blocks' widths, which tell only
-        where the encoder's is another.
+      decoder_depth: Blocks of the head; 0 derives them from the blocks' widths, which works
+        only where the encoder's is another.
       register_start: First block of the encoder with registers, which the file does not hold.
 
     Raises:
@@ -131,8 +131,8 @@ def _infer_head_depth(
 ) -> int:
     if width == head_width:
         raise ConversionError(
-            f"the file's {total} blocks are all {width} wide, so that it does not tell which are "
-            "the head's",
+            f"the file's {total} blocks are all {width} wide, so that those of the head "
+            "cannot be told from the encoder's",
             "give --decoder-depth (the official models: 2)",
         )
     widths = [len(state.get(f"blocks.{i}.attn.proj.weight", ())) for i in range(total)]
@@ -145,7 +145,7 @@ def _infer_grid(state: Mapping[str, np.ndarray]) -> int:
     if "enc_feat_rope.freqs_cos" in state:
         return math.isqrt(state["enc_feat_rope.freqs_cos"].shape[0])
     raise ConversionError(
-        "the file does not tell the input's size: it has neither pos_embed nor "
+        "the input's size cannot be read off the file: it has neither pos_embed nor "
         "enc_feat_rope.freqs_cos",
         "convert the file as the official code wrote it",
     )

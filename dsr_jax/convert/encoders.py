@@ -49,7 +49,7 @@ _ANCHORS = {
     "dinov3": "embeddings.patch_embeddings.weight",
     "mae": "embeddings.patch_embeddings.projection.weight",
 }
-"""A tensor that every file of the family holds once; what stands before its name is the prefix."""
+"""A tensor that every file of the family holds once; what comes before its name is the prefix."""
 
 _UNUSED = {
     # The attention-pooling head and the final norm's affine: RAE takes the affine away.
@@ -58,10 +58,10 @@ _UNUSED = {
     "dinov3": ("embeddings.mask_token", "norm.*"),
     "mae": ("layernorm.*",),
 }
-"""What stands below the prefix and has no place in the encoder."""
+"""Tensors below the prefix that the encoder has no use for."""
 
 _OUTSIDE = ("text_model.", "logit_scale", "logit_bias", "decoder.")
-"""What stands beside the encoder in hub files (SigLIP's text tower, MAE's own decoder) and in
+"""Tensors beside the encoder in hub files (SigLIP's text tower, MAE's own decoder) and in
 checkpoints of RAE (its decoder)."""
 
 _COMMON_DEFAULTS = {

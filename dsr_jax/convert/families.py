@@ -25,7 +25,7 @@ _OPTIONS: Mapping[str, tuple[int, str]] = MappingProxyType(
         "class_token_start": (-1, "first block with class tokens; default: that of its size"),
     }
 )
-"""Defaults and explanations of what a file may not tell."""
+"""Defaults and explanations of sizes that a file may not hold."""
 
 
 def converters() -> dict[str, DenoiserConverter]:

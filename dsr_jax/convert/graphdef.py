@@ -92,7 +92,7 @@ def _array(name: str, tensor: memoryview | None) -> np.ndarray | None:
         return None
     raw = bytes(content) or b"".join(single)
     count = math.prod(shape)
-    # One number stands for a tensor full of it.
+    # A single number fills the whole tensor.
     if len(raw) not in (4 * count, 4) or not raw:
         raise _Malformed(f"constant {name!r} of shape {list(shape)} has {len(raw)} bytes")
     values = np.frombuffer(raw, "<f4").astype(np.float32)
@@ -110,38 +110,38 @@ def _sizes(shape: memoryview) -> Iterator[int]:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, Value]]:
     """Yields (field number, value) of a message; fixed-size values as their bytes."""
-    place = 0
-    while place < len(message):
-        tag, place = _varint(message, place)
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
         field, wire = tag >> 3, tag & 7
         if field == 0:
-            raise _Malformed(f"field 0 at byte {place}")
+            raise _Malformed(f"field 0 at byte {position}")
         if wire == _VARINT:
-            value, place = _varint(message, place)
+            value, position = _varint(message, position)
             yield field, value
             continue
         if wire == _BYTES:
-            size, place = _varint(message, place)
+            size, position = _varint(message, position)
         elif wire in _FIXED_SIZES:
             size = _FIXED_SIZES[wire]
         else:
-            raise _Malformed(f"wire type {wire} at byte {place}")
-        if place + size > len(message):
-            raise _Malformed(f"{size} bytes announced, {len(message) - place} left")
-        yield field, message[place : place + size]
-        place += size
+            raise _Malformed(f"wire type {wire} at byte {position}")
+        if position + size > len(message):
+            raise _Malformed(f"{size} bytes announced, {len(message) - position} left")
+        yield field, message[position : position + size]
+        position += size
 
 
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and the place behind it."""
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and the position behind it."""
     value = 0
     for shift in range(0, 70, 7):
-        if place >= len(message):
+        if position >= len(message):
             raise _Malformed("it ends within a number")
-        byte = message[place]
-        value, place = value | (byte & 127) << shift, place + 1
+        byte = message[position]
+        value, position = value | (byte & 127) << shift, position + 1
         if byte < 128:
-            return value, place
+            return value, position
     raise _Malformed("a number of more than ten bytes")
 
 

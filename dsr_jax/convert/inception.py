@@ -28,7 +28,7 @@ FAMILY = "inception"
 """What conversion.json calls it."""
 
 PUBLISHED = "sha256:6726825d"
-"""How the digest of the published `.pth` begins; the file's name says so, too."""
+"""How the digest of the published `.pth` begins; the file's name contains it, too."""
 
 WHERE = (
     "get pt_inception-2015-12-05-6726825d.pth from the release fid_weights of "
@@ -82,7 +82,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _tensorflow_scopes(branches: Branches) -> dict[str, str]:
-    """Scopes below a block: single convolutions stand alone, chains are towers."""
+    """Scopes below a block: single convolutions have scopes of their own, chains are towers."""
     scopes, towers = {}, 0
     for branch in branches:
         chain = list(convolutions(branch))
@@ -94,10 +94,10 @@ def _tensorflow_scopes(branches: Branches) -> dict[str, str]:
         tower, towers = _numbered("tower", towers), towers + 1
         single = [step for step in branch if step in chain]
         pair = [conv for conv in chain if conv not in single]
-        for place, conv in enumerate(single):
-            scopes[conv.name] = f"{tower}/{_numbered('conv', place)}"
-        for place, conv in enumerate(pair):
-            scopes[conv.name] = f"{tower}/mixed/{_numbered('conv', place)}"
+        for index, conv in enumerate(single):
+            scopes[conv.name] = f"{tower}/{_numbered('conv', index)}"
+        for index, conv in enumerate(pair):
+            scopes[conv.name] = f"{tower}/mixed/{_numbered('conv', index)}"
     return scopes
 
 
@@ -185,7 +185,7 @@ def convert_inception(args: argparse.Namespace) -> None:
     check_new_folder(args.out)
     network, params = read_inception(args.source)
     record = source_record(args.source)
-    # Nobody publishes a digest of the graph file; which weights it holds, params_digest says.
+    # Nobody publishes a digest of the graph file; params_digest identifies its weights.
     published = str(record["source_digest"]).startswith(PUBLISHED)
     sizes = {"width_div": network.width_div, "num_classes": network.num_classes}
     save_converted(

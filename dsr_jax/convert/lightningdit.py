@@ -87,7 +87,7 @@ def infer_sizes(
         use_swiglu=swiglu,
         use_rope=any(key.startswith("feat_rope") for key in state),
         use_rmsnorm="blocks.0.norm1.weight" in state,
-        # LayerNorm leaves no trace in the file; only RMSNorm's scale tells a missing norm.
+        # LayerNorm has no tensor in the file; only RMSNorm's scale shows a missing norm.
         final_norm="final_layer.norm_final.weight" in state or "blocks.0.norm1.weight" not in state,
         attn_kv_bias="blocks.0.attn.k_bias" in state,
         **parts.infer_registers(state, "register_tokens", register_start),

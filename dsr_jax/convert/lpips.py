@@ -35,10 +35,10 @@ def lpips_rules(channels: tuple[int, ...]) -> RuleSet:
     """The table of both files together: `features.*` of VGG16, `lin*` of the linear layers."""
     rules = [Rule(f"lin{k}.model.1.weight", f"weight{k + 1}") for k in range(len(CONVOLUTIONS))]
     for number, (first, count) in enumerate(zip(_SLICE_STARTS, CONVOLUTIONS, strict=True), start=1):
-        for place in range(count):
+        for index in range(count):
             # Behind the first slice a pool comes first; a ReLU follows each convolution.
-            source = f"features.{first + (number > 1) + 2 * place}"
-            target = f"conv{number}_{place + 1}"
+            source = f"features.{first + (number > 1) + 2 * index}"
+            target = f"conv{number}_{index + 1}"
             rules.append(Rule(f"{source}.weight", f"{target}/kernel", CONV))
             rules.append(Rule(f"{source}.bias", f"{target}/bias"))
     images = jnp.zeros((1, 16, 16, 3))

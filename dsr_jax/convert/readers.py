@@ -116,7 +116,7 @@ def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int, remedy: str)
 
 
 def _read_file(path: Path) -> dict[str | None, Mapping[Any, Any]]:
-    """Returns the state dicts of a file by entry, under None what stands at its top."""
+    """Returns the state dicts of a file by entry, under None the tensors at its top."""
     if path.name.endswith(_INDEX):
         return {None: _read_shards(path)}
     if text := describe_text(path):

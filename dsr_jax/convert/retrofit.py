@@ -1,9 +1,9 @@
 """Adds diffusion registers to a trained denoiser, and takes them away.
 
-The depth is cut anew where registers join; layers keep their weights. New registers start as the
-original's do, which changes what the network computes: attention gives every token some weight, so
-no choice of registers leaves it as it was. With a gate per head, which the original does not have,
-it does: a gate of 0 attends to all but the registers, and a gate of 1 is the original's attention.
+The depth is split anew where registers are inserted; layers keep their weights. New registers are
+initialized as the original's, which changes what the network computes: attention gives every token
+some weight, so no choice of registers leaves it as it was. A gate per head, which the original does
+not have, does: at 0 a head attends to all but the registers, at 1 as the original's does.
 
 Source: spec denoiser 1.10 and 3.
 """

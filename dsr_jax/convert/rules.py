@@ -129,7 +129,7 @@ class RuleSet:
     Attributes:
       rules: One per tensor, or per layer's tensor.
       shapes: Shape of every parameter of the model, by Flax path.
-      dropped: Patterns of source keys that have no place in our tree, and are constants or unused.
+      dropped: Patterns of source keys that are not parameters of ours: constants, or unused.
     """
 
     rules: tuple[Rule, ...]

@@ -29,7 +29,7 @@ def infer_model(
 
     Args:
       state: Arrays by PyTorch name.
-      num_heads: Attention heads, which no tensor tells; 0 for those of the released sizes.
+      num_heads: Attention heads, which no tensor shows; 0 for those of the released sizes.
       register_start: First block with registers, which the file does not hold.
 
     Raises:

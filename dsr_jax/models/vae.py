@@ -123,7 +123,7 @@ class Posterior(NamedTuple):
         return jnp.exp(0.5 * self.log_variance)
 
     def sample(self, normal: Array) -> Array:
-        """Returns the latents [B, h, w, C] that standard normals of that shape stand for."""
+        """Returns latents [B, h, w, C] for standard normals of that shape."""
         return self.mean + self.std * normal
 
 

@@ -93,8 +93,8 @@ def test_blocks_land_in_the_part_they_belong_to():
     model = DiTDH(**SIZES, num_registers=4, register_start=1)
     state = make_state(model)
     params = torch_to_flax(state, dit_dh_rules(model))
-    places = {0: ("enc_blocks_pre", 0), 2: ("enc_blocks_reg", 1), 3: ("dec_blocks", 0)}
-    for number, (stack, layer) in places.items():
+    layers = {0: ("enc_blocks_pre", 0), 2: ("enc_blocks_reg", 1), 3: ("dec_blocks", 0)}
+    for number, (stack, layer) in layers.items():
         np.testing.assert_array_equal(
             params[stack]["mlp"]["w3"]["kernel"][layer], state[f"blocks.{number}.mlp.w3.weight"].T
         )

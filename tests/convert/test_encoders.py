@@ -42,7 +42,7 @@ def test_every_layer_agrees_with_transformers_at_another_resolution(snapshot: Pa
 
     config, _ = read_encoder(snapshot)
     differences = compare(snapshot, pixels(config, 6))
-    assert [d.place for d in differences] == ["block 0", "block 1", "tokens"]
+    assert [d.layer for d in differences] == ["block 0", "block 1", "tokens"]
     assert max(d.relative for d in differences) < 5e-6
 
 

@@ -1,4 +1,4 @@
-"""Registers that join a trained network: an unchanged function, moved layers, and the way back."""
+"""Registers inserted into a trained network: same function, moved layers, and the way back."""
 
 import dataclasses
 import functools

@@ -46,6 +46,20 @@ def test_latents_are_scaled_means_or_samples_of_the_posterior() -> None:
     np.testing.assert_allclose(encode(keys=given), drawn * 0.18215, atol=1e-5)
 
 
+def test_shift_and_statistics_of_channels_are_taken_back() -> None:
+    mean, std = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 4.0)
+    for normalization, want in (
+        (LatentNormalization(0.5, shift=0.1), lambda x: (x - 0.1) * 0.5),
+        (LatentNormalization(1.0, mean=mean, std=std), lambda x: (x - mean) / np.array(std)),
+    ):
+        space = dataclasses.replace(SPACE, normalization=normalization)
+        raw = jax.jit(SPACE.posterior)(VARIABLES, IMAGES).mean
+        latents = encode(space=space)
+        np.testing.assert_allclose(latents, want(np.asarray(raw)), atol=1e-5)
+        images = jax.jit(space.decode)(VARIABLES, latents)
+        np.testing.assert_allclose(images, jax.jit(SPACE.decode)(VARIABLES, encode()), atol=1e-4)
+
+
 def test_noise_belongs_to_the_sample_whatever_its_batch() -> None:
     together = encode(keys=keys(0, 1, 2, 3))
     np.testing.assert_allclose(together[2:3], encode(IMAGES[2:3], keys(2)), atol=1e-5)
