@@ -149,7 +149,7 @@ def test_either_kind_of_tokens_may_be_absent(arguments: str, stacks: set[str]) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.class_token_start=9", "class_token_start=9 lies outside blocks 0..3"),
+        ("model.class_token_start=9", "class_token_start=9 is not one of blocks 0..3"),
         ("model.dropout=1.5", "model.dropout=1.5"),
         ("model.learn_sigma=True", "jit has no such setting"),
         ("objective.noise_scale=0", "noise_scale=0"),

@@ -31,12 +31,12 @@ class Attention(nn.Module):
       use_qknorm: Normalises q and k per head.
       use_rmsnorm: RMSNorm for q and k, else affine LayerNorm with torch's default epsilon.
       kv_bias: Prepends one learned key and value, not rotated (attn_with_bias).
-      gated: First place and number of tokens that count as far as a learned gate per head lets
-        them; None for no gate.
+      gated: Index of the first and number of the tokens whose contribution a learned gate per head
+        scales; None for no gate.
       kernel: See `models.kernels.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
-      linear_init: Start of the projections.
+      linear_init: Initialization of the projections.
     """
 
     num_heads: int
@@ -74,8 +74,8 @@ class Attention(nn.Module):
         mixed = attend(q, k, v, self.kernel, constrain=self.constrain)
         if self.gated is not None:
             first, count = first + self.gated[0], self.gated[1]
-            places = np.r_[:first, first + count : k.shape[1]]
-            k, v = k[:, places], v[:, places]
+            others = np.r_[:first, first + count : k.shape[1]]
+            k, v = k[:, others], v[:, others]
             without = attend(q, k, v, self.kernel, constrain=self.constrain)
             mixed = self._gate(mixed, without)
         return Dense(
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         )
 
     def _gate(self, mixed: Array, without: Array) -> Array:
-        """`without` at a gate of 0, where training starts, and `mixed` at 1; each [B, L, H, K]."""
+        """Interpolates from `without` at a gate of 0, its initial value, to `mixed` at 1."""
         zeros = nn.initializers.zeros
         gate = add_param(self, "register_gate", zeros, ("heads",), (self.num_heads,))
         return without + self.precision.to_compute(gate)[:, None] * (mixed - without)

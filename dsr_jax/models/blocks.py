@@ -34,29 +34,29 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS),
     ),
 }
-"""What the backward pass keeps of a block: everything, only its input, or products of weights."""
+"""What the backward pass keeps of a block: everything, only its input, or outputs of matmuls."""
 
 
 def mlp_width(width: int, mlp_ratio: float, use_swiglu: bool) -> int:
-    """Hidden units of the feed-forward; SwiGLU has two thirds, truncated as in the original."""
+    """Returns the hidden units of the feed-forward layer; SwiGLU has two thirds, rounded down."""
     hidden = int(width * mlp_ratio)
     return int(2 / 3 * hidden) if use_swiglu else hidden
 
 
 def make_norm(use_rmsnorm: bool, name: str, precision: Precision) -> nn.Module:
-    """RMSNorm with a learned scale, or LayerNorm without parameters (spec denoiser 1.4)."""
+    """Returns RMSNorm with a learned scale, or LayerNorm without parameters (spec denoiser 1.4)."""
     if use_rmsnorm:
         return RMSNorm(precision=precision, name=name)
     return LayerNorm(precision=precision, name=name)
 
 
 def modulation(condition: Array, count: int, width: int, precision: Precision) -> tuple[Array, ...]:
-    """adaLN: `count` vectors of `width` from SiLU(condition), all zero at the start.
+    """Returns adaLN's `count` vectors of `width` from SiLU(condition), initially zero.
 
     Adds the projection `adaLN` to the module whose compact method calls it.
 
     Args:
-      condition: [B, D], or [B, L, D] for a condition of each token's own.
+      condition: [B, D], or [B, L, D] with one condition per token.
       count: Number of vectors.
       width: Their width.
       precision: Dtype policy.
@@ -86,11 +86,11 @@ class Block(nn.Module):
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.
       use_qknorm: Normalises q and k.
       attn_kv_bias: Learned extra key and value.
-      gated: Tokens behind a gate, see `models.attention.Attention`.
+      gated: Gated tokens, see `models.attention.Attention`.
       attention: Attention kernel.
       precision: Dtype policy.
       constrain: Layout of activations.
-      linear_init: Start of all linear layers but the modulation, which starts at zero.
+      linear_init: Initialization of all linear layers but the modulation, which is zero.
     """
 
     num_heads: int
@@ -111,12 +111,12 @@ class Block(nn.Module):
     ) -> tuple[Array, None]:
         """Maps tokens [B, L, D] to [B, L, D]; returned as a scan's (carry, output).
 
-        The condition is [B, D], or [B, L, D] where each token has its own. Dropout acts on the
-        output of the attention and on the hidden units of the feed-forward.
+        The condition is [B, D], or [B, L, D] with one per token. Dropout acts on the output of
+        attention and on the hidden units of the feed-forward layer.
         """
 
-        def drop(x: Array, place: int) -> Array:
-            return x if dropout is None else dropout(x, place)
+        def drop(x: Array, site: int) -> Array:
+            return x if dropout is None else dropout(x, site)
 
         width = x.shape[-1]
         x = self.constrain(x, "act_batch", "act_len", "act_embed")
@@ -172,7 +172,7 @@ def make_stack(
       remat: A name in REMAT_POLICIES.
       name: The stack's name in the parameter tree.
       block: Class of the blocks, which return (carry, None).
-      in_axes: For each input behind the carry, the axis that the scan runs over, or `nn.broadcast`.
+      in_axes: For each input after the carry, the axis that the scan runs over, or `nn.broadcast`.
       **attributes: Attributes of each block.
 
     Raises:
@@ -184,7 +184,7 @@ def make_stack(
         )
     target: Any = block
     if remat != "none":
-        # A scan keeps its iterations apart by itself; CSE barriers would only cost time.
+        # A scan already prevents common-subexpression elimination; barriers only cost time.
         target = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         target,

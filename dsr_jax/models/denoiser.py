@@ -1,4 +1,4 @@
-"""What denoisers with diffusion registers share: sizes, tables, registers and scanned depth.
+"""The base classes of denoisers: protocol, sizes, tables, registers and scanned depth.
 
 Source: DSR lightningDiT.py and DDT.py; paper section "diffusion registers"; spec denoiser 1 to 3.
 """
@@ -26,13 +26,13 @@ from dsr_jax.parallel.axes import Constrain
 
 
 def check_heads(hidden_size: int, num_heads: int, use_rope: bool, prefix: str = "") -> None:
-    """Checks that the width divides into heads, and each head into what rope turns.
+    """Checks that the width divides into heads, and each head into rope's pairs of two axes.
 
     Args:
       hidden_size: Width D.
       num_heads: Heads H.
       use_rope: Whether heads are rotated.
-      prefix: What the config puts before the names of the two keys.
+      prefix: Prefix of the two keys in the config.
 
     Raises:
       ConfigError: Naming the keys and a value that would do.
@@ -48,7 +48,7 @@ def check_heads(hidden_size: int, num_heads: int, use_rope: bool, prefix: str = 
 
 
 def check_registers(num_registers: int, register_start: int, depth: int) -> None:
-    """Checks that registers form a square grid and join before a block that exists.
+    """Checks that registers form a square grid and that their first block exists.
 
     Raises:
       ConfigError: Naming the key and a value that would do.
@@ -58,24 +58,24 @@ def check_registers(num_registers: int, register_start: int, depth: int) -> None
     side = math.isqrt(max(num_registers, 0))
     if side * side != num_registers:
         raise ConfigError(
-            f"config.registers.num={num_registers} is not a square number: registers carry the "
+            f"config.registers.num={num_registers} is not a square number: registers have the "
             "positions of a square grid",
             f"use {side * side or 1} or {(side + 1) ** 2}",
         )
     if not 0 <= register_start < depth:
         raise ConfigError(
-            f"config.registers.start={register_start} lies outside blocks 0..{depth - 1}",
+            f"config.registers.start={register_start} is not one of blocks 0..{depth - 1}",
             "the paper starts at block 4 of 12 and at block 8 of 28",
         )
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection to pixels, zero at the start.
+    """Modulated norm and projection to pixels, initialized to zero.
 
     Attributes:
       features: Outputs p*p*C per token.
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.
-      use_norm: False leaves the norm out (final_no_ln).
+      use_norm: False omits the norm (final_no_ln).
       precision: Dtype policy.
     """
 
@@ -271,15 +271,15 @@ class DiffusionTransformer(Denoiser):
         return add_param(self, name, init, (None, "tokens", "embed"), (1, rows, width))
 
     def _positions(self) -> Array:
-        """Learned table [1, N, D] of the patches' positions."""
+        """Returns the learned table [1, N, D] of patch positions."""
         return self._table("pos_embed", self.grid**2, self.hidden_size, sincos_init(self.grid))
 
     def _add_registers(self, tokens: Array, prefix: str = "") -> Array:
-        """Puts registers in front of the tokens: [B, N, D] -> [B, R+N, D]."""
+        """Inserts registers in front of the tokens: [B, N, D] -> [B, R+N, D]."""
         num, width = self.num_registers, tokens.shape[-1]
         side = math.isqrt(num)
         learned = self._table(f"{prefix}register_tokens", num, width, nn.initializers.normal(1.0))
-        # Not `+=`: parameters may be NumPy arrays, which it would change in place.
+        # Not `+=`, which would change parameters in place if they are NumPy arrays.
         registers = learned + self._table(
             f"{prefix}register_pos_embed", num, width, sincos_init(side)
         )
@@ -350,12 +350,12 @@ class DiffusionTransformer(Denoiser):
         dropout: Dropout | None = None,
         **block: Any,
     ) -> Array:
-        """Runs one scanned stack; tokens beyond the grid's are no patches and stay unrotated."""
+        """Runs one scanned stack; tokens in front of the grid's patches are not rotated."""
         stack = make_stack(
             depth,
             self.remat,
             name,
-            # The condition and rope are every block's, dropout is each block's own.
+            # Condition and rope are shared by all blocks; dropout is per block.
             in_axes=(nn.broadcast, nn.broadcast, 0),
             num_heads=num_heads,
             mlp_ratio=self.mlp_ratio,

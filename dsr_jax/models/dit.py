@@ -36,8 +36,8 @@ class LightningDiT(DiffusionTransformer):
     Registers are dropped before the final layer, in training and in sampling alike.
 
     Attributes:
-      learn_sigma: Predicts 2 C channels, of which the second half is dropped.
-      final_norm: Normalises before the output projection.
+      learn_sigma: Predicts 2 C channels, the second half of which is dropped.
+      final_norm: Normalizes before the output projection.
       attn_kv_bias: Learned extra key and value per block.
     """
 
@@ -49,7 +49,7 @@ class LightningDiT(DiffusionTransformer):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:
-        """Predicts what the objective asks for.
+        """Returns the prediction that the objective defines.
 
         Args:
           x: Noised input [B, h, w, C].

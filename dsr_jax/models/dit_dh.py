@@ -30,10 +30,10 @@ released; S is RAE's guide)."""
 class DiTDH(DiffusionTransformer):
     """Diffusion transformer with a decoupled head, optionally with learned register tokens.
 
-    The encoder is LightningDiT's depth and has its registers. What it leaves at each place, patch
-    or register, is the condition of the token at that place of the head, which sees the input
-    anew. The head's own registers are there from its first block on, each conditioned by the
-    encoder's register of the same place, and are dropped before the final layer.
+    The encoder has LightningDiT's blocks and registers. Its output at each position, patch or
+    register, is the condition of the head's token at that position. The head embeds the input
+    again. Its registers are present from its first block on, each conditioned by the encoder's
+    register at the same position, and are dropped before the final layer.
 
     SiLU is applied twice to both conditions, here and by every modulation, as in the original. The
     original takes patches of one pixel only; larger ones work here as in LightningDiT.
@@ -55,7 +55,7 @@ class DiTDH(DiffusionTransformer):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:
-        """Predicts what the objective asks for.
+        """Returns the prediction that the objective defines.
 
         Args:
           x: Noised input [B, h, w, C].

@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to samples, so that batches, meshes and restarts do not change them.
+"""Dropout with one random key per sample: independent of batch size, mesh and restarts.
 
 Source: JiT model_jit.py; spec denoiser 11.
 """
@@ -12,39 +12,39 @@ from dsr_jax.core.rng import uniform_per_sample
 from dsr_jax.core.typing import Array
 
 ATTENTION_OUTPUT, MLP_HIDDEN = 0, 1
-"""The places of a block where dropout acts, which have draws of their own."""
+"""The sites of a block where dropout acts, each with its own random bits."""
 
 
 @flax.struct.dataclass
 class Dropout:
-    """Dropout of one layer; with a leading axis on both arrays, that of all layers of a scan.
+    """Dropout of one layer, or of all layers of a scan with a leading axis on both arrays.
 
     Attributes:
       keys: One key per sample [B].
-      rate: Share of the values that become zero, a scalar; 0 draws nothing.
+      rate: Fraction of values set to zero, a scalar.
     """
 
     keys: Array
     rate: Array
 
-    def __call__(self, x: Array, place: int) -> Array:
-        """Zeroes values of [B, ...] and scales the others up, so that the mean stays."""
+    def __call__(self, x: Array, site: int) -> Array:
+        """Zeroes values of [B, ...] and scales the others up to keep the mean."""
 
         def drop(x: Array) -> Array:
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(self.keys)
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, site))(self.keys)
             kept = uniform_per_sample(keys, x.shape[1:]) >= self.rate
             return jnp.where(kept, (x / (1 - self.rate)).astype(x.dtype), 0)
 
-        # Most layers have rate 0; a branch spares them the draws.
+        # Most layers have rate 0; the branch saves their random bits.
         return jax.lax.cond(self.rate > 0, drop, lambda x: x, x)
 
     def layers(self, first: int, end: int) -> "Dropout":
-        """That of layers first..end-1."""
+        """Returns the dropout of layers first..end-1."""
         return Dropout(self.keys[first:end], self.rate[first:end])
 
 
 def middle_half(depth: int, rate: float) -> np.ndarray:
-    """Rates [depth]: `rate` from a quarter of the depth to three quarters of it, 0 elsewhere.
+    """Returns rates [depth]: `rate` from a quarter to three quarters of the depth, 0 elsewhere.
 
     DSR-compat: the quarter is rounded down before it is tripled, as in JiT.
     """
@@ -54,7 +54,7 @@ def middle_half(depth: int, rate: float) -> np.ndarray:
 
 
 def make_dropout(keys: Array, rates: np.ndarray) -> Dropout:
-    """Dropout of all layers.
+    """Returns the dropout of all layers.
 
     Args:
       keys: One key per sample [B].

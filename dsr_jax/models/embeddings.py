@@ -13,14 +13,14 @@ from dsr_jax.models.precision import Precision
 
 
 def sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
-    """Sines then cosines [len(positions), dim] of positions over 10000^(2k/dim), in float64."""
+    """Returns sines then cosines [N, dim] of N positions over 10000^(2k/dim), in float64."""
     frequencies = 10000.0 ** -(np.arange(dim // 2, dtype=np.float64) / (dim / 2))
     angles = positions.reshape(-1)[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def sincos_2d(dim: int, grid: int) -> np.ndarray:
-    """Table [grid**2, dim] for a row-major grid; the first half of the channels tells the column.
+    """Returns a table [grid**2, dim] for a row-major grid: half the channels encode the column.
 
     Source: MAE's get_2d_sincos_pos_embed; spec denoiser 1.7.
     """
@@ -30,13 +30,13 @@ def sincos_2d(dim: int, grid: int) -> np.ndarray:
 
 
 def sincos_init(grid: int) -> Initializer:
-    """Initialiser of a learned table [1, grid**2, D] with the sine-cosine one."""
+    """Returns an initializer of a learned table [1, grid**2, D] by the sine-cosine table."""
 
-    def initialise(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def initialize(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
         del key
         return jnp.asarray(sincos_2d(shape[-1], grid), dtype).reshape(shape)
 
-    return initialise
+    return initialize
 
 
 def patchify(x: Array, patch: int) -> Array:
@@ -55,7 +55,7 @@ def unpatchify(tokens: Array, patch: int, channels: int) -> Array:
 
 
 class PatchEmbed(nn.Module):
-    """Strided convolution as one matrix product per patch.
+    """Strided convolution as one matmul per patch.
 
     Attributes:
       width: Model width D.
@@ -117,7 +117,7 @@ class FourierTimeEmbed(nn.Module):
     Attributes:
       width: Model width D.
       num_frequencies: Entries of the frequency vector W.
-      linear_init: Start of the layers' biases; their kernels are always normal.
+      linear_init: Initialization of the layers' biases; kernels are normal.
       precision: Dtype policy.
     """
 
@@ -173,7 +173,7 @@ def time_mlp(features: Array, width: int, linear_init: LinearInit = XAVIER) -> A
     Args:
       features: Sines and cosines.
       width: Model width D.
-      linear_init: Start of the layers' biases; their kernels are always normal.
+      linear_init: Initialization of the layers' biases; kernels are normal.
     """
     shared: Any = {"kernel_init": nn.initializers.normal(0.02), "linear_init": linear_init}
     hidden = Dense((width,), ("frequencies", "embed"), **shared, name="mlp_0")(features)
@@ -185,7 +185,7 @@ LABEL_STD = 0.02
 
 
 class LabelEmbed(nn.Module):
-    """Table of class vectors; the row behind the last class is the null label of guidance.
+    """Table of class vectors; the row after the last class is the null label of guidance.
 
     Attributes:
       num_classes: Number K of real classes; the table has K + 1 rows.
@@ -202,7 +202,7 @@ class LabelEmbed(nn.Module):
 
 
 class LabelTable(nn.Module):
-    """The table itself, a level of its own so that names follow the original's."""
+    """The table, as a submodule so that parameter names follow the original's."""
 
     rows: int
     width: int

@@ -1,8 +1,8 @@
 """Test-time registers as a pure function of a block's hidden MLP units.
 
-A few hidden units, the *register neurons*, write the outlier tokens of a pretrained ViT. Moving
-their activations from the patches to an extra token that is dropped at the end takes the outliers
-away, without training. Nothing is hooked or mutated: a mask goes in, one row per block.
+A few hidden units, the *register neurons*, cause the outlier tokens of a pretrained ViT. Moving
+their activations from the patches to an extra token that is dropped at the end removes the outliers
+without training. The intervention is an argument of the network: a mask with one row per block.
 
 Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers"; DSR ttreg; spec
 encoder 5.
@@ -20,24 +20,25 @@ NORMAL_VALUES = ("zero", "mean", "only_outliers", "same")
 
 @flax.struct.dataclass(kw_only=True)
 class Intervention:
-    """Which units move to the registers, and how. The defaults are the published setting.
+    """Moves the activations of some units to registers. The defaults are the published setting.
 
     Attributes:
       mask: True for register neurons: [L, M], or [M] of one block inside the scan over depth. One
         mask serves the recursive case, too: it marks the units of all rounds.
-      num_registers: Test-time registers R: zeros behind the patches, without position.
-      scale: Factor on the value that registers get; a tuple has one factor per register.
-      normal_values: What patches keep of these units: "zero"; "mean" over the patches of an image;
-        "only_outliers" (the mean in place of what exceeds mean + standard deviation); or "same".
+      num_registers: Test-time registers R: zeros after the patches, without position.
+      scale: Factor on the value that registers receive; a tuple has one factor per register.
+      normal_values: Values of these units on patches: "zero"; "mean" over the patches of an image;
+        "only_outliers", which replaces values above mean + standard deviation by the mean; or
+        "same", which leaves them.
       shared_maximum: All units of a block give the registers one value, the signed maximum over all
         of them and all tokens (as published); else each unit its own (the original test-time
         registers).
       spare_first_token: Token 0 keeps its activations, as published. It is the class token where
-        there is one; for SigLIP it is the top left patch, whose outliers therefore survive.
+        there is one; for SigLIP it is the top left patch, whose outliers therefore remain.
       append: False overwrites the last R patches instead of appending registers, which is what the
-        second pass of the released search does (spec encoder 14.2); for imitation only.
-      max_units: No block marks more units than this; only so many are then read for their maximum,
-        a few of thousands. Counted where `mask` is a NumPy array; None reads all units.
+        second pass of the released search does (spec encoder 14.2).  # DSR-compat
+      max_units: Upper bound on the marked units of a block, so that the maximum is taken over these
+        few columns. Derived if `mask` is a NumPy array; None takes it over all units.
     """
 
     mask: Array | np.ndarray
@@ -66,11 +67,11 @@ class Intervention:
 
     @property
     def appended(self) -> int:
-        """Rows that the intervention adds to the sequence."""
+        """Number of rows that the intervention adds to the sequence."""
         return self.num_registers if self.append else 0
 
     def append_registers(self, tokens: Array) -> Array:
-        """Puts the registers behind tokens [B, S, D]."""
+        """Appends the registers to tokens [B, S, D]."""
         if not self.append:
             return tokens
         return jnp.pad(tokens, ((0, 0), (0, self.num_registers), (0, 0)))
@@ -83,29 +84,29 @@ class Intervention:
             rows are the registers. `mask` must be that block's [M].
 
         Returns:
-          What the block's output projection reads [B, S, M]. Unmarked units are untouched.
+          Input of the block's output projection [B, S, M]. Unmarked units are unchanged.
         """
         rows = activations.shape[1]
-        place = jnp.arange(rows)[:, None]
+        row = jnp.arange(rows)[:, None]
         moved = self._moved(activations)
         scale = jnp.asarray(self.scale, activations.dtype)
         # [B, 1, M] or, with a factor for each register, [B, S, M] whose last R rows are used.
         if scale.ndim:
             scale = jnp.pad(scale, (rows - self.num_registers, 0))[:, None]
         kept = self._normal(activations)
-        changed = jnp.where(place < rows - self.num_registers, kept, moved * scale)
+        changed = jnp.where(row < rows - self.num_registers, kept, moved * scale)
         touched = jnp.broadcast_to(self.mask, (rows, self.mask.shape[0]))
         if self.spare_first_token:
-            touched = touched & (place > 0)
+            touched = touched & (row > 0)
         return jnp.where(touched, changed, activations)
 
     def _moved(self, activations: Array) -> Array:
-        """The value that registers get [B, 1, M or 1]."""
+        """Returns the value that registers receive [B, 1, M or 1]."""
         mask, shared = jnp.asarray(self.mask), self.shared_maximum
         if self.max_units is None:
             return _signed_maximum(activations, mask, shared)
-        # Reading few columns lets the compiler leave the nonlinearity of the others to the product
-        # that needs them; a pass over all of them computed it twice.
+        # With a few columns the compiler computes the nonlinearity of the others only once, fused
+        # into the matmul that reads them.
         units = jnp.nonzero(mask, size=max(self.max_units, 1), fill_value=0)[0]
         values = _signed_maximum(activations[..., units], mask[units], shared)
         if shared:
@@ -113,7 +114,7 @@ class Intervention:
         return jnp.zeros_like(activations[:, :1]).at[..., units].set(values)
 
     def _normal(self, activations: Array) -> Array:
-        """What the patches get, broadcast over [B, S, M]."""
+        """Returns the values of the patches, broadcast over [B, S, M]."""
         if self.normal_values == "zero":
             return jnp.zeros((), activations.dtype)
         if self.normal_values == "same":
@@ -123,14 +124,14 @@ class Intervention:
         mean = patches.mean(axis=1, keepdims=True)
         if self.normal_values == "mean":
             return mean
-        spread = patches.std(axis=1, keepdims=True, ddof=1)
-        return jnp.where(activations > mean + spread, mean, activations)
+        std = patches.std(axis=1, keepdims=True, ddof=1)
+        return jnp.where(activations > mean + std, mean, activations)
 
 
 def _signed_maximum(activations: Array, mask: Array, shared: bool) -> Array:
-    """The value of greatest magnitude with its sign, over all tokens of an image [B, 1, M or 1].
+    """Returns the signed value of greatest magnitude over all tokens of an image [B, 1, M or 1].
 
-    The positive one wins a tie. Where no unit is marked, the result is not used.
+    Of equal magnitudes the positive one counts. If no unit is marked, the result is not used.
     """
     if not shared:
         high, low = (f(activations, axis=1, keepdims=True) for f in (jnp.max, jnp.min))

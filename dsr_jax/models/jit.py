@@ -44,19 +44,20 @@ Source: spec denoiser 11.
 class JiT(DiffusionTransformer):
     """Diffusion transformer on large patches of pixels, with class tokens and registers.
 
-    Patches pass a bottleneck on their way in. Before one block the class tokens join: copies of the
-    label's embedding, each with a learned vector of its own. Like registers they are not rotated,
-    see every later block and are dropped before the final layer. Time runs from t = 0, noise, to
-    t = 1, data. The original never trains the position table: `config.optim.freeze=("pos_embed",)`.
+    Patches are embedded through a bottleneck. Class tokens are inserted before one block: copies of
+    the label's embedding, each plus a learned vector. Like registers they are not rotated, take
+    part in every later block and are dropped before the final layer. Time runs from t = 0, noise,
+    to t = 1, data. The original never trains the position table:
+    `config.optim.freeze=("pos_embed",)`.
 
-    No code of JiT with registers was released. Here they join beside the class tokens, or alone
-    (`num_class_tokens=0`), each at its own block; those in front do not matter to attention.
+    No code of JiT with registers was released. Here they are inserted besides the class tokens, or
+    alone (`num_class_tokens=0`), each at its own block; their order does not matter to attention.
 
     Attributes:
       bottleneck_dim: Width between pixels and tokens.
       num_class_tokens: Class tokens; 0 for none.
       class_token_start: First block that sees them.
-      dropout: Share of values dropped in the middle half of the depth while training.
+      dropout: Fraction of values dropped in the middle half of the depth in training.
     """
 
     converter: ClassVar[str] = "dsr_jax.convert.jit:CONVERTER"
@@ -79,7 +80,7 @@ class JiT(DiffusionTransformer):
           x: Noised images [B, h, w, C].
           t: Time [B] in [0, 1], 0 = noise, 1 = data.
           labels: Classes [B] in 0..K.
-          dropout_keys: One random key per sample [B] while training; None drops nothing.
+          dropout_keys: One random key per sample [B] in training; None for no dropout.
 
         Returns:
           [B, h, w, C] in float32.
@@ -121,11 +122,11 @@ class JiT(DiffusionTransformer):
             raise ConfigError(
                 f"config.model.bottleneck_dim={self.bottleneck_dim}, "
                 f"num_class_tokens={self.num_class_tokens}",
-                "JiT-B has 128 and 32; 0 class tokens leave them out",
+                "JiT-B has 128 and 32; num_class_tokens=0 for none",
             )
         if self.num_class_tokens and not 0 <= self.class_token_start < self.depth:
             raise ConfigError(
-                f"config.model.class_token_start={self.class_token_start} lies outside blocks "
+                f"config.model.class_token_start={self.class_token_start} is not one of blocks "
                 f"0..{self.depth - 1}",
                 "JiT-B starts at block 4 of 12, JiT-H at block 10 of 32",
             )
@@ -154,14 +155,14 @@ class JiT(DiffusionTransformer):
         return ({"ctx": context} if self.num_class_tokens else {}) | super().insertions()
 
     def _add_class_tokens(self, tokens: Array, label: Array) -> Array:
-        """Puts class tokens in front of the tokens: [B, L, D] -> [B, num_class_tokens + L, D]."""
-        places = self._table(
+        """Inserts class tokens in front: [B, L, D] -> [B, num_class_tokens + L, D]."""
+        vectors = self._table(
             "in_context_posemb",
             self.num_class_tokens,
             self.hidden_size,
             nn.initializers.normal(0.02),
         )
-        return jnp.concatenate([label[:, None] + places, tokens], axis=1)
+        return jnp.concatenate([label[:, None] + vectors, tokens], axis=1)
 
     def _dropout(self, keys: Array | None) -> Dropout | None:
         if keys is None or not self.dropout:

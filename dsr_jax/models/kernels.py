@@ -1,4 +1,4 @@
-"""Softmax attention by XLA, cuDNN or splash, behind the one function that every network calls."""
+"""Softmax attention by einsum, XLA, cuDNN or splash; every network calls `attend`."""
 
 import math
 from collections.abc import Callable
@@ -15,11 +15,10 @@ from dsr_jax.models.segments import Segments, pad_lengths
 from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
 
 ATTENTION_RESIDUALS = "attention_residuals"
-"""Name under which rematerialisation may keep what attention's backward pass needs."""
-
+"""Checkpoint name of attention's residuals, which rematerialization may keep."""
 
 _FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Score of a key that a query must not see: finite, so that no row of scores divides 0 by 0."""
+"""Score of a masked key: finite, so that a row without keys does not divide 0 by 0."""
 
 
 def _scores(q: Array, k: Array, segments: Segments | None = None) -> Array:
@@ -33,7 +32,7 @@ def _attend_einsum(q: Array, k: Array, v: Array, segments: Segments | None) -> A
 
     Differentiating plain softmax attention keeps several [B, H, L, M] arrays; in a scan over
     depth they are written to stacked buffers, which took a sixth of a training step on a CPU.
-    Kept here are the output and one log-sum per query, as in flash attention.
+    This keeps only the output and one log-sum per query, as flash attention does.
     """
     return _einsum_forward(q, k, v, segments)[0]
 
@@ -56,9 +55,9 @@ def _einsum_forward(q: Array, k: Array, v: Array, segments: Segments | None) -> 
 
 
 _ROWS = 256
-"""Queries up to which XLA makes one loop of both products and the softmax on a CPU.
+"""Number of queries up to which XLA fuses both matmuls and the softmax into one loop on a CPU.
 
-One query more takes twice the time, and two halves a third more.
+One query more doubles the time; two halves take a third more.
 """
 
 
@@ -131,8 +130,8 @@ _KERNELS: dict[str, Callable[[Array, Array, Array, Segments | None], Array]] = {
 def _attend_splash(
     q: Array, k: Array, v: Array, segments: Segments | None, constrain: Constrain | None
 ) -> Array:
-    """Under `shard_map`, since the compiler cannot split a kernel that it does not know."""
-    from dsr_jax.models.splash import attend_splash  # Pallas is for those who use it.
+    """Runs splash under `shard_map`, since the compiler cannot partition a custom kernel."""
+    from dsr_jax.models.splash import attend_splash  # Imports Pallas only if used.
 
     interpret = target_platform() != "tpu"
     attend_here = partial(attend_splash, residuals=ATTENTION_RESIDUALS, interpret=interpret)
@@ -150,9 +149,9 @@ def _attend_splash(
 
 
 def target_platform() -> str:
-    """The platform that the traced program is for: that of `jax.set_mesh`, else of this process.
+    """Returns the platform of the traced program: that of `jax.set_mesh`, else of this process.
 
-    The two differ where a CPU compiles ahead of time for devices that it does not have.
+    They differ if a CPU compiles ahead of time for other devices.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
@@ -169,7 +168,7 @@ def _choose(q: Array, constrain: Constrain | None) -> str:
         return "xla"
     if platform == "gpu":
         return "cudnn" if _fits_cudnn(q) else "xla"
-    # Without a mesh it cannot be told whether samples lie on several devices.
+    # Without a mesh it is unknown whether samples are split over several devices.
     placed = constrain is not None and constrain.mesh is not None
     return "splash" if platform == "tpu" and placed else "xla"
 
@@ -194,9 +193,9 @@ def attend(
         heads of at most 128 channels, cudnn on a GPU (if the head size is a multiple of 8) and
         splash on a TPU, where `constrain` has a mesh; xla elsewhere. docs/performance.md has the
         comparison.
-      segments: Who attends to whom; None for everyone to everyone.
-      constrain: Layout of activations, by which splash runs on each device's own samples and
-        heads; None where there is one device.
+      segments: Which positions attend to which; None for all to all.
+      constrain: Layout of activations, by which splash runs on each device's samples and heads;
+        None for a single device.
 
     Returns:
       [B, L, H, K] in the dtype of `q`.

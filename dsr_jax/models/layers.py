@@ -20,22 +20,22 @@ ones: Initializer = nn.initializers.ones_init()
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
-    """Uniform within 1/sqrt(fan_in): what torch gives a linear layer's kernel and bias."""
+    """Returns the initializer of torch's linear layers: uniform within 1/sqrt(fan_in)."""
     bound = fan_in**-0.5
 
-    def initialise(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+    def initialize(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
         return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
 
-    return initialise
+    return initialize
 
 
 @dataclass(frozen=True)
 class LinearInit:
-    """How the linear layers of a block start.
+    """Initialization of the linear layers of a block.
 
     Attributes:
-      kernel: Initialiser of a kernel by its fan-in.
-      bias: Initialiser of a bias by the same fan-in.
+      kernel: Returns the initializer of a kernel of some fan-in.
+      bias: Returns the initializer of a bias of the same fan-in.
     """
 
     kernel: Callable[[int], Initializer]
@@ -45,21 +45,21 @@ class LinearInit:
 XAVIER = LinearInit(lambda _: xavier_uniform, lambda _: zeros)
 """Xavier-uniform kernels, zero biases: LightningDiT."""
 TORCH_DEFAULT = LinearInit(fan_in_uniform, fan_in_uniform)
-"""What torch's linear layers have unless told otherwise: the head model (spec denoiser 2.3)."""
+"""The default of torch's linear layers, which DiTDH has (spec denoiser 2.3)."""
 
 
 def flattened(init: Initializer, num_inputs: int) -> Initializer:
-    """Makes a matrix initialiser serve an N-D kernel, as if it were [prod(in), prod(out)].
+    """Returns an initializer of N-D kernels that treats them as matrices [prod(in), prod(out)].
 
-    Fan-in and fan-out then count what they count in the original's flat weight: the fused qkv
-    has fan-out 3 D, whatever axes our kernel splits it into.
+    Fan-in and fan-out are then those of the original's flat weight: the fused qkv has fan-out 3 D,
+    although the kernel here has more axes.
     """
 
-    def initialise(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+    def initialize(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
         rows = int(np.prod(shape[:num_inputs]))
         return init(key, (rows, int(np.prod(shape)) // rows), dtype).reshape(shape)
 
-    return initialise
+    return initialize
 
 
 def add_param(
@@ -69,7 +69,7 @@ def add_param(
     axes: Sequence[str | None],
     shape: Sequence[int],
 ) -> Array:
-    """Adds a parameter whose dimensions are named to the module whose compact method calls it."""
+    """Adds a parameter with named dimensions to the module whose compact method calls this."""
     boxed: Any = nn.with_logical_partitioning(init, tuple(axes))
     return module.param(name, boxed, tuple(shape))
 
@@ -79,8 +79,8 @@ def linear(
 ) -> Array:
     """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
 
-    The product is of two matrices, and reshaped afterwards: the transposes that the backward pass
-    of an N-D product needs are then free.
+    This is a 2-D matmul between reshapes: the backward pass of an N-D one needs transposes, which
+    are free for matrices.
     """
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
     leading = x.shape[: x.ndim - num_inputs]
@@ -93,13 +93,16 @@ def linear(
 class Dense(nn.Module):
     """Linear layer over the trailing dimensions, with an N-D kernel whose axes are named.
 
+    `nn.DenseGeneral` cannot have one: it applies the logical names of the N-D kernel to the 2-D one
+    that it initializes (flax issue 3676).
+
     Attributes:
       features: Output dimensions, e.g. `(3, heads, head_dim)`.
       axes: Logical axes of the kernel, input dimensions first.
-      num_inputs: How many trailing dimensions of the input are contracted.
+      num_inputs: Number of trailing dimensions of the input that are contracted.
       use_bias: Adds a bias of shape `features`.
-      linear_init: Start of kernel and bias.
-      kernel_init: Initialiser of the flattened [in, out] matrix; replaces that of `linear_init`.
+      linear_init: Initialization of kernel and bias.
+      kernel_init: Initializer of the flattened [in, out] matrix; replaces that of `linear_init`.
       precision: Dtype policy.
     """
 
@@ -129,16 +132,16 @@ class Dense(nn.Module):
 class SplitDense(nn.Module):
     """Several linear layers of one input that share a fused kernel, as q, k and v do.
 
-    Each output has a product of its own. One product followed by slices would be the same
-    numbers, but its backward pass must first join the outputs' gradients into one array, which
-    costs a quarter of the feed-forward's time on XLA's CPU backend.
+    Each output is a matmul of its own. One matmul followed by slices gives the same numbers, but
+    its backward pass first concatenates the gradients of the outputs, which costs a quarter of the
+    feed-forward layer's time on XLA's CPU backend.
 
     Attributes:
       count: Number of outputs.
       features: Dimensions of each output.
       axes: Logical axes of one output's kernel, input dimension first.
       use_bias: Adds a bias of shape `features` to each.
-      linear_init: Start of the fused kernel and bias.
+      linear_init: Initialization of the fused kernel and bias.
       precision: Dtype policy.
     """
 
@@ -169,9 +172,11 @@ class SplitDense(nn.Module):
 class RMSNorm(nn.Module):
     """`x / rms(x)` in float32, cast back, then times a learned float32 scale.
 
+    `nn.RMSNorm` multiplies by the scale before it casts back, unlike the original.
+
     Attributes:
       epsilon: Added to the mean square.
-      axis: Logical axis of the normalised dimension.
+      axis: Logical axis of the normalized dimension.
       precision: Dtype policy.
     """
 
@@ -181,7 +186,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises the last dimension of [..., D]."""
+        """Normalizes the last dimension of [..., D]."""
         scale = add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
         wide = self.precision.to_float32("norm", x)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
@@ -189,12 +194,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation in float32, with or without learned scale and bias.
+    """Layer normalization in float32, cast back, then optionally learned scale and bias.
+
+    `nn.LayerNorm` applies scale and bias before it casts back, unlike the original.
 
     Attributes:
       epsilon: Added to the variance.
       affine: Learns a scale and a bias.
-      axis: Logical axis of the normalised dimension.
+      axis: Logical axis of the normalized dimension.
       precision: Dtype policy.
     """
 
@@ -205,7 +212,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises the last dimension of [..., D]."""
+        """Normalizes the last dimension of [..., D]."""
         wide = self.precision.to_float32("norm", x)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -225,7 +232,7 @@ class SwiGLU(nn.Module):
 
     Attributes:
       hidden: Width M of each half.
-      linear_init: Start of the layers.
+      linear_init: Initialization of the layers.
       precision: Dtype policy.
     """
 
@@ -248,7 +255,7 @@ class Mlp(nn.Module):
     Attributes:
       hidden: Width M between the two layers.
       approximate: Tanh approximation of GELU (timm's DiT) instead of the exact one.
-      linear_init: Start of the layers.
+      linear_init: Initialization of the layers.
       precision: Dtype policy.
     """
 

@@ -9,12 +9,12 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 
 FLOAT32_OPS: Mapping[str, str] = {
-    "norm": "mean squares of bfloat16 lose the small channels beside an outlier's large one",
-    "rope": "angles grow with the position; the rotated q and k are cast back for the product",
+    "norm": "mean squares in bfloat16 lose small channels next to an outlier's large one",
+    "rope": "angles grow with the position; the rotated q and k are cast back for the matmul",
     "softmax": "sums over hundreds of tokens",
     "time_embedding": "sines of t * W * 2 pi, and the two layers that read them",
     "conditioning": "time + label, whose scale and shift reach every layer",
-    "residual": "the stream that every block adds to",
+    "residual": "the sum that every block adds to",
     "output": "prediction, loss and the sampler's state",
 }
 

@@ -10,15 +10,15 @@ from dsr_jax.core.typing import Array
 
 
 def rope_tables(head_dim: int, grid: int, num_prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines for a row-major square grid behind `num_prefix` unrotated tokens.
+    """Returns cosines and sines for a row-major square grid after `num_prefix` unrotated tokens.
 
-    The first half of the head's channels turns with the row, the second with the column; each
-    angle stands twice, for the two members of an interleaved pair.
+    The first half of the head's channels rotates by the row, the second by the column; each angle
+    is listed twice, for the two channels of an interleaved pair.
 
     Args:
       head_dim: Channels K of one head, a multiple of 4.
       grid: Tokens along one side.
-      num_prefix: Registers in front; their rows are the identity rotation.
+      num_prefix: Tokens in front; their rows are the identity rotation.
 
     Returns:
       Two float32 arrays [num_prefix + grid**2, K].
@@ -37,14 +37,14 @@ def rope_tables(head_dim: int, grid: int, num_prefix: int = 0) -> tuple[np.ndarr
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates the interleaved channel pairs of [B, L, H, K] by tables of shape [L, K]."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return x * cos[:, None] + turned * sin[:, None]
+    rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return x * cos[:, None] + rotated * sin[:, None]
 
 
 def centred_rope_tables(
     head_dim: int, rows: int, columns: int, theta: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of a row-major grid whose patch centres span (-1, 1) along each side.
+    """Returns cosines and sines of a row-major grid with patch centers in (-1, 1) on each axis.
 
     Source: transformers modeling_dinov3_vit.py; spec encoder 4 (DINOv3).
 
@@ -68,5 +68,5 @@ def centred_rope_tables(
 def rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates channel k of [B, L, H, K] with channel k + K/2, by tables of shape [L, K]."""
     first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return x * cos[:, None] + rotated * sin[:, None]

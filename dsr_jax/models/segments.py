@@ -1,4 +1,4 @@
-"""Which positions attend to which: packed sequences and padding, for every attention kernel."""
+"""Segment numbers for attention to packed sequences and padding, for every kernel."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from dsr_jax.core.typing import Array
 class Segments(NamedTuple):
     """Positions of one sample attend to those with the same number, and to no others.
 
-    Padding is a segment of its own. A query without any key gets a mean of values, which means
-    nothing and is finite. The largest int32 is taken by `pad_lengths`.
+    Padding is a segment of its own. A query without any key returns a finite mean of values. The
+    largest int32 is reserved for `pad_lengths`.
 
     Attributes:
       q: Numbers of the queries, int32 [B, L].
@@ -32,7 +32,7 @@ def pad_lengths(
 ) -> tuple[Array, Array, Array, Segments | None]:
     """Pads queries [B, L, H, K] and keys and values [B, M, H, K] to multiples of a length.
 
-    Where keys are padded, the segments that come back keep queries from the padding.
+    If keys are padded, the returned segments exclude the padding from attention.
     """
     rows, columns = -q.shape[1] % multiple, -k.shape[1] % multiple
     if columns and segments is None:

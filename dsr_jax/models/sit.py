@@ -28,14 +28,14 @@ SIT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 class SiT(LightningDiT):
-    """LightningDiT's network with the flags of its ancestor, and fixed sinusoids of the time.
+    """LightningDiT's network with SiT's flags and fixed sinusoids of the time.
 
     LayerNorm without parameters, no rotary position, a tanh-GELU feed-forward, patches of two, and
-    twice the channels, of which the second half is dropped. Time runs from t = 0, noise, to t = 1,
+    twice the channels, the second half of which is dropped. Time runs from t = 0, noise, to t = 1,
     data. The original never trains the position table: `config.optim.freeze=("pos_embed",)`.
 
-    No code of SiT with registers was released; they are LightningDiT's here, which leaves no choice
-    open but the rotary position that SiT lacks.
+    No code of SiT with registers was released; they are LightningDiT's here, without the rotary
+    position that SiT lacks.
     """
 
     converter: ClassVar[str] = "dsr_jax.convert.sit:CONVERTER"

@@ -27,15 +27,15 @@ def attend_splash(
 ) -> Array:
     """Softmax attention of the samples and heads that one device holds.
 
-    Lengths are padded to what the kernel takes, and scores of the padding are left out.
+    Lengths are padded to multiples of the kernel's blocks; padding is masked out.
 
     Args:
       q: Queries [B, L, H, K], scaled by 1/sqrt(K) inside.
       k: Keys [B, M, H, K].
       v: Values [B, M, H, K].
-      segments: Who attends to whom; None for everyone to everyone.
-      residuals: Name under which rematerialisation may keep what the backward pass needs.
-      interpret: Runs the kernel's program without its compiler, off a TPU.
+      segments: Which positions attend to which; None for all to all.
+      residuals: Checkpoint name of the residuals that rematerialization may keep.
+      interpret: Interprets the kernel, for platforms other than TPUs.
 
     Returns:
       [B, L, H, K] in the dtype of `q`.
@@ -48,8 +48,8 @@ def attend_splash(
     everything = masks.FullMask((q.shape[1], k.shape[1]))
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([everything] * heads),
-        # One kernel for all gradients computes the weights once. Where keys come in several
-        # blocks, it writes a part of the queries' gradient for each.
+        # One kernel for all gradients computes the weights once. With several blocks of keys it
+        # writes a partial gradient of the queries for each.
         block_sizes=kernels.BlockSizes(
             block_q=block_q,
             block_kv=block_kv,
@@ -70,29 +70,29 @@ def attend_splash(
 def _with_precision(
     kernel: Callable[..., Array], q: Array, k: Array, v: Array, numbers: kernels.SegmentIds | None
 ) -> Array:
-    """Calls the kernel, forward and backward, under a precision that its compiler knows.
+    """Calls the kernel, forward and backward, under a matmul precision that Mosaic supports.
 
-    That is one pass or all of them; a run's own default, three passes for float32, it refuses.
+    It supports "default" and "highest", but not "high", which a run may have as its default.
     """
-    with _known_precision(q.dtype):
+    with _supported_precision(q.dtype):
         return kernel(q, k, v, numbers)
 
 
-def _known_precision(dtype: jnp.dtype) -> AbstractContextManager[None]:
+def _supported_precision(dtype: jnp.dtype) -> AbstractContextManager[None]:
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def _forward(
     kernel: Callable[..., Array], q: Array, k: Array, v: Array, numbers: kernels.SegmentIds | None
 ) -> tuple[Array, Callable[..., tuple[Array, ...]]]:
-    with _known_precision(q.dtype):
+    with _supported_precision(q.dtype):
         return jax.vjp(lambda *x: kernel(*x, numbers), q, k, v)
 
 
 def _backward(
     kernel: Callable[..., Array], pull_back: Callable[..., tuple[Array, ...]], grad: Array
 ) -> tuple[Array | None, ...]:
-    with _known_precision(grad.dtype):
+    with _supported_precision(grad.dtype):
         return *pull_back(grad), None
 
 

@@ -204,7 +204,7 @@ def test_bfloat16_stays_near_float32() -> None:
     ("change", "message"),
     [
         ({"num_registers": 5}, "registers.num=5.*\n.*use 4 or 9"),
-        ({"num_registers": 4, "register_start": 3}, "registers.start=3 lies outside blocks 0..2"),
+        ({"num_registers": 4, "register_start": 3}, "registers.start=3 is not one of blocks 0..2"),
         ({"num_heads": 3}, r"model\.hidden_size=16.* num_heads=3.*\n.*multiple of 12"),
         (
             {"decoder_num_heads": 5},

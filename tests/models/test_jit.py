@@ -213,8 +213,8 @@ def test_bfloat16_stays_near_float32() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class_token_start": 4}, "class_token_start=4 lies outside blocks 0..3"),
-        ({"num_registers": 4, "register_start": 4}, "registers.start=4 lies outside blocks 0..3"),
+        ({"class_token_start": 4}, "class_token_start=4 is not one of blocks 0..3"),
+        ({"num_registers": 4, "register_start": 4}, "registers.start=4 is not one of blocks 0..3"),
         ({"bottleneck_dim": 0}, "bottleneck_dim=0"),
         ({"num_class_tokens": -1}, "num_class_tokens=-1"),
         ({"dropout": 1.0}, "dropout=1.0.*\n.*less than 1"),
