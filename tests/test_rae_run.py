@@ -92,7 +92,7 @@ def test_samples_are_images_of_the_decoder_and_name_its_content(whole: Path, tmp
         ("space.neurons=nowhere", DataError, "nowhere does not exist"),
         ("space.statistics=nowhere.pt", ConversionError, "nowhere.pt does not exist"),
         ("space.image_size=18", ConfigError, "image_size=18 is not a multiple"),
-        ("space.image_size=20", ConfigError, "statistics are of latents"),
+        ("space.image_size=20", ConfigError, "statistics: mean has shape"),
         ("space.decoder=", ConfigError, "has no decoder"),
         ("space.noise_tau=-1.0", ConfigError, "noise_tau=-1"),
         ("data.channels=1", ConfigError, "config.data.channels=1"),

@@ -51,10 +51,10 @@ class DecoderConfig:
 
     @property
     def blocks(self) -> ViTConfig:
-        """The blocks, which are those of MAE's encoder.
+        """Config of the blocks, which are those of MAE's encoder.
 
         Raises:
-          ConfigError: If the width is no multiple of the heads.
+          ConfigError: If the width is not a multiple of the heads.
         """
         return ViTConfig(
             family="mae",
@@ -71,11 +71,11 @@ class DecoderConfig:
 
 
 class DecoderOutput(NamedTuple):
-    """What a decoder returns, in float32.
+    """Output of a decoder, in float32.
 
     Attributes:
       logits: Patches as vectors [B, grid**2, P * P * 3]: row in patch, column, channel.
-      image: The same as an image [B, grid * P, grid * P, 3]; still normalised by mean and
+      image: The same as an image [B, grid * P, grid * P, 3]; still normalized by mean and
         standard deviation of the encoder's pixels.
     """
 
@@ -86,7 +86,7 @@ class DecoderOutput(NamedTuple):
 class ViTDecoder(nn.Module):
     """Decodes tokens on a square grid; its depth is one scan.
 
-    Under `mutable=["intermediates"]` it keeps "embeddings" [B, 1+N, D], the input of the first
+    With `mutable=["intermediates"]` it sows "embeddings" [B, 1+N, D], the input of the first
     block, and "blocks/block_out" [L, B, 1+N, D].
 
     Attributes:
@@ -108,12 +108,12 @@ class ViTDecoder(nn.Module):
         """Decodes latents.
 
         Args:
-          tokens: [B, T, C], row-major on a square grid. Another grid than the config's is
-            resampled to it, behind the first projection.
-          drop_first: The first of the tokens is a class token, which is left out.
+          tokens: [B, T, C], row-major on a square grid. If the grid differs from the
+            config's, it is resampled after the first projection.
+          drop_first: Drops the first token, a class token.
 
         Raises:
-          ConfigError: If the channels are others or the tokens form no square.
+          ConfigError: If the number of channels is wrong, or the tokens do not form a square.
         """
         config = self.config
         side = self._check(tokens, drop_first)
@@ -146,7 +146,7 @@ class ViTDecoder(nn.Module):
         return DecoderOutput(logits, unpatchify(logits, config.patch_size, 3))
 
     def _add_positions(self, x: Array) -> Array:
-        """Puts the class token in front of [B, N, D] and adds the position table."""
+        """Prepends the class token to [B, N, D] and adds the position table."""
         axes = (None, "tokens", "embed")
         width = x.shape[-1]
         token = add_param(self, "cls_token", zeros, axes, (1, 1, width))
@@ -165,14 +165,14 @@ class ViTDecoder(nn.Module):
         side = int(np.sqrt(count))
         if side * side != count:
             raise ConfigError(
-                f"{count} latent tokens form no square grid",
-                "give the patch tokens alone; drop_first leaves a class token out",
+                f"{count} latent tokens do not form a square grid",
+                "pass the patch tokens only; drop_first drops a class token",
             )
         return side
 
 
 def _positions(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-    """Sines and cosines, and zeros for the class token [1, 1+N, D]."""
+    """Returns sines and cosines, and zeros for the class token [1, 1+N, D]."""
     del key
     table = sincos_2d(shape[-1], int(np.sqrt(shape[1] - 1)))
     return jnp.asarray(np.pad(table, ((1, 0), (0, 0))), dtype)[None]

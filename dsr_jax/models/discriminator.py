@@ -18,7 +18,7 @@ from dsr_jax.models.resample import resample
 from dsr_jax.models.vit import ViT
 
 SPECTRAL = "spectral"
-"""The collection of singular vectors: state, but no parameters."""
+"""Flax collection of the singular vectors, which are state and not parameters."""
 
 _EPS = 1e-12
 
@@ -26,14 +26,16 @@ _EPS = 1e-12
 class SpectralConv(nn.Module):
     """A convolution over tokens whose kernel is divided by its largest singular value.
 
-    The value is estimated from vectors in the collection "spectral". Where that collection is
-    mutable, which is what training means here, one power iteration comes first; else the stored
-    vectors serve. Kernel [k, in, out]; the vectors are those of the original's matrix
-    [out, in * k], in its order. Source: torch.nn.utils.spectral_norm.
+    The value is estimated from vectors in the collection "spectral". If that collection is mutable,
+    as in training, one power iteration updates them first. Kernel [k, in, out]; the vectors are
+    those of the original's matrix [out, in * k], in its order. `nn.SpectralNorm` cannot be used: it
+    keeps u and sigma of the matrix [k * in, out], and published heads hold u and v.
+
+    Source: torch.nn.utils.spectral_norm.
 
     Attributes:
       features: Channels of the output.
-      kernel_size: Odd number k of tokens; beyond the ends the sequence goes on from its other end.
+      kernel_size: Odd number k of tokens; the sequence is padded circularly.
     """
 
     features: int
@@ -57,26 +59,26 @@ class SpectralConv(nn.Module):
         return y + bias
 
     def _largest(self, matrix: Array) -> Array:
-        """Estimates the largest singular value; gradients flow through the matrix alone."""
+        """Estimates the largest singular value; gradients flow through the matrix only."""
 
-        def start(size: int) -> Array:
-            return _normalise(jax.random.normal(self.make_rng("params"), (size,)))
+        def init(size: int) -> Array:
+            return _normalize(jax.random.normal(self.make_rng("params"), (size,)))
 
-        u = self.variable(SPECTRAL, "u", start, matrix.shape[0])
-        v = self.variable(SPECTRAL, "v", start, matrix.shape[1])
+        u = self.variable(SPECTRAL, "u", init, matrix.shape[0])
+        v = self.variable(SPECTRAL, "v", init, matrix.shape[1])
         if self.is_mutable_collection(SPECTRAL) and not self.is_initializing():
             fixed = jax.lax.stop_gradient(matrix)
-            v.value = _normalise(fixed.T @ u.value)
-            u.value = _normalise(fixed @ v.value)
+            v.value = _normalize(fixed.T @ u.value)
+            u.value = _normalize(fixed @ v.value)
         return u.value @ matrix @ v.value
 
 
-def _normalise(x: Array) -> Array:
+def _normalize(x: Array) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x), _EPS)
 
 
 class TokenNorm(nn.Module):
-    """Normalises each channel of each sample over its tokens; learned scale and bias.
+    """Normalizes each channel of each sample over its tokens; learned scale and bias.
 
     Attributes:
       epsilon: Added to the variance.
@@ -95,10 +97,10 @@ class TokenNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Judges every token of one feature map.
+    """Classifies every token of one feature map as real or generated.
 
     Attributes:
-      kernel_size: Tokens that the middle convolution sees.
+      kernel_size: Kernel size of the middle convolution, in tokens.
     """
 
     kernel_size: int = 9
@@ -119,7 +121,7 @@ class Heads(nn.Module):
     """One head per feature map; parameters and singular vectors have a leading axis of maps.
 
     Attributes:
-      kernel_size: Tokens that the middle convolution of each sees.
+      kernel_size: Kernel size of each middle convolution, in tokens.
     """
 
     kernel_size: int = 9
@@ -143,8 +145,8 @@ class Discriminator:
 
     Attributes:
       backbone: DINO's ViT.
-      key_depths: Blocks whose outputs are judged, besides the last one's.
-      heads: What is trained.
+      key_depths: Blocks whose outputs are classified, besides the last one's.
+      heads: The trained part.
     """
 
     backbone: ViT
@@ -153,12 +155,12 @@ class Discriminator:
 
     @property
     def _depths(self) -> list[int]:
-        """The last block, then the key blocks that exist; one may thus come twice."""
+        """Indices of the last block and of the key blocks that exist; one may occur twice."""
         depth = self.backbone.config.depth
         return [depth - 1, *(key for key in self.key_depths if key < depth)]
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
-        """Makes the heads' parameters, in Flax's boxes, and their singular vectors."""
+        """Returns the heads' initial parameters, in Flax's boxes, and singular vectors."""
         config = self.backbone.config
         tokens = (config.image_size // config.patch_size) ** 2
         features = jnp.zeros((len(self._depths), 1, tokens, config.hidden_size))
@@ -169,7 +171,9 @@ class Discriminator:
         """Maps images [B, H, W, 3] in [-1, 1] to patch features [M, B, T, D]."""
         config = self.backbone.config
         if images.ndim != 4 or images.shape[-1] != 3:
-            raise ConfigError(f"images of shape {images.shape}", "the discriminator takes colour")
+            raise ConfigError(
+                f"images of shape {images.shape}", "the discriminator takes RGB images [B, H, W, 3]"
+            )
         x = resample(images, config.image_size, config.image_size, "bilinear")
         mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
         _, kept = self.backbone.apply(
@@ -181,14 +185,14 @@ class Discriminator:
     def __call__(
         self, backbone: Params, heads: Params, spectral: PyTree, images: Array, *, train: bool
     ) -> tuple[Array, PyTree]:
-        """Judges images [B, H, W, 3] in [-1, 1].
+        """Returns logits of images [B, H, W, 3] in [-1, 1].
 
         Args:
           backbone: Frozen parameters.
           heads: Trained parameters.
           spectral: The heads' singular vectors.
           images: The images.
-          train: Improves the singular vectors by one iteration first.
+          train: Updates the singular vectors by one power iteration first.
 
         Returns:
           Logits [B, M * T], large for real images, and the singular vectors afterwards.

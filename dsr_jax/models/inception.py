@@ -1,8 +1,8 @@
 """Inception-v3 as Google exported it in December 2015: the network of FID, sFID and IS.
 
-It is not torchvision's: 1008 classes, no auxiliary head, average pools that leave the padding out
-of the mean, a max pool in the last block, and other weights. The graph is a table, from which the
-converter, too, reads its names. Source: ADM evaluator, torch-fidelity
+It differs from torchvision's: 1008 classes, no auxiliary head, average pools that exclude padding
+from the mean, a max pool in the last block, and other weights. The graph is a table, which the
+converter uses as well. Source: ADM evaluator, torch-fidelity
 feature_extractor_inceptionv3.py; spec evaluation 4.
 """
 
@@ -53,7 +53,7 @@ class Pool:
 
 
 Step = Conv | Pool | tuple[Conv, ...]
-"""One step of a branch; a tuple holds convolutions side by side, joined afterwards."""
+"""One step of a branch; a tuple holds parallel convolutions, whose outputs are concatenated."""
 Branches = tuple[tuple[Step, ...], ...]
 
 
@@ -119,7 +119,7 @@ def block_d() -> Branches:
 
 
 def block_e(pool: str) -> Branches:
-    """8 x 8 maps; the first block averages in its pool branch, the second takes the maximum."""
+    """8 x 8 maps; the first block's pool branch is an average pool, the second's a max pool."""
 
     def pair(first: str, second: str) -> tuple[Conv, ...]:
         return Conv(first, 384, (1, 3)), Conv(second, 384, (3, 1))
@@ -190,8 +190,8 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") ->
         x,
         kernel,
         (stride, stride),
-        # XLA's convolution on CPUs takes half the time where there is some padding, if only a
-        # column that is cut off again.
+        # XLA's convolution on CPUs takes half the time with some padding, if only a column that is
+        # removed again.
         ((0, 0), (0, 1)) if padding == "VALID" else padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=_HIGHEST,
@@ -199,7 +199,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") ->
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm with the statistics of training, ReLU.
+    """Convolution, batch norm with the training statistics, ReLU.
 
     Attributes:
       conv: Kernel, stride and padding.
@@ -211,7 +211,7 @@ class ConvBN(nn.Module):
 
     @nn.compact
     def arrays(self, inputs: int) -> tuple[Array, Array, Array]:
-        """The kernel [h, w, inputs, D], and factor and offset [D] of the norm."""
+        """Returns the kernel [h, w, inputs, D], and factor and offset [D] of the norm."""
         shape = (*self.conv.kernel, inputs, self.features)
         kernel = add_param(self, "kernel", nn.initializers.he_normal(), (None,) * 4, shape)
         scale, bias, mean, var = (
@@ -235,10 +235,10 @@ def _pool(x: Array, pool: Pool) -> Array:
 
 
 class Block(nn.Module):
-    """Branches side by side, joined along the channels.
+    """Parallel branches, concatenated along the channels.
 
-    All 1 x 1 convolutions of the block's input are one product. Those behind an average come before
-    it, which is the same but for rounding, and leaves fewer channels to average.
+    All 1 x 1 convolutions of the block's input are one matmul. A 1 x 1 convolution after an average
+    pool is computed before it, which is the same but for rounding, and pools fewer channels.
 
     Attributes:
       branches: The block's table.
@@ -251,25 +251,25 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Maps [B, H, W, C]; returns all branches [B, H', W', C'], and the first one alone."""
-        outputs, products = [], self._products(x)
+        outputs, entries = [], self._entry_convolutions(x)
         for branch in self.branches:
             entry, y = _entry(branch), x
             if entry is not None:
-                y, factor, offset = products[entry.name]
-                place = branch.index(entry)
-                y = nn.relu(self._run(branch[:place], y) * factor + offset)
-                branch = branch[place + 1 :]
+                y, factor, offset = entries[entry.name]
+                index = branch.index(entry)
+                y = nn.relu(self._run(branch[:index], y) * factor + offset)
+                branch = branch[index + 1 :]
             outputs.append(self._run(branch, y))
         return jnp.concatenate(outputs, axis=-1), outputs[0]
 
-    def _products(self, x: Array) -> dict[str, tuple[Array, Array, Array]]:
-        """By convolution: x's product with its kernel, and factor and offset of its norm."""
+    def _entry_convolutions(self, x: Array) -> dict[str, tuple[Array, Array, Array]]:
+        """Returns the output, and factor and offset of the norm, of each entry convolution."""
         convs = list(filter(None, map(_entry, self.branches)))
         kernels, factors, offsets = zip(
             *(self._module(conv).arrays(x.shape[-1]) for conv in convs), strict=True
         )
-        joined = convolve(x, jnp.concatenate(kernels, axis=-1))
-        parts = jnp.split(joined, np.cumsum([len(x) for x in offsets])[:-1], axis=-1)
+        outputs = convolve(x, jnp.concatenate(kernels, axis=-1))
+        parts = jnp.split(outputs, np.cumsum([len(x) for x in offsets])[:-1], axis=-1)
         names = [conv.name for conv in convs]
         return dict(zip(names, zip(parts, factors, offsets, strict=True), strict=True))
 
@@ -288,18 +288,18 @@ class Block(nn.Module):
 
 
 def _entry(branch: tuple[Step, ...]) -> Conv | None:
-    """The 1 x 1 convolution that a branch applies to its block's input, if it does."""
+    """Returns the 1 x 1 convolution that a branch applies to the block's input, or None."""
     step = branch[1] if branch[0] == Pool("avg") else branch[0]
     return step if isinstance(step, Conv) and step.kernel == (1, 1) else None
 
 
 class Features(NamedTuple):
-    """What scores are computed from, float32.
+    """The features that metrics are computed from, float32.
 
     Attributes:
       pool: Mean of the last map [B, 2048]: FID, KID, precision and recall.
       spatial: Seven channels of a 17 x 17 map [B, 2023], rows first, channels last: sFID.
-      logits: Class scores [B, 1008] without the bias, as the Inception Score of ADM takes them.
+      logits: Class scores [B, 1008] without the bias, as ADM's Inception Score uses them.
     """
 
     pool: Array
@@ -308,7 +308,7 @@ class Features(NamedTuple):
 
 
 class InceptionV3(nn.Module):
-    """The whole network. All products are in true float32, whatever the default precision.
+    """The network. All matmuls are in true float32, whatever the default precision.
 
     Attributes:
       width_div: Divides every number of channels: 1, or 2, 4, 8, 16 in tests.
@@ -320,7 +320,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Features:
-        """Maps prepared images [B, 299, 299, 3], see `inception_input`; sows what it pools."""
+        """Maps prepared images [B, 299, 299, 3], see `inception_input`; sows the max pools."""
         pools = 0
         for step in STEM:
             if isinstance(step, Conv):
@@ -338,7 +338,7 @@ class InceptionV3(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Linear layer whose bias is a parameter, but left out of the result.
+    """Linear layer with a bias that is a parameter but is not added.
 
     Attributes:
       features: Number of classes.

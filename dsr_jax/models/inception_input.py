@@ -1,4 +1,4 @@
-"""How images become what Inception takes: 299 pixels a side, in the originals' range.
+"""Prepares images for Inception: 299 x 299 pixels, in the original's range.
 
 Source: TensorFlow 1's ResizeBilinear, pytorch-fid; spec evaluation 3.
 """
@@ -17,22 +17,22 @@ RESIZES = ("adm", "pytorch_fid")
 
 @functools.cache
 def _table(size: int, wanted: int, centred: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower and upper source index and the upper one's weight of each of `wanted` pixels.
+    """Returns lower and upper source index and the upper one's weight of `wanted` pixels.
 
-    In float32 as the originals do it; in float64 some weights differ by thousandths of a level.
+    In float32 like the original; in float64 some weights differ by thousandths of a level.
     """
     scale, half = np.float32(size) / np.float32(wanted), np.float32(0.5)
-    place = np.arange(wanted, dtype=np.float32)
-    place = np.maximum((place + half) * scale - half, 0) if centred else place * scale
-    low = np.floor(place).astype(np.int32)
-    return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
+    position = np.arange(wanted, dtype=np.float32)
+    position = np.maximum((position + half) * scale - half, 0) if centred else position * scale
+    low = np.floor(position).astype(np.int32)
+    return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
 
 
 def resize_bilinear(images: Array, size: int = INPUT_SIZE, centred: bool = False) -> Array:
-    """TensorFlow 1's ResizeBilinear, [B, H, W, C] to [B, size, size, C], float32.
+    """Applies TensorFlow 1's ResizeBilinear, [B, H, W, C] to [B, size, size, C], float32.
 
-    Corners are not aligned, pixels have no centres unless `centred` (as in PyTorch), and nothing is
-    smoothed before shrinking.
+    Corners are not aligned, half-pixel centers are used only if `centred` (as in PyTorch), and
+    there is no antialiasing.
     """
     x = jnp.asarray(images, jnp.float32)
     for axis in (2, 1):  # Columns first; the order decides the last bit.
@@ -44,12 +44,12 @@ def resize_bilinear(images: Array, size: int = INPUT_SIZE, centred: bool = False
 
 
 def prepare(images: Array, resize: str = "adm") -> Array:
-    """Brings uint8 images [B, H, W, 1 or 3] to what the network takes, [B, 299, 299, 3] float32.
+    """Maps uint8 images [B, H, W, 1 or 3] to the network's input [B, 299, 299, 3], float32.
 
     Args:
       images: Values 0 to 255; grey is repeated.
-      resize: "adm" is TensorFlow 1's resize, and (x - 128) / 128. "pytorch_fid" puts pixels at
-        their centres and maps to [-1, 1], as that package does; its FIDs are others.
+      resize: "adm" is TensorFlow 1's resize, and (x - 128) / 128. "pytorch_fid" uses
+        half-pixel centers and maps to [-1, 1], like that package; its FIDs differ.
 
     Raises:
       ConfigError: For an unknown resize.

@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look to the features of a frozen VGG16.
+"""LPIPS: perceptual distance of two images by the features of a frozen VGG16.
 
 Source: Zhang et al. 2018, taming-transformers lpips.py, as RAE's stage 1 uses it; spec encoder 10.
 """
@@ -19,7 +19,7 @@ _EPS = 1e-10
 
 
 class LPIPS(nn.Module):
-    """Distance of images by VGG16's features, each channel weighed by a learned factor.
+    """Distance of images by VGG16's features, each channel weighted by a learned factor.
 
     Attributes:
       channels: Widths of the five slices; VGG16 has 64, 128, 256, 512, 512.
@@ -38,8 +38,8 @@ class LPIPS(nn.Module):
         ):
             if number > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            for place in range(1, count + 1):
-                name = f"conv{number}_{place}"
+            for index in range(1, count + 1):
+                name = f"conv{number}_{index}"
                 x = nn.relu(nn.Conv(width, (3, 3), padding=1, name=name)(x))
             features = _unit(x)
             difference = jnp.square(features[:batch] - features[batch:])
@@ -51,7 +51,7 @@ class LPIPS(nn.Module):
 def _unit(x: Array) -> Array:
     """Scales the channels of [B, H, W, C] to norm 1.
 
-    Where all are zero the gradient is, too; the original's is not a number.
+    The gradient at zero is zero; the original's is NaN.
     """
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     positive = squares > 0

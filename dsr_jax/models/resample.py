@@ -1,4 +1,4 @@
-"""Resampling of images and tables, exactly as the originals' three primitives do it.
+"""Resamples images and tables exactly like the original code's primitives.
 
 Each is a pair of matrices, one per axis, built in float64 on the host. `jax.image.resize` has no
 mode for the first, PyTorch's bicubic interpolation without antialiasing.
@@ -23,8 +23,8 @@ def resample(x: Array, height: int, width: int, method: str) -> Array:
 
     Args:
       x: Values on a grid of half-pixel centres.
-      height: Rows wanted.
-      width: Columns wanted.
+      height: Output rows.
+      width: Output columns.
       method: "bicubic" (a = -0.75, no antialiasing: RAE's input, position tables of SigLIP, MAE and
         transformers' DINOv2 without registers), "bicubic-offset" (the same as if a tenth of a pixel
         more were wanted: torch.hub's DINOv2), "bicubic-antialias" (a = -0.5: DINOv2 with
@@ -43,7 +43,7 @@ def resample(x: Array, height: int, width: int, method: str) -> Array:
 
 @functools.cache
 def resample_matrix(size: int, wanted: int, method: str) -> np.ndarray:
-    """The matrix [wanted, size], float32, that resizes one axis.
+    """Returns the matrix [wanted, size], float32, that resizes one axis.
 
     Raises:
       ConfigError: If the method is unknown.
@@ -65,7 +65,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def _pointwise(size: int, wanted: int, method: str) -> np.ndarray:
-    """Weights of the taps around each output's centre; taps beyond an edge count for the edge."""
+    """Returns weights of the taps around each output's center; the edges are repeated."""
     cubic = method != "bilinear"
     span = wanted + _OFFSET if method == "bicubic-offset" else wanted
     centres = (np.arange(wanted) + 0.5) * size / span - 0.5
@@ -85,7 +85,7 @@ def _pointwise(size: int, wanted: int, method: str) -> np.ndarray:
 
 
 def _antialiased(size: int, wanted: int, method: str) -> np.ndarray:
-    """A cubic kernel as wide as an output sample, renormalised at the edges."""
+    """Returns weights of a cubic kernel as wide as an output, renormalized at the edges."""
     del method
     centres = (np.arange(wanted)[:, None] + 0.5) * size / wanted
     stretch = max(size / wanted, 1.0)

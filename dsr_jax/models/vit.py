@@ -45,7 +45,7 @@ class ViTConfig:
     """Sizes and flags of an encoder.
 
     Attributes:
-      family: "siglip", "dinov2", "dinov3" or "mae": whose checkpoints it reads.
+      family: "siglip", "dinov2", "dinov3" or "mae": the family of its checkpoints.
       image_size: Side of the images that the position table was made for, in pixels.
       patch_size: Side P of a patch.
       hidden_size: Width D.
@@ -54,8 +54,8 @@ class ViTConfig:
       mlp_dim: Hidden MLP units M.
       layer_norm_eps: Epsilon of every norm, the final one included.
       activation: "gelu" (exact), "gelu_tanh" or "silu".
-      use_cls: A class token comes first; its output is dropped.
-      num_registers: Trained registers behind the class token; dropped.
+      use_cls: Prepends a class token, whose output is dropped.
+      num_registers: Trained registers after the class token; their outputs are dropped.
       use_layer_scale: Learned factors on both branches of a block.
       query_bias: The query projection has a bias.
       key_bias: The key projection has one.
@@ -63,9 +63,9 @@ class ViTConfig:
       gated_mlp: `fc2(act(gate(x)) * fc1(x))`.
       position_resampling: Method of `resample` for the position table; "" for no table.
       rope_theta: Base of the rotary position of patches; 0 for none.
-      class_output: The class token behind the final norm, with the norm's affine, is an output.
-      torch_init: Projections start as PyTorch's do, which matters where blocks are trained.
-      pixel_mean: Mean of each channel that images are normalised by, for values in [0, 1].
+      class_output: Returns the class token after the final norm with its affine parameters.
+      torch_init: Initializes projections like PyTorch, for blocks that are trained.
+      pixel_mean: Mean of each channel that images are normalized by, for values in [0, 1].
       pixel_std: Standard deviation likewise.
     """
 
@@ -95,7 +95,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}"
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
             )
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
@@ -104,20 +104,20 @@ class ViTConfig:
 
     @property
     def linear_init(self) -> LinearInit:
-        """Start of the projections."""
+        """Initialization of the projections."""
         return TORCH_DEFAULT if self.torch_init else XAVIER
 
     @property
     def num_prefix(self) -> int:
-        """Rows before the patches: class token and trained registers."""
+        """Number of tokens before the patches: class token and trained registers."""
         return self.use_cls + self.num_registers
 
 
 def resample_positions(config: ViTConfig, table: Array, rows: int, columns: int) -> Array:
-    """Resamples a position table to another grid; the class token's row stays as it is.
+    """Resamples a position table to another grid; the class token's row is unchanged.
 
     Args:
-      config: Whose table it is.
+      config: Config of the encoder.
       table: [1, T, D], or [1, 1+T, D] with a class token, of the config's image size.
       rows: Patches from top to bottom.
       columns: Patches from left to right.
@@ -167,7 +167,7 @@ class ViTBlock(nn.Module):
 
 
 class ViTAttention(nn.Module):
-    """Full self-attention; rotary position where the tables say so."""
+    """Full self-attention, optionally with rotary position."""
 
     config: ViTConfig
     attention: str
@@ -211,7 +211,7 @@ class ViTAttention(nn.Module):
 
 
 class ViTMlp(nn.Module):
-    """The MLP, whose hidden units the intervention may move."""
+    """The MLP, to whose hidden units the intervention applies."""
 
     config: ViTConfig
     precision: Precision
@@ -246,7 +246,7 @@ def make_vit_stack(
     constrain: Constrain,
     remat: str = "none",
 ) -> nn.Module:
-    """The stack `blocks` as one scan: `(tokens, intervention, rope) -> (tokens, None)`.
+    """Returns the stack `blocks` as one scan: `(tokens, intervention, rope) -> (tokens, None)`.
 
     Args:
       config: Sizes and flags.
@@ -271,7 +271,7 @@ def make_vit_stack(
 class ViT(nn.Module):
     """A frozen image encoder; its depth is one scan.
 
-    Under `mutable=["intermediates"]` it keeps "embeddings" [B, S, D], and by block, stacked,
+    With `mutable=["intermediates"]` it sows "embeddings" [B, S, D], and by block, stacked,
     "block_out" [L, B, S, D] and "mlp/mlp_act" [L, B, S, M] (with an intervention also
     "mlp/mlp_act_before"). Rows S are class token, trained registers, patches, test-time registers.
 
@@ -322,12 +322,12 @@ class ViT(nn.Module):
         """Encodes images.
 
         Args:
-          pixels: [B, H, W, 3], normalised by the config's mean and standard deviation. Other sizes
-            than the position table's resample the table.
+          pixels: [B, H, W, 3], normalized by the config's mean and standard deviation. For other
+            sizes than the position table's, the table is resampled.
           intervention: Test-time registers, with a mask [L, M].
 
         Raises:
-          ConfigError: If the image does not divide into patches, or the mask is of other sizes.
+          ConfigError: If the image does not divide into patches, or the mask has the wrong shape.
         """
         config = self.config
         self._check(pixels, intervention)
@@ -349,7 +349,8 @@ class ViT(nn.Module):
         config = self.config
         if pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ConfigError(
-                f"images of shape {pixels.shape}", "the encoder takes [B, H, W, 3], normalised"
+                f"images of shape {pixels.shape}",
+                "pass normalized images [B, H, W, 3]",
             )
         if any(side % config.patch_size for side in pixels.shape[1:3]):
             raise ConfigError(
@@ -360,13 +361,13 @@ class ViT(nn.Module):
         wanted = (config.depth, config.mlp_dim)
         if intervention is not None and intervention.mask.shape != wanted:
             raise ConfigError(
-                f"register neurons for {intervention.mask.shape} blocks and units, the encoder has "
-                f"{wanted}",
+                f"register neurons for {intervention.mask.shape} blocks and units, but the encoder "
+                f"has {wanted}",
                 "use the neurons that were found for this very encoder",
             )
 
     def _embed(self, pixels: Array, rows: int, columns: int) -> Array:
-        """Patches with their positions, behind the prefix tokens [B, S, D], float32."""
+        """Returns prefix tokens and patches with their positions [B, S, D], float32."""
         config = self.config
         width = config.hidden_size
         patches = Dense(
@@ -397,7 +398,7 @@ class ViT(nn.Module):
         return add_param(self, name, init, (None, "tokens", "embed"), shape)
 
     def _rope(self, rows: int, columns: int, length: int) -> Rope | None:
-        """Tables [S, K] that leave everything but the patches where it is."""
+        """Returns rotary tables [S, K], with the identity for all tokens but the patches."""
         config = self.config
         if not config.rope_theta:
             return None

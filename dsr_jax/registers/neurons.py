@@ -28,16 +28,16 @@ PUBLISHED: Mapping[str, str] = MappingProxyType(
 
 
 def published_neurons(encoder: str) -> Neurons:
-    """The set that was published for an encoder.
+    """Returns the published register neurons of an encoder.
 
     Raises:
-      ConfigError: If none was.
+      ConfigError: If none were published.
     """
     name = encoder.rsplit("/", 1)[-1]
     if name not in PUBLISHED:
         raise ConfigError(
             f"no register neurons were published for {encoder}",
-            f"published are those of {', '.join(PUBLISHED)}; find an encoder's own with "
+            f"published ones exist for {', '.join(PUBLISHED)}; find an encoder's own with "
             "tools/find_registers.py",
         )
     data = resources.files("dsr_jax.registers").joinpath("data", PUBLISHED[name])
@@ -48,7 +48,7 @@ def load_neurons(source: str | os.PathLike[str]) -> Neurons:
     """Reads a file of the official form, or a published set by the encoder's name.
 
     Raises:
-      DataError: If the file is missing or of another form.
+      DataError: If the file is missing or does not have that form.
     """
     path = Path(source)
     if not path.exists() and path.name in PUBLISHED:
@@ -64,20 +64,20 @@ def parse_neurons(text: str, name: str) -> Neurons:
     Order and duplicates are kept; neither changes the intervention.
 
     Raises:
-      DataError: If `text` is of another form; `name` says where it stands.
+      DataError: If `text` does not have that form; `name` is the file, for the message.
     """
     remedy = 'the form is {"2": [33, 9], "3": [11]}: units by block'
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name} is no JSON: {error}", remedy) from error
+        raise DataError(f"{name} is not JSON: {error}", remedy) from error
     if not isinstance(content, dict):
         raise DataError(f"{name} holds a {type(content).__name__}", remedy)
     neurons: Neurons = {}
     for block, units in content.items():
         listed = isinstance(units, list) and all(type(unit) is int for unit in units)
         if not (block.isdecimal() and listed):
-            raise DataError(f"{name}: {block!r}: {str(units)[:80]} is no list of units", remedy)
+            raise DataError(f"{name}: {block!r}: {str(units)[:80]} is not a list of units", remedy)
         neurons[int(block)] = units
     return neurons
 
@@ -92,7 +92,7 @@ def neurons_to_mask(neurons: Mapping[int, Sequence[int]], depth: int, mlp_dim: i
     """Marks the units of each block [L, M], bool.
 
     Raises:
-      ConfigError: If a block or unit lies outside the encoder.
+      ConfigError: If the encoder has no such block or unit.
     """
     mask = np.zeros((depth, mlp_dim), bool)
     for block, units in neurons.items():

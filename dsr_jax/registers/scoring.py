@@ -1,4 +1,4 @@
-"""How strongly each hidden MLP unit fires on outlier tokens: one image, and sums over many.
+"""Scores hidden MLP units by their activation on outlier tokens, per image and over many images.
 
 Source: test-time-registers shared/algorithms.py find_register_neurons; DSR ttreg; spec encoder 6.
 """
@@ -16,8 +16,8 @@ class Sparsity:
     """Drops units that are active on most tokens of an image.
 
     Attributes:
-      level: A unit is idle on a token where its signed activation is below this.
-      fraction: Share of tokens on which it must be idle.
+      level: Signed activation below which a unit is idle on a token.
+      fraction: Fraction of tokens on which a unit must be idle.
     """
 
     level: float = 0.5
@@ -26,15 +26,15 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Criterion:
-    """Which tokens are outliers, and which units may score.
+    """Defines which tokens are outliers and which units are scored.
 
     Attributes:
-      threshold: Outliers are tokens whose norm is greater; may be traced.
+      threshold: Norm above which a token is an outlier; may be traced.
       mean_token: Adds the mean over the sequence as a row of its own, of the outputs and of the
         activations. The original code was written for encoders with a class token in row 0 and
-        puts this row there for SigLIP2; it can be an outlier like any other.
+        puts this row there for SigLIP2; it can be an outlier like any other row.
       num_prefix: Rows (class token, trained registers) before the patches that cannot be outliers.
-      num_suffix: Rows (test-time registers) behind the patches that cannot be outliers.
+      num_suffix: Rows (test-time registers) after the patches that cannot be outliers.
       sparsity: The filter, or None.
     """
 
@@ -46,7 +46,7 @@ class Criterion:
 
 
 def token_norms(outputs: Array, mean_token: bool) -> Array:
-    """Norms [B, T] of token vectors [B, T, D]; with the mean token [B, 1+T], that one first."""
+    """Returns norms [B, T] of tokens [B, T, D], or [B, 1+T] with that of the mean token first."""
     if mean_token:
         outputs = jnp.concatenate([outputs.mean(axis=1, keepdims=True), outputs], axis=1)
     return jnp.linalg.norm(outputs.astype(jnp.float32), axis=-1)
@@ -74,7 +74,7 @@ def score_images(activations: Array, outliers: Array, criterion: Criterion) -> A
     activations = activations.astype(jnp.float32)
     marks = outliers.astype(jnp.float32)
     rows = marks[:, 1:] if criterion.mean_token else marks
-    # A sum of products, not an einsum: it fuses, and |activations| is never an array of its own.
+    # Unlike an einsum, this fuses, so that |activations| is never materialized.
     total = jnp.sum(jnp.abs(activations) * rows[..., None], axis=2).swapaxes(0, 1)
     if criterion.mean_token:
         mean = activations.mean(axis=2).swapaxes(0, 1)
@@ -97,7 +97,7 @@ class ScoreTable:
     """
 
     def __init__(self, depth: int, mlp_dim: int) -> None:
-        # float64, since hundreds of images are summed in an order that batches should not decide.
+        # float64, so that the sum over images hardly depends on the batches.
         self._sum = np.zeros((depth, mlp_dim), np.float64)
         self.images = self.counted = 0
 
@@ -115,7 +115,7 @@ class ScoreTable:
 
 
 def rank_neurons(scores: np.ndarray) -> list[tuple[int, int]]:
-    """All (block, unit) pairs of a table [L, M], highest score first, ties in index order."""
+    """Returns all (block, unit) pairs of a table [L, M], highest score first, then by index."""
     order = np.argsort(-scores, axis=None, kind="stable")
     blocks, units = np.unravel_index(order, scores.shape)
     return list(zip(blocks.tolist(), units.tolist(), strict=True))

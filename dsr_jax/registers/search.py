@@ -1,8 +1,8 @@
-"""Finds the hidden MLP units that write a ViT's outlier tokens, in one round or several.
+"""Finds the hidden MLP units that cause a ViT's outlier tokens, in one or more rounds.
 
-A round measures which tokens are outliers, scores every unit by how strongly it fires on them, and
-takes the best. The next round does the same with those units moved to a test-time register; what
-it finds writes the outliers that are left.
+A round detects outlier tokens, scores every unit by its activation on them, and selects the units
+with the highest scores. The next round repeats this with those units moved to a test-time register,
+and so finds the units behind the remaining outliers.
 
 Source: DSR ttreg find_register_neurons, get_register_neurons; spec encoder 6.
 """
@@ -43,23 +43,23 @@ class NoOutliersError(DataError):
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search. Values per round: the last one counts for all later rounds.
+    """Settings of a search. Of values per round the last one applies to all later rounds.
 
     Attributes:
-      threshold: Outliers are tokens with a greater norm; None splits the norms into two
-        populations, anew for each round.
+      threshold: Norm above which a token is an outlier; None splits the norms into two populations
+        in each round.
       detect_block: Block after which norms are taken, counted as Python does (-1: the last).
-      lowest_block: First block whose units may be chosen.
+      lowest_block: First block whose units may be selected.
       highest_block: Last such block of each round; -1 is the last of all.
-      top_k: Units to choose in each round.
-      rounds: How many; None goes on until no second population is left.
+      top_k: Number of units to select in each round.
+      rounds: Number of rounds; None for as many as there are outliers.
       sparsity: Filter of units that are active nearly everywhere, or None.
       mean_token: Adds the mean token as a row (`scoring.Criterion`); None: if the encoder has no
-        class token, whose place it takes.
+        class token.
       num_registers: Test-time registers in later rounds.
-      exclude_registers: Registers are not outliers in later rounds. By default they are, as in the
-        original, which then finds the units of the earlier rounds again.
-      exclude_found: Units of earlier rounds are not chosen again.
+      exclude_registers: Registers do not count as outliers in later rounds. By default they do, as
+        in the original, which then finds the units of earlier rounds again.
+      exclude_found: Units of earlier rounds are not selected again.
       as_released: Later rounds append no register and overwrite the last patch instead, as the
         released code does.  DSR-compat: spec encoder 14.2.
     """
@@ -103,11 +103,11 @@ class Round:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
       rounds: In order.
-      ended: Why there was no further round.
+      ended: Reason why the search ended.
     """
 
     rounds: list[Round]
@@ -122,7 +122,7 @@ class SearchResult:
 def merge_neurons(rounds: Sequence[Neurons]) -> Neurons:
     """Concatenates the lists of several rounds block by block, as the published sets are.
 
-    A unit that two rounds found is there twice, which changes nothing in the intervention.
+    A unit found in two rounds is listed twice, which does not change the intervention.
     """
     if len(rounds) == 1:
         return dict(rounds[0])
@@ -138,7 +138,7 @@ def choose_neurons(
     highest_block: int = -1,
     exclude: Neurons | None = None,
 ) -> Neurons:
-    """The `top_k` units with the highest scores [L, M], by block in the order of their scores."""
+    """Returns the `top_k` units with the highest scores [L, M] by block, highest score first."""
     highest = len(scores) - 1 if highest_block == -1 else highest_block
     known = {(block, unit) for block, units in (exclude or {}).items() for unit in units}
     ranked = (pair for pair in rank_neurons(scores) if lowest_block <= pair[0] <= highest)
@@ -160,17 +160,17 @@ def find_registers(
 ) -> SearchResult:
     """Searches an encoder for register neurons.
 
-    At most one batch of activations is in memory: what is kept of an image are its token norms and
-    its share in the [L, M] table of scores.
+    At most one batch of activations is in memory. Only token norms and the [L, M] table of summed
+    scores are kept.
 
     Args:
       model: The encoder.
       params: Its parameters.
-      images: Normalised images.
+      images: Normalized images.
       settings: See `SearchSettings`.
       mesh: Devices; batches are split over them.
       batch: Images at a time over all devices.
-      log: Takes lines about progress.
+      log: Function that receives lines about progress.
 
     Raises:
       NoOutliersError: If no token of any image is an outlier, with the quantiles of the norms.
@@ -190,7 +190,7 @@ def find_registers(
 
 
 class _Search:
-    """The compiled passes over the images, and the decisions between them."""
+    """The compiled passes over the images, and the selection between them."""
 
     def __init__(
         self, model: ViT, params: Params, stream: ImageStream, settings: SearchSettings
@@ -204,12 +204,12 @@ class _Search:
         self._score_batch = jax.jit(self._score_traced)
         self._compare_batch = jax.jit(self._compare_traced)
         self._norms_batch = jax.jit(self._norms_traced)
-        # The intervention spares row 0: without a class token that is the first patch, whose
-        # outliers no round can cure.
+        # The intervention skips row 0. Without a class token that is the first patch, whose
+        # outliers no round can remove.
         self._spared = int(self._prefix == 0)
 
     def round(self, earlier: Sequence[Round]) -> Round:
-        """Measures, scores and chooses once more, on top of the `earlier` rounds."""
+        """Runs one more round, on top of the `earlier` ones."""
         number, settings = len(earlier), self._settings
         found = merge_neurons([done.chosen for done in earlier])
         threshold = self._threshold(earlier)
@@ -229,7 +229,7 @@ class _Search:
         return Round(threshold, norms, after, cosine, table.mean, table.counted, chosen)
 
     def reason_to_end(self, rounds: Sequence[Round]) -> str:
-        """Why no further round follows; empty if one does."""
+        """Returns why the search ends; empty if another round follows."""
         if self._settings.rounds is not None:
             done = len(rounds) >= self._settings.rounds
             return f"{len(rounds)} rounds were asked for" if done else ""
@@ -238,7 +238,7 @@ class _Search:
             return "no second population of norms is left"
         if all(unit in earlier.get(b, ()) for b, units in last.chosen.items() for unit in units):
             return (
-                "outliers are left, but the last round found no unit that was not known; "
+                "outliers remain, but the last round found no new unit; "
                 "consider exclude_registers and exclude_found"
             )
         return ""
@@ -251,7 +251,7 @@ class _Search:
         return split_norms(norms).threshold
 
     def _threshold(self, earlier: Sequence[Round]) -> float:
-        """The norm that divides outliers from the rest in the next round."""
+        """Returns the norm above which tokens are outliers in the next round."""
         if self._settings.threshold is not None:
             return self._settings.threshold
         if earlier:
@@ -323,7 +323,7 @@ class _Search:
         return token_norms(outputs[:, self._prefix : self._prefix + num_patches], False)
 
     def _num_suffix(self, intervention: Intervention | None) -> int:
-        """How many registers behind the patches are to be left out."""
+        """Returns the number of registers after the patches that do not count as outliers."""
         appended = intervention is not None and not self._settings.as_released
         return self._settings.num_registers * (appended and self._settings.exclude_registers)
 
@@ -342,39 +342,41 @@ class _Search:
 
 
 def no_outliers(norms: np.ndarray, threshold: float | None) -> NoOutliersError:
-    """The error that says what the norms [N, T] look like and which threshold to try."""
+    """Returns an error with the quantiles of the norms [N, T] and a threshold to try."""
     quantiles = ", ".join(f"{q:g}: {np.quantile(norms, q):.4g}" for q in _QUANTILES)
     split = split_norms(norms).threshold
     if split is not None:
-        advice = f"the norms fall into two populations that {split:.4g} divides: use that threshold"
+        advice = f"the norms have two populations, above and below {split:.4g}: use that threshold"
     else:
         advice = (
             "the norms are one population, so this encoder seems to have no outlier tokens on "
             f"these images; to look at the largest anyway, use {np.quantile(norms, 0.99):.4g}"
         )
-    above = "stands out from the others" if threshold is None else f"has a norm above {threshold:g}"
+    above = "is an outlier" if threshold is None else f"has a norm above {threshold:g}"
     return NoOutliersError(
         f"no token of {len(norms)} images {above}; quantiles of the norms: {quantiles}", advice
     )
 
 
 def _check(settings: SearchSettings, model: ViT) -> None:
-    """Raises ConfigError where blocks or counts do not fit the encoder."""
+    """Raises ConfigError if blocks or counts do not fit the encoder."""
     depth, units = model.config.depth, model.config.mlp_dim
     if not -depth <= settings.detect_block < depth:
         raise ConfigError(
-            f"detect_block {settings.detect_block} of an encoder of {depth} blocks",
+            f"detect_block={settings.detect_block}, but the encoder has {depth} blocks",
             f"use {-depth} to {depth - 1}",
         )
     for highest in settings.highest_block:
         if highest != -1 and not settings.lowest_block <= highest < depth:
             raise ConfigError(
-                f"blocks {settings.lowest_block} to {highest} of an encoder of {depth} blocks",
+                f"blocks {settings.lowest_block} to {highest}, but the encoder has {depth} blocks",
                 f"use 0 to {depth - 1}, or -1 for no limit",
             )
     for count in settings.top_k:
         if not 1 <= count <= depth * units:
-            raise ConfigError(f"top_k {count} of {depth * units} units", "use a positive number")
+            raise ConfigError(
+                f"top_k={count}, but the encoder has {depth * units} units", "use 1 or more"
+            )
 
 
 def _of_round(values: Sequence[int], number: int) -> int:

@@ -1,4 +1,4 @@
-"""Feeds images to a function batch by batch, sharded over the mesh, with progress."""
+"""Maps a function over images in batches, sharded over the mesh, with progress."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ _READERS = 8
 
 
 class Images(Protocol):
-    """Normalised images by index: float32 [H, W, 3], the same in every process."""
+    """Normalized images by index: float32 [H, W, 3], the same in every process."""
 
     def __len__(self) -> int: ...
 
@@ -82,13 +82,13 @@ class ImageStream:
     ) -> Iterator[PyTree]:
         """Yields `function(params, pixels [B, H, W, 3])` of each batch, as NumPy arrays.
 
-        Rows that only fill up the last batch are cut off. The next batch is read meanwhile; its
-        computation begins when the last one's results have been taken.
+        Rows that only pad the last batch are removed. The next batch is read meanwhile; its
+        computation starts once the results of the last one were consumed.
 
         Args:
           function: Compiled; every output has the batch in front.
           params: Placed arrays.
-          what: What to call the pass in lines about progress.
+          what: Name of the pass in lines about progress.
         """
         total, start, reported = len(self.images), monotonic(), monotonic()
         with ThreadPoolExecutor(_READERS) as pool:
@@ -108,10 +108,10 @@ class ImageStream:
                     self._log(f"{what}: {done} of {total} images, {rate:.3g} images/s")
 
     def _read(self, pool: ThreadPoolExecutor, first: int) -> list[Any]:
-        """Starts to read this process's rows of the batch that begins at image `first`."""
+        """Starts reading this process's rows of the batch that begins at image `first`."""
         if first >= len(self.images):
             return []
-        # The last batch is filled up by repetition, so that one program serves all of them.
+        # The last batch is padded by repetition, so that all batches have one shape.
         rows = (first + self._rows) % len(self.images)
         return [pool.submit(self.images.__getitem__, int(row)) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Runs an encoder and returns what its blocks computed, for one batch."""
+"""Runs an encoder on one batch and returns the activations of its blocks."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Trace(NamedTuple):
 
     Attributes:
       tokens: Patch tokens after the final norm [B, T, D].
-      outputs: What each block put out [L, B, S, D].
+      outputs: Output of each block [L, B, S, D].
       activations: Hidden MLP units after the nonlinearity and the intervention [L, B, S, M].
     """
 

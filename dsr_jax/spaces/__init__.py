@@ -1,4 +1,4 @@
-"""Input spaces: what a denoiser's latents are, and how images go in and come out."""
+"""Input spaces: map images to a denoiser's latents and back."""
 
 from dsr_jax.spaces.base import InputSpace
 from dsr_jax.spaces.pixels import PixelSpace

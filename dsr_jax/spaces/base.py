@@ -8,8 +8,8 @@ from dsr_jax.core.typing import Array, PyTree
 class InputSpace(Protocol):
     """Maps images to latents and back.
 
-    Frozen networks are passed as `variables` rather than held, so that a compiled step takes them
-    as arguments: captured arrays would be copied into the program as constants.
+    Frozen networks are passed as `variables`, so that a compiled step takes them as arguments:
+    captured arrays would be copied into the program as constants.
     """
 
     @property
@@ -31,6 +31,6 @@ class InputSpace(Protocol):
     def decode(self, variables: PyTree, latents: Array) -> Array:
         """Maps latents [B, h, w, c] to images [B, H, W, C].
 
-        Pixels lie in [0, 1] or, where a network makes them, about there; `to_uint8` clips them.
+        Pixels are in [0, 1], or slightly outside if a network made them; `to_uint8` clips them.
         """
         ...

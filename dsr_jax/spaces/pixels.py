@@ -13,7 +13,7 @@ class PixelSpace:
 
     Attributes:
       image_size: Side of the square images.
-      channels: 1 for grey, 3 for colour.
+      channels: 1 for gray, 3 for RGB.
     """
 
     image_size: int
@@ -30,6 +30,6 @@ class PixelSpace:
         return images * 2 - 1
 
     def decode(self, variables: PyTree, latents: Array) -> Array:
-        """Maps [-1, 1] to [0, 1], clipping what lies outside."""
+        """Maps [-1, 1] to [0, 1] and clips."""
         del variables
         return jnp.clip((latents + 1) / 2, 0, 1)

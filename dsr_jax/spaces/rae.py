@@ -21,11 +21,11 @@ from dsr_jax.models.resample import resample
 
 MEDIAN_EPS = 1e-6
 SCALE_RANGE = (0.2, 5.0)
-"""Bounds of a token's share of norm-scaled noise."""
+"""Bounds of the factor that norm-scaled noise has on a token."""
 
 
 class Noise(NamedTuple):
-    """Draws of the noise that augments latents.
+    """Random numbers of the noise that augments latents.
 
     Attributes:
       level: Uniform in [0, 1), one per sample [B].
@@ -36,8 +36,8 @@ class Noise(NamedTuple):
     normal: Array
 
 
-def draw_noise(keys: Array, shape: tuple[int, ...]) -> Noise:
-    """Draws noise for latents [B, *shape], row b from `keys[b]` alone."""
+def sample_noise(keys: Array, shape: tuple[int, ...]) -> Noise:
+    """Samples noise for latents [B, *shape], row b from `keys[b]` alone."""
     level, normal = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     return Noise(uniform_per_sample(level), normal_per_sample(normal, shape))
 
@@ -48,10 +48,10 @@ def add_noise(latents: Array, norms: Array, noise: Noise, tau: float, norm_scale
     Args:
       latents: [B, h, w, C].
       norms: Norms of the tokens [B, h, w].
-      noise: Its draws.
-      tau: Largest standard deviation; a sample's is uniform below it.
-      norm_scaled: Multiplies a token's noise by its norm over the lower median of the image's
-        norms, within SCALE_RANGE.
+      noise: Random numbers from `sample_noise`.
+      tau: Maximum standard deviation; a sample's is uniform in [0, tau).
+      norm_scaled: Multiplies a token's noise by its norm divided by the lower median of the image's
+        norms, clipped to SCALE_RANGE.
 
     Source: spec encoder 3, "Noise".
     """
@@ -65,21 +65,21 @@ def add_noise(latents: Array, norms: Array, noise: Noise, tau: float, norm_scale
 
 @dataclass(frozen=True)
 class RAE:
-    """An `InputSpace` of a frozen ViT's patch tokens, decoded by a trained ViT.
+    """An `InputSpace` of a frozen encoder's patch tokens, decoded by a trained ViT.
 
-    The defaults are the published ones of training a decoder. A denoiser learns from latents
+    The defaults are the published ones for training a decoder. Denoisers are trained on latents
     without noise: `noise_tau=0`.
 
     Attributes:
       encoder: The frozen encoder.
-      decoder: The decoder; None where nothing is decoded.
+      decoder: The decoder; None if nothing is decoded.
       image_size: Side of the encoder's input; other images are resized to it.
-      noise_tau: Largest standard deviation of the noise that `encode` adds where it has keys.
-      norm_scaled_noise: The noise of a token is in proportion to its norm; see `add_noise`.
-      post_stat_norm: Noise is added, and norms are taken, after normalisation by statistics.
+      noise_tau: Maximum standard deviation of the noise that `encode` adds if it has keys.
+      norm_scaled_noise: Noise is proportional to a token's norm; see `add_noise`.
+      post_stat_norm: Noise is added and norms are computed after normalization by statistics.
       preln: Latents are the tokens before the encoder's final norm.
       eps: Added to the variance of latents.
-      cached: `encode` takes tokens [B, h, w, C] that this encoder made before, instead of images.
+      cached: `encode` takes cached tokens [B, h, w, C] of this encoder instead of images.
     """
 
     encoder: Encoder
@@ -122,18 +122,18 @@ class RAE:
         statistics: dict[str, np.ndarray] | None = None,
         registers: Intervention | None = None,
     ) -> dict[str, Any]:
-        """Puts together what `encode` and `decode` take, and checks that it fits.
+        """Returns the variables of `encode` and `decode` after checking that they fit.
 
-        Warns where test-time registers are asked for of an encoder that was trained with registers.
+        Warns if test-time registers are used with an encoder that was trained with registers.
 
         Args:
-          encoder: The encoder's parameters; None where latents are cached.
+          encoder: The encoder's parameters; None if latents are cached.
           decoder: The decoder's.
-          statistics: "mean" and "var" of the latents, each [h, w, C]; None leaves them as they are.
+          statistics: "mean" and "var" of the latents, each [h, w, C]; None for no normalization.
           registers: Test-time registers, with their mask.
 
         Raises:
-          ConfigError: If statistics or neurons are of another encoder.
+          ConfigError: If statistics or neurons belong to another encoder.
         """
         variables: dict[str, Any] = {} if encoder is None else {"encoder": encoder}
         if decoder is not None:
@@ -142,9 +142,9 @@ class RAE:
             for name in ("mean", "var"):
                 if statistics[name].shape != self.latent_shape:
                     raise ConfigError(
-                        f"statistics are of latents {statistics[name].shape}, those of the encoder "
-                        f"are {self.latent_shape}",
-                        "use the statistics that were taken with this encoder and image size",
+                        f"config.space.statistics: {name} has shape {statistics[name].shape}, but "
+                        f"the encoder's latents have {self.latent_shape}",
+                        "use statistics that were computed with this encoder and image size",
                     )
             variables["statistics"] = {name: statistics[name] for name in ("mean", "var")}
         if registers is not None:
@@ -169,18 +169,18 @@ class RAE:
 
         Args:
           variables: From `make_variables`.
-          images: The batch, of any size; where latents are cached, they [B, h, w, C].
-          keys: One per sample [B]: adds noise where `noise_tau` is not 0. None adds none.
+          images: Images of any size, or cached latents [B, h, w, C].
+          keys: One random key per sample [B]: adds noise if `noise_tau` is not 0. None adds none.
         """
         return self.encode_with_norms(variables, images, keys)[0]
 
     def encode_with_norms(
         self, variables: PyTree, images: Array, keys: Array | None = None
     ) -> tuple[Array, Array]:
-        """Returns what `encode` does, and the norms [B, h, w] of the tokens without noise."""
+        """Returns the latents of `encode`, and the norms [B, h, w] of the tokens without noise."""
         noise = None
         if keys is not None and self.noise_tau:
-            noise = draw_noise(keys, self.latent_shape)
+            noise = sample_noise(keys, self.latent_shape)
         return self.encode_noised(variables, images, noise)
 
     def encode_noised(
@@ -188,24 +188,23 @@ class RAE:
     ) -> tuple[Array, Array]:
         """Returns latents [B, h, w, C] with given noise, and norms [B, h, w] without.
 
-        Without `preln` or `post_stat_norm` all norms are sqrt(C), as the encoder's last norm leaves
-        them.
+        Without `preln` and `post_stat_norm` the final norm of a ViT makes all norms sqrt(C).
         """
         latents = self._tokens(variables, images)
         norms = jnp.linalg.norm(latents, axis=-1)
         if noise is not None and not self.post_stat_norm:
             latents = add_noise(latents, norms, noise, self.noise_tau, self.norm_scaled_noise)
         if "statistics" in variables:
-            mean, deviation = self._statistics(variables)
-            latents = (latents - mean) / deviation
+            mean, std = self._statistics(variables)
+            latents = (latents - mean) / std
         if self.post_stat_norm:
             norms = jnp.linalg.norm(latents, axis=-1)
             if noise is not None:
                 latents = add_noise(latents, norms, noise, self.noise_tau, self.norm_scaled_noise)
         return latents, norms
 
-    def normalise_images(self, images: Array) -> Array:
-        """Resizes images [B, H, W, 3] in [0, 1] and normalises them as the encoder expects."""
+    def normalize_images(self, images: Array) -> Array:
+        """Resizes images [B, H, W, 3] in [0, 1] and normalizes them as the encoder expects."""
         size = self.image_size
         mean, std = self._pixels()
         return (jnp.asarray(resample(images, size, size, "bicubic")) - mean) / std
@@ -218,12 +217,12 @@ class RAE:
         """
         if self.decoder is None:
             raise ConfigError(
-                "this space has no decoder, so it gives no images",
+                "this input space has no decoder, so it cannot make images",
                 "set config.space.decoder to a folder that python -m dsr_jax.convert decoder wrote",
             )
         if "statistics" in variables:
-            mean, deviation = self._statistics(variables)
-            latents = latents * deviation + mean
+            mean, std = self._statistics(variables)
+            latents = latents * std + mean
         tokens = latents.reshape(len(latents), -1, latents.shape[-1])
         out: Any = self.decoder.apply({"params": variables["decoder"]}, tokens)
         pixel_mean, pixel_std = self._pixels()
@@ -234,7 +233,7 @@ class RAE:
             return images.astype(jnp.float32)
         out: Any = self.encoder.apply(
             {"params": variables["encoder"]},
-            self.normalise_images(images),
+            self.normalize_images(images),
             variables.get("registers"),
         )
         tokens = out.pre_norm if self.preln else out.tokens

@@ -44,6 +44,6 @@ def test_two_populations_are_divided_between_them(name: str, seed: int) -> None:
     assert split.threshold is not None and split.high is not None
     assert np.mean(low < split.threshold) > 0.999
     assert np.mean(high > split.threshold) > 0.98
-    assert split.share == pytest.approx(count / (count + len(low)), rel=0.03)
+    assert split.fraction == pytest.approx(count / (count + len(low)), rel=0.03)
     assert split.low == pytest.approx(np.median(low), rel=0.02)
     assert split.high == pytest.approx(np.median(high), rel=0.03)

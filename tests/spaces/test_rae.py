@@ -14,7 +14,7 @@ from dsr_jax.core.rng import sample_keys
 from dsr_jax.models.decoder import ViTDecoder
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.vit import ViT
-from dsr_jax.spaces.rae import RAE, Noise, add_noise, draw_noise
+from dsr_jax.spaces.rae import RAE, Noise, add_noise, sample_noise
 from tests.programs import quick_programs
 from tests.tiny_rae import DECODER, ENCODER, decoder_params, encoder_params, statistics
 
@@ -69,7 +69,7 @@ def test_latents_are_the_tokens_row_by_row() -> None:
 
 def test_other_sizes_are_resized_to_the_encoder() -> None:
     images = np.full((2, 23, 9, 3), 0.75, np.float32)
-    np.testing.assert_allclose(SPACE.normalise_images(images), 0.5, atol=1e-6)
+    np.testing.assert_allclose(SPACE.normalize_images(images), 0.5, atol=1e-6)
     assert encode(images=images).shape == (2, *SPACE.latent_shape)
 
 
@@ -91,7 +91,7 @@ def test_there_is_no_noise_without_keys_or_without_tau() -> None:
 def test_levels_of_noise_are_uniform_up_to_tau() -> None:
     count = 2000
     many = jax.random.split(jax.random.key(0), count)
-    noise = jax.jit(lambda given: draw_noise(given, (2, 2, 8)))(many)
+    noise = jax.jit(lambda given: sample_noise(given, (2, 2, 8)))(many)
     assert abs(float(noise.level.mean()) - 0.5) < 0.03 and float(noise.level.max()) < 1
     assert abs(float(noise.normal.std()) - 1) < 0.02
     correlation = np.corrcoef(noise.level, noise.normal[:, 0, 0, 0])[0, 1]
@@ -138,7 +138,7 @@ def test_what_does_not_fit_together_is_named() -> None:
     with pytest.raises(ConfigError, match="latents of 12 channels, but the encoder's have 16"):
         RAE(ViT(ENCODER), ViTDecoder(dataclasses.replace(DECODER, latent_channels=12)), 16)
     wrong = {name: x[:2] for name, x in statistics().items()}
-    with pytest.raises(ConfigError, match=r"statistics are of latents \(2, 4, 16\)"):
+    with pytest.raises(ConfigError, match=r"statistics: mean has shape \(2, 4, 16\)"):
         variables(statistics=wrong)
     with pytest.raises(ConfigError, match="found for this very encoder"):
         variables(registers=Intervention(mask=MASK[:1]))

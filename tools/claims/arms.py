@@ -126,7 +126,7 @@ def denoiser_outliers(folder: Path) -> list[float]:
     latents = space.encode(variables, jnp.asarray(images, jnp.float32) / 255)
     noise = jax.random.normal(root_key(0), latents.shape)
     norms = block_norms(model, params, (latents + noise) / 2, labels)
-    return [split_norms(np.asarray(each)).share for each in norms]
+    return [split_norms(np.asarray(each)).fraction for each in norms]
 
 
 def block_norms(model: DiffusionTransformer, params: Any, x: Array, labels: Array) -> list[Array]:

@@ -128,7 +128,7 @@ def run_roundtrip(case: Case) -> list[Check]:
     checks = [
         Check(key, array, io[key], "encoder")
         for key, array in {
-            "resized_normalised_input": nchw(space.normalise_images(images)),
+            "resized_normalised_input": nchw(space.normalize_images(images)),
             "z_raw": nchw(raw),
             "token_norm_raw": raw_norms[:, None],
             "recon_raw": nchw(space.decode(plain, raw)),
