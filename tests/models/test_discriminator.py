@@ -112,5 +112,5 @@ def test_each_map_has_a_head_of_its_own(arrays: Any) -> None:
 
 
 def test_grey_images_are_refused(arrays: Any) -> None:
-    with pytest.raises(ConfigError, match="colour"):
+    with pytest.raises(ConfigError, match="RGB"):
         DISCRIMINATOR.features(arrays[0], jnp.zeros((1, 16, 16, 1)))
