@@ -133,7 +133,7 @@ def check_data(
     """Checks that the data set is the one that the run in `workdir` was started with.
 
     Args:
-      workdir: The run's folder; one without class_names.json accepts any data.
+      workdir: The run's folder; without class_names.json or a checkpoint it accepts any data.
       data: From `data.classes.describe`.
       allowed: Arguments of --allow-change: with "classes" or "data" the data set may differ.
 
@@ -145,7 +145,9 @@ def check_data(
     """
     old = read_class_names(workdir)
     lines = compare(old, data) if old else []
-    if lines and not is_allowed(CLASSES, allowed) and not is_allowed("data", allowed):
+    # Without a checkpoint, this start begins at step 0 anyway.
+    resumes = bool(list_steps(Path(workdir) / "checkpoints"))
+    if lines and resumes and not is_allowed(CLASSES, allowed) and not is_allowed("data", allowed):
         raise DataError(
             f"{data['source']} is not what the run in {str(workdir)!r} was trained on:\n    "
             + "\n    ".join([*lines[:8], *(["..."] if len(lines) > 8 else [])]),

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.processes import running
+
 POOL = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -24,15 +26,6 @@ if __name__ == "__main__":
 """
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is not a zombie that nobody waits for."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_when_their_parent_is_killed(number: int, tmp_path) -> None:
     (tmp_path / "pool.py").write_text(POOL)
@@ -42,13 +35,13 @@ def test_workers_end_when_their_parent_is_killed(number: int, tmp_path) -> None:
     assert parent.stdout is not None
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     try:
-        assert all(is_running(pid) for pid in workers)
+        assert set(workers) <= set(running())
         parent.send_signal(number)
         parent.wait()
         deadline = time.monotonic() + 20
-        while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        while set(workers) & set(running()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(is_running(pid) for pid in workers)
+        assert not set(workers) & set(running())
     finally:
-        for pid in filter(is_running, workers):
+        for pid in set(workers) & set(running()):
             os.kill(pid, signal.SIGKILL)

@@ -3,6 +3,9 @@
 import collections
 import itertools
 import logging
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.data.base import Record
 from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches
 from dsr_jax.data.sources import make_source
+from tests.processes import running
 
 
 class Numbers:
@@ -264,3 +268,32 @@ def test_damage_is_reported_from_worker_processes(tmp_path: Path) -> None:
 def test_batches_of_one() -> None:
     stream = itertools.islice(make_batches(Numbers(4), 0, 1), 8)
     assert collections.Counter(numbers(list(stream))) == dict.fromkeys(range(4), 2)
+
+
+READER = """
+import sys, time
+from dsr_jax.data.pipeline import make_batches
+from dsr_jax.data.sources import make_source
+
+if __name__ == "__main__":
+    batches = make_batches(make_source("synthetic", image_size=8, channels=1), 0, 4, workers=2)
+    next(batches)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
+    (tmp_path / "reader.py").write_text(READER)
+    command = [sys.executable, str(tmp_path / "reader.py")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "reading\n"
+    workers = [pid for pid, its_parent in running().items() if its_parent == parent.pid]
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while set(workers) & set(running()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(workers) & set(running())

@@ -57,6 +57,8 @@ def test_a_class_that_appeared_or_vanished_is_named(tmp_path: Path) -> None:
     classes.write_class_names(tmp_path, description)
     check_data(tmp_path, description)
     more: classes.DataDescription = {**description, "names": ["bee", "cat", "owl"]}
+    assert "class 'bee' (label 0) appeared" in check_data(tmp_path, more)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(DataError, match=r"class 'bee' \(label 0\) appeared") as error:
         check_data(tmp_path, more)
     assert error.value.remedy.endswith("--allow-change classes")

@@ -1,6 +1,5 @@
 """Shards made from archives and folders: content, resumption, verification, damage."""
 
-import contextlib
 import io
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dsr_jax.core.lock import FolderLock
 from dsr_jax.data import classes
 from dsr_jax.data.images import decode_image
 from dsr_jax.data.sources import make_source
+from tests.processes import running
 from tools import prepare_imagenet
 
 CLASSES = ("n01", "n02", "n03")
@@ -218,14 +218,3 @@ def test_a_killed_command_leaves_no_worker_and_is_continued(folder: Path, tmp_pa
     prepare_imagenet.main([str(folder), str(tmp_path / "b"), *words[2:]])
     for path in (tmp_path / "b").glob("*.array_record"):
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
-
-
-def running() -> dict[int, int]:
-    """Parent by process, without zombies."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                found[int(path.parent.name)] = int(parent)
-    return found
