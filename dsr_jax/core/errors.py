@@ -77,6 +77,10 @@ class ProcessError(DsrError):
     exit_status = 75
 
 
+class DeviceMemoryError(DsrError):
+    """A program that needs more memory than a device has."""
+
+
 class LockError(DsrError):
     """A folder that another living command writes, or that cannot be written."""
 

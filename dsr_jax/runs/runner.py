@@ -23,7 +23,7 @@ from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.config.resume import check_allowed
 from dsr_jax.core.cli import make_parser, path_argument
-from dsr_jax.core.errors import DataError
+from dsr_jax.core.errors import DataError, DeviceMemoryError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.core.trees import flatten_names
@@ -115,12 +115,33 @@ def run_command(
     flags.FLAGS(sys.argv[:1], known_only=True)
     config, workdir = configs.load(args.config, overrides), args.workdir
     lost_seconds = config.failures.lost_seconds
-    # JAX names nobody; it comes into play where this program is itself no longer able to speak.
+    # JAX's own limit names no process: it is for where this program can no longer report.
     start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
     with join_watch(workdir, _limits(config), config.failures.end_hung, lost_seconds) as watch:
         check_processes(configs.to_json(config))
-        with lock_workdir(workdir):
+        with lock_workdir(workdir), explain_out_of_memory():
             return _run(config, workdir, args.allow_change, make_job, watch)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turns the error of a device without enough memory into one that names what to change.
+
+    Raises:
+      DeviceMemoryError: In its place. All that it names may change within a run.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"a device is out of memory: {str(error).splitlines()[0][:300]}",
+            "set config.model.remat=full (config.decoder.remat=full for a decoder) or a higher "
+            "config.optim.accumulate, split the state over more devices with config.mesh.fsdp and "
+            "config.sharding.rules=fsdp, or compute in config.precision.compute=bfloat16; each may "
+            "change within a run, and python -m dsr_jax.compile tells the memory beforehand",
+        ) from error
 
 
 def check_processes(config: Mapping[str, Any]) -> None:
