@@ -26,7 +26,7 @@ import jax
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import make_parser, path_argument, positive_int, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.parallel.topologies import find_topology
 from dsr_jax.planning.page import make_page
@@ -86,10 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         help="config file with its arguments, joined by commas: configs/x.py:key=value,key",
     )
     parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4, or 2xv5e:4x4")
-    parser.add_argument("--out", type=path_argument, help="folder for report.json and report.html")
-    parser.add_argument(
-        "--hlo", type=path_argument, help="file for the text of the compiled program"
-    )
+    parser.add_argument("--out", type=Path, help="folder for report.json and report.html")
+    parser.add_argument("--hlo", type=Path, help="file for the text of the compiled program")
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     parser.add_argument("--sweep", action="store_true", help="try layouts of the training step")
     for name, kind in (

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="data set whose real images train the classifier of the samples; default without "
         "--reference: digits",
     )
-    add("--out", type=cli.path_argument, help="the scores' file; default: beside the samples")
+    add("--out", type=Path, help="the scores' file; default: beside the samples")
     return parser
 
 

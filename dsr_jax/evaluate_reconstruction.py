@@ -12,13 +12,14 @@ same command continues a stopped one; on several hosts all of them must see DIR.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.lpips import load_lpips
-from dsr_jax.core.cli import make_parser, path_argument, positive_int, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import write_json
 from dsr_jax.core.provenance import provenance
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", required=True, help="config file that names data and space")
     add(
         "--out",
-        type=path_argument,
+        type=Path,
         required=True,
         help="folder of the result, new or of the same command",
     )

@@ -63,8 +63,7 @@ def choose(table: Mapping[str, Any], key: str, value: str) -> Any:
 def _parse_value(key: str, text: str, default: Any) -> Any:
     """Reads `text` as a value of the default's type."""
     if isinstance(default, str):
-        # No shell expands the home behind an equals sign.
-        return os.path.expanduser(text) if text.startswith("~/") else text
+        return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -88,7 +87,6 @@ def load_file(path_and_arg: str) -> ConfigDict:
       ConfigError: If the file is missing, has no get_config, or sets a key that there is not.
     """
     path, _, arg = path_and_arg.partition(":")
-    path = os.path.expanduser(path)
     if not Path(path).is_file():
         others = sorted(str(p) for p in Path("configs").glob("*.py"))
         raise ConfigError(f"config file {path!r} not found", f"here are {', '.join(others)}")

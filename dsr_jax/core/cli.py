@@ -10,8 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dsr_jax.core.errors import DsrError, StuckSaveError
 from dsr_jax.core.lock import release_all
@@ -30,6 +29,21 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)".lstrip()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Expands "~/" behind an equals sign, as in --workdir=~/runs, which shells leave alone."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_expand_home(text) for text in given], namespace)
+
+
+def _expand_home(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    if not name.startswith("-") or not value.startswith("~/"):
+        return argument
+    return name + equals + os.path.expanduser(value)
+
+
 def make_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
     """Builds the parser of a command whose --help names the default of every option.
 
@@ -37,9 +51,7 @@ def make_parser(description: str | None, prog: str | None = None) -> argparse.Ar
       description: The module's docstring, printed as it is written.
       prog: How the command is called, "python -m dsr_jax.evaluate"; None for the file's name.
     """
-    return argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=_HelpFormatter
-    )
+    return _Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
 
 
 def positive_int(text: str) -> int:
@@ -51,11 +63,6 @@ def positive_int(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{value} is not positive: give 1 or more")
     return value
-
-
-def path_argument(text: str) -> Path:
-    """Reads an argument that names a file or folder; "~" is the home also behind an equals sign."""
-    return Path(text).expanduser()
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.config.resume import check_allowed
-from dsr_jax.core.cli import make_parser, path_argument
+from dsr_jax.core.cli import make_parser
 from dsr_jax.core.errors import DataError, DeviceMemoryError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.core.provenance import git_revision, package_versions
@@ -305,7 +305,7 @@ def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
     parser = make_parser(description, program)
     add = parser.add_argument
     add("--config", required=True, help=_CONFIG_HELP)
-    add("--workdir", required=True, type=path_argument, help="the run's folder, new or its own")
+    add("--workdir", required=True, type=Path, help="the run's folder, new or its own")
     add(
         "--allow-change",
         action="append",

@@ -105,10 +105,3 @@ def test_ema_weights_that_are_longer_than_the_run_are_pointed_out() -> None:
     none = ["--config.train.steps=300", "--config.sample.ema=none"]
     assert configs.hints(configs.load(DIGITS, none)) == []
     assert configs.hints(configs.load(DIGITS, ["--config.train.steps=2000"])) == []
-
-
-def test_paths_may_begin_with_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shells leave it alone behind an equals sign."""
-    monkeypatch.setenv("HOME", "/home/somebody")
-    config = configs.load(DIGITS, ["--config.data.root=~/images", "--config.log.wandb=~x"])
-    assert config.data.root == "/home/somebody/images" and config.log.wandb == "~x"

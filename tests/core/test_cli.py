@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dsr_jax.core import cli
-from dsr_jax.core.cli import make_parser, path_argument, positive_int, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError, ProcessError
 
 
@@ -70,9 +70,13 @@ def test_paths_may_begin_with_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shells leave it alone behind an equals sign."""
     monkeypatch.setenv("HOME", "/home/somebody")
     parser = make_parser(None)
-    parser.add_argument("--workdir", type=path_argument)
-    assert str(parser.parse_args(["--workdir=~/runs/a"]).workdir) == "/home/somebody/runs/a"
-    assert str(parser.parse_args(["--workdir=runs/~a"]).workdir) == "runs/~a"
+    parser.add_argument("--workdir")
+    parser.add_argument("--out")
+    args, rest = parser.parse_known_args(
+        ["--workdir=~/runs/a", "--out=runs/~a", "--config.data.root=~/images", "--x=~other/y"]
+    )
+    assert (args.workdir, args.out) == ("/home/somebody/runs/a", "runs/~a")
+    assert rest == ["--config.data.root=/home/somebody/images", "--x=~other/y"]
 
 
 def test_help_names_defaults_and_keeps_the_description() -> None:
