@@ -228,7 +228,7 @@ REFUSED: tuple[tuple[str, type[DsrError], str], ...] = (
     ("decoder.num_heads=3", ConfigError, "3"),
     ("decoder.hidden_size=0", ConfigError, "of no decoder.*\n.*dsr_jax.train,"),
     ("space.name=pixels", ConfigError, "'pixels' has no decoder"),
-    ("space.decoder=somewhere", ConfigError, "the decoder is what is trained"),
+    ("space.decoder=somewhere", ConfigError, "but the decoder is trained"),
     ("optim.accumulate=2", ConfigError, "config.optim.accumulate=2.*\n.*remat"),
     ("eval.split=later", DataError, "no split 'later'"),
 )

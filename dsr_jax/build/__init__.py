@@ -1,6 +1,6 @@
-"""From a config to the objects that it names: the one place that knows all packages.
+"""Builds the objects that a config names; the only package that imports all others.
 
-Commands and runs call these functions; nothing else does.
+Only commands and runs call these functions.
 """
 
 from dsr_jax.build.decoder import make_decoder_parts as make_decoder_parts

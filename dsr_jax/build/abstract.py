@@ -1,4 +1,4 @@
-"""Shapes of all that a config names, also where the files of its frozen networks are absent."""
+"""Shapes of everything that a config names, even if files of frozen networks are missing."""
 
 import dataclasses
 from pathlib import Path
@@ -26,24 +26,24 @@ from dsr_jax.registers.neurons import PUBLISHED
 from dsr_jax.spaces import RAE, InputSpace
 
 DECODER = "ViTXL"
-"""Sizes that stand for a decoder that is not there: those of the released ones."""
+"""Sizes assumed for a missing decoder: those of the released ones."""
 
 LATENTS_DTYPE = "bfloat16"
-"""Of cached latents that are not there."""
+"""Dtype assumed for missing cached latents."""
 
 
 def abstract_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace, PyTree]:
-    """The config's input space, and its variables as shapes; no weights are drawn.
+    """Returns the config's input space, and its variables as shapes; no array is made.
 
-    Absent files are said, and replaced: a folder by the preset whose name begins like the folder's
-    (`converted/siglip2-base` by siglip2-base-patch16-256), neurons by the published ones.
+    Missing files are logged and replaced: a folder by the preset whose name begins like the
+    folder's (`converted/siglip2-base` by siglip2-base-patch16-256), neurons by the published ones.
 
     Args:
       config: The config.
-      mesh: Gives the shapes the layout of `build.make_space`, a copy on each device.
+      mesh: Adds the layout of `build.make_space` to the shapes, a copy on each device.
 
     Raises:
-      ConfigError: If no preset, or more than one, goes with the name of an absent encoder.
+      ConfigError: If no preset, or more than one, matches the name of a missing encoder.
     """
     space: InputSpace
     variables: PyTree
@@ -52,7 +52,7 @@ def abstract_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputS
         if mesh is not None:
             space = place_networks(space, config, mesh)
     elif config.space.name == "vae" and not Path(config.space.vae).is_dir():
-        _say_absent(config, "vae", "the released sizes")
+        _log_missing(config, "vae", "the released sizes")
         vae = vae_space(config, VAEConfig())
         side = vae.network.config.factor
 
@@ -73,7 +73,7 @@ def abstract_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputS
 def abstract_batch(
     config: ConfigDict, space: InputSpace, sharding: NamedSharding | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch as the data pipeline gives it, images or cached latents."""
+    """Returns the shapes of a global batch of the data pipeline, images or cached latents."""
     data = config.data
     image: tuple[tuple[int, ...], Any] = (data.image_size, data.image_size, data.channels), "uint8"
     if data.latents:
@@ -92,7 +92,7 @@ def abstract_batch(
 
 
 def abstract_decoder_parts(config: ConfigDict, rules: Rules) -> DecoderParts:
-    """What a config trains a decoder with, its frozen variables as shapes; see `abstract_space`."""
+    """Returns the networks of a decoder's training, with shapes for frozen variables."""
     present = config.copy_and_resolve_references()
     for section, key, stand_in in (
         (present.space, "encoder", ""),
@@ -114,7 +114,7 @@ def abstract_decoder_parts(config: ConfigDict, rules: Rules) -> DecoderParts:
 
 
 def _shapes_of_space(config: ConfigDict) -> tuple[Any, Any]:
-    """What `build.make_space` returns, with shapes for arrays."""
+    """Returns the result of `build.make_space` with shapes for arrays."""
     made: list[tuple[InputSpace, PyTree]] = []
 
     def variables() -> PyTree:
@@ -126,7 +126,7 @@ def _shapes_of_space(config: ConfigDict) -> tuple[Any, Any]:
 
 
 def _abstract_rae(config: ConfigDict) -> tuple[RAE, dict[str, Any]]:
-    """A representation autoencoder, of which any file may be absent."""
+    """Returns a representation autoencoder, any of whose files may be missing."""
     present = config.copy_and_resolve_references()
     section, absent = present.space, set()
     for key in ("encoder", "decoder", "statistics", "neurons"):
@@ -136,18 +136,18 @@ def _abstract_rae(config: ConfigDict) -> tuple[RAE, dict[str, Any]]:
         absent.add(key)
         if key == "encoder":
             section.encoder = f"{RANDOM_PREFIX}{encoder_preset(name)}"
-            _say_absent(config, key, section.encoder)
+            _log_missing(config, key, section.encoder)
         elif key == "decoder":
             section.decoder = f"{RANDOM_PREFIX}{DECODER}"
-            _say_absent(config, key, section.decoder)
+            _log_missing(config, key, section.decoder)
         elif key == "neurons":
             preset = section.encoder.removeprefix(RANDOM_PREFIX)
             section.neurons = next((known for known in PUBLISHED if known in (name, preset)), "")
             if section.neurons != name:
-                _say_absent(config, key, section.neurons or "no test-time registers")
+                _log_missing(config, key, section.neurons or "no test-time registers")
         else:
             section.statistics = ""
-            _say_absent(config, key, "the latents'")
+            _log_missing(config, key, "the latents'")
     if cached := bool(config.data.latents) and not Path(config.data.latents).is_dir():
         present.data.latents = ""
     space, variables = _shapes_of_space(present)
@@ -161,7 +161,7 @@ def _abstract_rae(config: ConfigDict) -> tuple[RAE, dict[str, Any]]:
 
 
 def encoder_preset(name: str) -> str:
-    """The encoder in `models.variants.ENCODERS` that a folder's name begins like.
+    """Returns the encoder in `models.variants.ENCODERS` whose name begins like a folder's.
 
     Raises:
       ConfigError: If there is none, or more than one.
@@ -172,12 +172,12 @@ def encoder_preset(name: str) -> str:
     ]
     if len(found) != 1:
         raise ConfigError(
-            f"config.space.encoder={name!r} does not exist, and {len(found)} encoders are called "
-            f"{folder}...",
+            f"config.space.encoder={name!r} does not exist, and {len(found)} known encoders have a "
+            f"name that begins with {folder}",
             f"name one as {RANDOM_PREFIX}NAME, with NAME among {', '.join(ENCODERS)}",
         )
     return found[0]
 
 
-def _say_absent(config: ConfigDict, key: str, instead: str) -> None:
+def _log_missing(config: ConfigDict, key: str, instead: str) -> None:
     log(f"config.space.{key}={config.space[key]!r} does not exist; shapes are those of {instead}")

@@ -1,4 +1,4 @@
-"""From a config to the training of a decoder: networks, losses, state, reconstructions."""
+"""Builds the training of a decoder: networks, losses, state, reconstructions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,12 +35,12 @@ from dsr_jax.training.step import to_unit_range
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """The networks of a run.
+    """Networks of a decoder's training.
 
     Attributes:
-      space: The autoencoder; its decoder is what is trained.
-      lpips: Perceptual distance; None where switched off.
-      discriminator: None where switched off.
+      space: The autoencoder, whose decoder is trained.
+      lpips: Perceptual distance; None if its weight is 0.
+      discriminator: None if its weight is 0.
       variables: Frozen arrays: "space", and "lpips" and "backbone" where there are any.
     """
 
@@ -51,13 +51,13 @@ class DecoderParts:
 
     @property
     def decoder(self) -> ViTDecoder:
-        """What is trained."""
+        """The trained network."""
         assert self.space.decoder is not None
         return self.space.decoder
 
     @property
     def networks(self) -> Networks:
-        """The functions of a step."""
+        """The functions that a step calls."""
         return Networks(
             encode=lambda variables, images, keys: self.space.encode(
                 variables["space"], images, keys
@@ -84,16 +84,16 @@ class DecoderParts:
 
 
 def make_decoder_parts(config: ConfigDict, mesh: Mesh | None, rules: Rules) -> DecoderParts:
-    """Reads the frozen networks, and sets up the trained ones.
+    """Reads the frozen networks and defines the trained ones.
 
     Args:
       config: The whole config.
-      mesh: Its devices get a copy of the frozen arrays each; None leaves them where they are.
+      mesh: Mesh over which the frozen arrays are replicated; None leaves them in place.
       rules: Layout of the trained networks' activations.
 
     Raises:
-      ConversionError: If a folder is missing, damaged or of another kind.
-      ConfigError: If settings do not fit each other, or a loss is on whose network is not named.
+      ConversionError: If a folder is missing, damaged or of the wrong kind.
+      ConfigError: If settings do not fit each other, or the network of a loss is not named.
     """
     _check(config)
     precision, constrain = Precision(config.precision.compute), Constrain(rules, mesh)
@@ -128,8 +128,8 @@ def _check(config: ConfigDict) -> None:
     for wrong, problem, remedy in (
         (
             not trains_decoder(config),
-            "config.decoder.hidden_size=0 is of no decoder",
-            "train a denoiser with python -m dsr_jax.train, or set the decoder's sizes",
+            "config.decoder.hidden_size=0 defines no decoder",
+            "use python -m dsr_jax.train for a denoiser, or set the sizes of a decoder",
         ),
         (
             config.space.name != "rae",
@@ -138,7 +138,7 @@ def _check(config: ConfigDict) -> None:
         ),
         (
             config.space.decoder,
-            f"config.space.decoder={config.space.decoder!r}, but the decoder is what is trained",
+            f"config.space.decoder={config.space.decoder!r}, but the decoder is trained",
             "leave it empty",
         ),
         (
@@ -162,7 +162,7 @@ def _check(config: ConfigDict) -> None:
             gan.weight and gan.generator_start < gan.discriminator_start,
             f"config.gan.generator_start={gan.generator_start} is before "
             f"config.gan.discriminator_start={gan.discriminator_start}",
-            "train the discriminator before the decoder learns from it",
+            "start the discriminator first",
         ),
         (
             config.optim.accumulate != 1,
@@ -192,7 +192,7 @@ def _decoder_sizes(config: ConfigDict, space: RAE) -> DecoderConfig:
 
 
 def make_loss_settings(config: ConfigDict) -> LossSettings:
-    """Weights of the losses, and when they begin."""
+    """Returns weights and first steps of the losses."""
     gan = config.gan
     return LossSettings(
         perceptual_weight=config.lpips.weight,
@@ -225,7 +225,7 @@ def make_decoder_state(
 def make_reconstruct(
     config: ConfigDict, parts: DecoderParts
 ) -> Callable[[Params, PyTree, Array], Array]:
-    """A compiled `(params, variables, images) -> images`, uint8 [B, H, W, 3], without noise."""
+    """Returns a compiled `(params, variables, images) -> images`, uint8, without noise."""
 
     @jax.jit
     def reconstruct(params: Params, variables: PyTree, images: Array) -> Array:

@@ -27,7 +27,7 @@ from dsr_jax.spaces import InputSpace
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.state import TrainState, create_state
 
-# Where a config holds the constructor arguments that are not in its section `model`.
+# Config keys of the constructor arguments outside the section `model`.
 _CONFIG_KEYS = {
     "num_registers": "registers.num",
     "register_start": "registers.start",
@@ -41,11 +41,11 @@ _CONFIG_KEYS = {
 def make_model(
     config: ConfigDict, space: InputSpace, constrain: Constrain | None = None
 ) -> Denoiser:
-    """The denoiser for the latents of `space`.
+    """Returns the denoiser for the latents of `space`.
 
     Raises:
-      ConfigError: If the model's name is unknown, it lacks a setting that is not at its default,
-        or its sizes do not fit each other.
+      ConfigError: If the name is unknown, a key that the denoiser lacks is not at its default, or
+        sizes do not fit each other.
     """
     if trains_decoder(config):
         raise ConfigError(
@@ -105,7 +105,7 @@ def restore_converted(
     abstract: Params,
     adapt: Callable[[dict[str, Any]], Adaptation] = lambda record: Adaptation(),
 ) -> tuple[Params, dict[str, Any]]:
-    """Reads weights that `dsr_jax.convert` wrote onto the devices.
+    """Reads converted weights onto the devices.
 
     Args:
       folder: The converted model.
@@ -117,13 +117,13 @@ def restore_converted(
       Parameters, and the record of the conversion.
 
     Raises:
-      ConversionError: If they are of another kind or other sizes than the config's model.
+      ConversionError: If their kind or sizes differ from the config's model.
     """
     params, record = load_converted(folder)
     family = denoiser_name(type(model))
     if record["family"] != family:
         raise ConversionError(
-            f"{folder} holds a {record['family']}, not a denoiser of the config's kind, {family}",
+            f"{folder} holds a {record['family']}, but config.model.name={family!r}",
             f"name a folder that python -m dsr_jax.convert {family} wrote",
         )
     adaptation = adapt(record)
@@ -149,7 +149,7 @@ def restore_converted(
     ]
     if differing:
         raise ConversionError(
-            f"{folder} holds a model of other sizes than the config (converted -> config):\n    "
+            f"{folder} holds a model of sizes that differ (converted -> config):\n    "
             + "\n    ".join(differing[:8]),
             "use the config of that model, or set keys with --config.KEY=VALUE"
             + "".join(f"; to fine-tune, {hint}" for hint in [adaptation_hints(sizes)] if hint),
@@ -173,16 +173,16 @@ def start_from(
     Args:
       config: The config, whose section `train` says how the weights are adapted.
       model: The config's model.
-      optimizer: Makes the moments.
+      optimizer: Initializes the moments.
       abstract: The state's shapes and shardings.
       class_names: Class name by label of the training data; empty if unknown.
 
     Returns:
-      A function that makes the state before the first step, to be called once: parameters and EMA
-      weights are those of the folder, moments are new.
+      A function that makes the initial state, to be called once: parameters and EMA weights are
+      those of the folder, moments are new.
 
     Raises:
-      ConversionError: If they are of another kind or other sizes than the config's model.
+      ConversionError: If their kind or sizes differ from the config's model.
       ConfigError: If they cannot be adapted as the config says.
     """
     section = config.train

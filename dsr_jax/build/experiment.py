@@ -1,4 +1,4 @@
-"""From a config to the objects it names: mesh, space, data, objective, optimizer, step."""
+"""Builds the objects that a config names: mesh, space, data, objective, optimizer, step."""
 
 import ast
 import functools
@@ -40,13 +40,13 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 def set_precision(config: ConfigDict) -> None:
-    """Sets the arithmetic of float32 matmuls for the whole process."""
+    """Sets the precision of float32 matmuls for the whole process."""
     name = config.precision.matmul
     jax.config.update("jax_default_matmul_precision", None if name == "default" else name)
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `devices` (default: all there are); checks that the batch divides over it."""
+    """Returns a mesh of `devices` (default: all), after checking that the batch divides over it."""
     mesh = meshes.make_mesh(meshes.MeshShape(**config.mesh.to_dict()), devices)
     section, rules = config.data, make_rules(config)
     meshes.check_batch(section.global_batch, mesh, rules, accumulate=config.optim.accumulate)
@@ -54,16 +54,16 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def make_rules(config: ConfigDict) -> Rules:
-    """Where logical axes lie on the mesh."""
+    """Returns the rules that map logical axes to mesh axes."""
     return rules_by_name(config.sharding.rules, config.sharding.overrides)
 
 
 def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace, PyTree]:
-    """The input space and its frozen variables.
+    """Returns the input space and its frozen variables.
 
     Args:
       config: The config.
-      mesh: Its devices get a copy of the variables each; None leaves them in host memory.
+      mesh: Mesh over which the variables are replicated; None leaves them in host memory.
 
     Raises:
       ConfigError: If the space's name is unknown.
@@ -78,7 +78,7 @@ def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace
 
 
 def make_objective(config: ConfigDict) -> Objective:
-    """What the denoiser predicts, and its loss."""
+    """Returns the objective: what the denoiser predicts, and its loss."""
     section = config.objective
     return objective_by_name(
         section.path,
@@ -90,7 +90,7 @@ def make_objective(config: ConfigDict) -> Objective:
 
 
 def make_token_weights(config: ConfigDict) -> TokenWeights | None:
-    """Weights of the tokens' losses; None where all are equal."""
+    """Returns the weights of the tokens' losses; None if all are equal."""
     section = config.objective
     weights = TokenWeights(
         section.outlier_norm,
@@ -102,7 +102,7 @@ def make_token_weights(config: ConfigDict) -> TokenWeights | None:
 
 
 def make_time_sampler(config: ConfigDict) -> TimeSampler:
-    """The distribution of training times."""
+    """Returns the distribution of training times."""
     section = config.objective
     return time_sampler_by_name(
         section.time_distribution,
@@ -114,7 +114,7 @@ def make_time_sampler(config: ConfigDict) -> TimeSampler:
 
 
 def make_optimizer(config: ConfigDict) -> Optimizer:
-    """AdamW with its schedule."""
+    """Returns AdamW with its schedule."""
     section = config.optim
     rate = LearningRate(
         base=section.lr,
@@ -137,13 +137,13 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
 
 
 def make_source(config: ConfigDict, split: str | None = None, random_crops: bool = False) -> Source:
-    """The data set.
+    """Opens the data set.
 
     Args:
       config: The config.
       split: Replaces the config's.
-      random_crops: For `global_batches`, which cut images to their size where the config says so;
-        else all are brought to it here.
+      random_crops: Leaves images larger if `global_batches` is to crop them randomly; otherwise
+        they have the config's size.
     """
     section = config.data
     if section.latents:
@@ -167,7 +167,7 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
 def global_batches(
     config: ConfigDict, source: Source, sharding: NamedSharding
 ) -> Callable[[int], Iterator[Batch]]:
-    """Returns `batches(first step)`, which yields global batches for ever.
+    """Returns `batches(first step)`, which yields global batches indefinitely.
 
     Each process reads the rows that its devices hold.
     """
@@ -193,13 +193,13 @@ def global_batches(
 
 
 def make_denoise_fn(model: Denoiser, prediction: str = "velocity") -> Callable[..., Array]:
-    """The model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
+    """Returns the model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
 
-    With one key per sample behind the labels, a model that has dropout trains.
+    A further argument, one random key per sample, switches dropout on.
 
     Args:
-      model: The network, whose own time may run the other way.
-      prediction: What it predicts.
+      model: The network; its time is reversed if `reversed_time`.
+      prediction: The quantity that it predicts.
     """
 
     def apply(params: Params, x: Array, t: Array, labels: Array, *dropout_keys: Array) -> Array:
@@ -218,13 +218,13 @@ def make_step(
     optimizer: Optimizer,
     abstract: TrainState | None = None,
 ) -> TrainStep:
-    """The training step, to be compiled by `jit_step`.
+    """Returns the training step, to be compiled by `jit_step`.
 
     Args:
       config: The config.
       model: The denoiser.
       space: The input space.
-      optimizer: Parameters' update.
+      optimizer: The optimizer.
       abstract: Shapes and shardings of the state, whose moments say how the update is divided;
         None leaves that to the compiler.
 
@@ -234,8 +234,8 @@ def make_step(
     weights = make_token_weights(config)
     if weights and not isinstance(space, RAE):
         raise ConfigError(
-            f"config.objective weighs tokens by their norms, which config.space.name="
-            f"{config.space.name!r} does not have",
+            f"config.objective weights tokens by their norms, but config.space.name="
+            f"{config.space.name!r} has no token norms",
             "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
         )
     return TrainStep(
@@ -256,7 +256,7 @@ def make_step(
 
 
 def xla_options(config: ConfigDict) -> dict[str, Any]:
-    """Options of XLA's compiler by name.
+    """Returns options of XLA's compiler by name.
 
     Raises:
       ConfigError: If one is not "name=value".
@@ -280,7 +280,7 @@ def jit_step(
     mesh: Mesh,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Step:
-    """Compiles lazily, with the state's shardings in and out and its buffers donated.
+    """Returns the step under `jax.jit`, with the state's shardings and donated buffers.
 
     Args:
       step: The step.

@@ -1,4 +1,4 @@
-"""From a training run's folder to its denoiser's weights, in host memory, and how they convert."""
+"""Reads the weights of a training run's denoiser into host memory, with their record."""
 
 import os
 from pathlib import Path
@@ -24,21 +24,20 @@ from dsr_jax.training.checkpoints import restore_params
 def load_denoiser(
     workdir: str | os.PathLike[str], step: int | None = None, ema: str | None = None
 ) -> tuple[Denoiser, Params, dict[str, Any], ConfigDict]:
-    """Reads a run's weights; the files of its input space need not be there.
+    """Reads a run's weights; the files of its input space may be missing.
 
     Args:
       workdir: The run's folder.
       step: Which checkpoint; None for the newest.
-      ema: Decay of the average, "none" for the weights themselves; None for what the run samples
-        with.
+      ema: Decay of the EMA weights, "none" for the raw weights; None for config.sample.ema.
 
     Returns:
-      The network, its parameters as NumPy arrays, the record that `convert.files.save_converted`
-      wants, and the run's config.
+      The network, its parameters as NumPy arrays, the record for
+      `convert.files.save_converted`, and the run's config.
 
     Raises:
       ConfigError: If the folder holds no run of a denoiser.
-      CheckpointError: If the checkpoint is missing, damaged, or has no such average.
+      CheckpointError: If the checkpoint is missing, damaged, or has no such EMA weights.
     """
     config = load_run(workdir)
     mesh, rules = make_mesh(MeshShape(data=1), jax.local_devices()[:1]), make_rules(config)
@@ -57,5 +56,5 @@ def load_denoiser(
         "source_digest": None,
         "class_names": (read_class_names(workdir) or {"names": []})["names"],
     }
-    # Outside the run's mesh the network has no layout to keep.
+    # Outside the run's mesh, activations have no layout.
     return model.clone(constrain=Constrain()), fetch(params), record, config

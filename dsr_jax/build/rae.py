@@ -1,4 +1,4 @@
-"""From `config.space` to the representation autoencoder that it names, with its frozen arrays."""
+"""Builds the representation autoencoder that `config.space` names, with its frozen arrays."""
 
 import dataclasses
 import json
@@ -25,21 +25,21 @@ from dsr_jax.registers.neurons import load_neurons, neurons_to_mask
 from dsr_jax.spaces import RAE
 
 PATCHES = 16
-"""Patches a side of the encoder's input, unless the config says otherwise."""
+"""Default number of patches along one side of the encoder's input."""
 
 FILES = ("encoder", "decoder", "statistics", "neurons", "vae")
 """Keys of `config.space` that name files."""
 
 
 def make_rae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[RAE, PyTree]:
-    """Reads the encoder, and decoder, statistics and neurons where the config names them.
+    """Reads the encoder, and decoder, statistics and neurons if the config names them.
 
     Args:
       config: The whole config.
-      mesh: Its devices get a copy of the arrays each; None leaves them in host memory.
+      mesh: Mesh over which the arrays are replicated; None leaves them in host memory.
 
     Raises:
-      ConversionError: If a folder or file is missing, damaged or of another kind.
+      ConversionError: If a folder or file is missing, damaged or of the wrong kind.
       ConfigError: If they do not fit each other, or the config.
     """
     check_images(config, "encoder", "python -m dsr_jax.convert wrote of an encoder")
@@ -101,12 +101,12 @@ def place_networks(space: RAE, config: ConfigDict, mesh: Mesh) -> RAE:
 
 
 def check_images(config: ConfigDict, key: str, origin: str) -> None:
-    """Checks that a network is named, and that the images are those of such networks.
+    """Checks that a network is named, and that images have three channels.
 
     Args:
       config: The whole config.
       key: Key of `config.space` that names its folder.
-      origin: Whence the folder comes, for the message.
+      origin: What writes such a folder, for the message.
 
     Raises:
       ConfigError: Naming the key and a value that would do.
@@ -119,7 +119,7 @@ def check_images(config: ConfigDict, key: str, origin: str) -> None:
         ),
         (
             config.data.channels != 3,
-            f"config.data.channels={config.data.channels} for an encoder of colour images",
+            f"config.data.channels={config.data.channels} but the encoder takes RGB images",
             "set config.data.channels=3",
         ),
         (
@@ -160,7 +160,7 @@ def make_intervention(config: ConfigDict, encoder: Encoder) -> Intervention:
 
 
 def encoding_recipe(config: ConfigDict) -> dict[str, Any]:
-    """What decides the encoder's tokens, besides the image, as JSON values by key."""
+    """Returns the settings and file digests that determine the encoder's tokens, as JSON values."""
     keys = ("image_size", "preln", *(_REGISTERS if config.space.neurons else ()))
     values = {f"config.space.{key}": config.space[key] for key in keys}
     digests = {f"config.space.{key}": _digest(config.space[key]) for key in ("encoder", "neurons")}
@@ -168,10 +168,10 @@ def encoding_recipe(config: ConfigDict) -> dict[str, Any]:
 
 
 def _check_latents(config: ConfigDict) -> None:
-    """Checks that cached latents are those of the config's encoder.
+    """Checks that cached latents were made by the config's encoder.
 
     Raises:
-      DataError: If there are none.
+      DataError: If the folder holds no latents.
       ConfigError: Naming what differs.
     """
     cached, wanted = read_manifest(config.data.latents)["recipe"]["space"], encoding_recipe(config)
@@ -185,15 +185,15 @@ def _check_latents(config: ConfigDict) -> None:
         raise ConfigError(
             f"{config.data.latents} holds latents of another encoder (cached -> config):\n    "
             + "\n    ".join(lines),
-            "cache them again, or use the config that they were made with",
+            "cache them again, or use the config that they were cached with",
         )
 
 
 def file_digests(config: ConfigDict) -> dict[str, str]:
-    """What names the content of the files in `config.space`, wherever they lie.
+    """Returns an identifier of the content of each file in `config.space`.
 
-    Files are named by their digest, folders by that of their parameters, and published neurons by
-    the encoder's name.
+    It is the digest of a file or of a folder's parameters, or the encoder's name for published
+    neurons.
     """
     named = {key: config.space[key] for key in FILES if config.space[key]}
     return {f"config.space.{key}": _digest(name) for key, name in named.items()}

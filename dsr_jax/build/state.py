@@ -1,4 +1,4 @@
-"""From a config to the state of a run: shapes and shardings first, arrays when they are needed."""
+"""Builds the state of a run: shapes and shardings first, arrays when they are needed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,14 +22,14 @@ State = TypeVar("State", bound=TrainState)
 
 
 def init_params(model: nn.Module, space: InputSpace, seed: int) -> Any:
-    """Initial parameters in Flax's logical-axis boxes; trace it, or run it under jit."""
+    """Returns initial parameters in Flax's logical-axis boxes; to be run under jit or traced."""
     x = jnp.zeros((1, *space.latent_shape))
     key = stream_key(seed, "params")
     return model.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
 
 
 def abstract_params(model: nn.Module, space: InputSpace, mesh: Mesh, rules: Rules) -> Params:
-    """Shapes and shardings of the parameters, without making any."""
+    """Returns shapes and shardings of the parameters; no array is made."""
     return _with_shardings(jax.eval_shape(lambda: init_params(model, space, 0)), rules, mesh)
 
 
@@ -51,11 +51,10 @@ def make_state(
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """Returns the training state's shapes and shardings, and a function that makes the first one.
 
-    No array exists before the function runs, and then each device makes its own part only.
+    No array exists before the function runs; each device then makes only its own shard.
 
     Raises:
-      MeshError: If the rules are to split the state over fsdp, but leave most bytes of what they
-        split whole.
+      MeshError: If the rules split the state over fsdp, but most of its bytes are not divisible.
     """
 
     def init() -> TrainState:

@@ -1,4 +1,4 @@
-"""What configs of the paper's experiments share; each sets some keys of a config in place.
+"""Shared parts of the configs of the paper's experiments; each sets keys of a config in place.
 
 Source: paper, section "experiments"; spec denoiser 8 and encoder 3.
 """
@@ -12,7 +12,7 @@ from dsr_jax.models.variants import RANDOM_PREFIX
 from dsr_jax.registers.neurons import PUBLISHED
 
 IMAGENET_EPOCH = 1_251
-"""Steps of 1024 images, 128 on each of eight processes, of which each drops its last."""
+"""Steps per epoch: batches of 1024, 128 in each of eight processes that drop their last one."""
 
 RAE_ENCODERS: Mapping[str, str] = MappingProxyType(
     {
@@ -40,14 +40,14 @@ def use_imagenet(config: ConfigDict, global_batch: int) -> None:
 def use_rae(config: ConfigDict, encoder: str, test_time_registers: bool) -> None:
     """Trains in the latents of a representation autoencoder, as DSR does on ImageNet.
 
-    Files are expected where the configs' docstrings put them. The time's shift is that of 196608
-    numbers with each encoder, as DSR has it, although So400M's latents are larger.
+    File names are those of the configs' docstrings. As in DSR, the time shift is that of 196608
+    numbers for each encoder, although So400M's latents are larger.
 
     Args:
       config: The config.
       encoder: A name in RAE_ENCODERS.
-      test_time_registers: Uses the published register neurons, where there are any. Latents with
-        them have statistics of their own, but no decoder of their own.
+      test_time_registers: Uses the published register neurons, if there are any. Latents then
+        have other statistics, but the same decoder.
     """
     preset = RAE_ENCODERS[encoder]
     neurons = preset if test_time_registers and preset in PUBLISHED else ""
@@ -63,7 +63,7 @@ def use_rae(config: ConfigDict, encoder: str, test_time_registers: bool) -> None
 
 
 def use_epochs(config: ConfigDict, epochs: int) -> None:
-    """Trains so many of ImageNet's epochs; keeps a checkpoint of every twentieth."""
+    """Trains for a number of ImageNet epochs; keeps a checkpoint of every twentieth."""
     config.train.steps = epochs * IMAGENET_EPOCH
     config.checkpoint.every_steps = 4 * IMAGENET_EPOCH
     config.checkpoint.keep_every = 20 * IMAGENET_EPOCH
@@ -87,7 +87,7 @@ def run_locally(config: ConfigDict) -> None:
 
 
 def use_tiny_rae(config: ConfigDict) -> None:
-    """Stands in for an autoencoder: tiny random networks, on images of 32 pixels."""
+    """Uses an autoencoder of tiny random networks on images of 32 pixels."""
     tiny = f"{RANDOM_PREFIX}tiny"
     config.space.update(encoder=tiny, decoder=tiny, statistics="", neurons="", image_size=32)
     config.data.update(image_size=32, channels=3)

@@ -36,7 +36,7 @@ def fast(function: Any, **options: Any) -> Any:
     return jax.jit(function, compiler_options=FAST_COMPILE, **options)
 
 
-judge = fast(DISCRIMINATOR, static_argnames="train")
+logits_of = fast(DISCRIMINATOR, static_argnames="train")
 
 
 def images(seed: int = 2, size: int = 16) -> jax.Array:
@@ -80,9 +80,9 @@ def test_spectral_norm_is_torchs() -> None:
 
 def test_only_training_moves_the_singular_vectors(arrays: Any) -> None:
     backbone, heads, spectral = arrays
-    logits, same = judge(backbone, heads, spectral, images(), train=False)
+    logits, same = logits_of(backbone, heads, spectral, images(), train=False)
     jax.tree.map(np.testing.assert_array_equal, same, spectral)
-    moved, after = judge(backbone, heads, spectral, images(), train=True)
+    moved, after = logits_of(backbone, heads, spectral, images(), train=True)
     assert logits.shape == moved.shape == (2, 4 * 16)
     assert not np.allclose(logits, moved)
     for name, value in flatten_names(after).items():
@@ -101,11 +101,11 @@ def test_each_map_has_a_head_of_its_own(arrays: Any) -> None:
     backbone, heads, spectral = arrays
     kernels = heads["heads"]["second"]["kernel"]
     assert kernels.shape == (4, 3, 32, 32) and not np.allclose(kernels[0], kernels[1])
-    logits, _ = judge(backbone, heads, spectral, images(), train=False)
+    logits, _ = logits_of(backbone, heads, spectral, images(), train=False)
     out = heads["heads"]["out"]
     bias = out["bias"].at[2].add(1.0)
     changed = {"heads": {**heads["heads"], "out": {**out, "bias": bias}}}
-    other, _ = judge(backbone, changed, spectral, images(), train=False)
+    other, _ = logits_of(backbone, changed, spectral, images(), train=False)
     np.testing.assert_allclose(
         (other - logits).reshape(2, 4, 16).mean(axis=(0, 2)), [0, 0, 1, 0], atol=1e-5
     )
