@@ -1,15 +1,15 @@
 """A small pixel-space DiT with diffusion registers on scikit-learn's handwritten digits.
 
-The main job of the README: real scans, no download, minutes on a laptop CPU.
+The main example of the README: real scans, no download, minutes on a laptop CPU.
 
     python -m dsr_jax.train --config=configs/digits.py --workdir=runs/digits
     python -m dsr_jax.train --config=configs/digits.py:noregisters --workdir=runs/digits_baseline
     python -m dsr_jax.train --config=configs/digits.py:family=jit --workdir=runs/digits_jit
 
 Arguments: `noregisters` (the baseline), `family=ditdh`, `family=sit`, `family=jit` (another of the
-paper's denoisers, with the loss, the times and the sampler of its own recipe, at the same width,
-depth and registers; lightningdit unless said otherwise), `steps=800` (1,200 unless said otherwise;
-the rate falls to its end by then), `runlocal` (a smoke run of a few steps).
+paper's denoisers, with the loss, times and sampler of its own recipe, at the same width, depth and
+registers; default lightningdit), `steps=800` (default 1,200; the learning rate decays until then),
+`runlocal` (a smoke run of a few steps).
 """
 
 from ml_collections import ConfigDict
@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def _use_family(config: ConfigDict, family: str) -> None:
-    """Sets the denoiser and what its own recipe has otherwise; sizes and rate stay."""
+    """Sets the denoiser and its recipe; sizes and learning rate stay."""
     choose(DENOISERS, "family", family)
     config.model.name = family
     if family == "ditdh":

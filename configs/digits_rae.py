@@ -2,11 +2,11 @@
 
     python -m dsr_jax.train --config=configs/digits_rae.py --workdir=runs/digits_rae
 
-As it stands, the config names frozen networks of random weights; set config.space.encoder,
-.decoder, .statistics and .neurons to others. `python tools/run_claims.py` makes some, and trains
-variants of this run on them to see which of the paper's claims hold at the scale of a laptop.
+By default the frozen networks have random weights; set config.space.encoder, .decoder, .statistics
+and .neurons to others. `python tools/run_claims.py` makes such networks and trains variants of this
+run on them, to test which of the paper's claims hold at the scale of a laptop.
 
-Arguments: `registers=0` (the baseline; 4 unless said otherwise), `runlocal` (a smoke run of a few
+Arguments: `registers=0` (the baseline; default 4), `runlocal` (a smoke run of a few
 steps).
 """
 

@@ -6,18 +6,17 @@
         --config.data.root=imagenet
 
 JiT's paper reports an FID-50k of 1.86 for H/16 after 600 epochs, with guidance. The registers'
-paper gives its JiT-H without registers 30.34: without guidance, that is, and after fewer steps,
-which it does not tell (for that, --config.sample.guidance=1). Nor does it tell whether registers
-joined the 32 class tokens or replaced them; here they join at the same block, and `class_tokens=0`
-replaces them. The recipe is that of JiT's trainer: the image is predicted and the velocity's error
-counts, a rate of 5e-5 per 256 images after five epochs of warm-up, dropout 0.2 in the middle half
-of H's blocks, two averages, the position table as it starts; samples by 49 steps of Heun and one of
-Euler, guided but for the first tenth of the way.
+paper reports 30.34 for JiT-H without registers: without guidance (--config.sample.guidance=1),
+after fewer steps, a number that it does not give. Nor does it state whether registers were added to
+the 32 class tokens or replaced them; here they are inserted at the same block, and `class_tokens=0`
+replaces them. The recipe is that of JiT's trainer: image prediction with a velocity loss, a
+learning rate of 5e-5 per 256 images after five epochs of warm-up, dropout 0.2 in the middle half of
+H's blocks, two sets of EMA weights, a frozen position table; sampling by 49 Heun steps and one
+Euler step, with guidance except in the first tenth of the time.
 
-Arguments: `registers=0` (the baseline; 36 unless said otherwise), `class_tokens=0` (none; 32 unless
-said otherwise), `variant=B-32` (B, L or H, with patches of 16 on images of 256 or of 32 on images
-of 512; H-16 unless said otherwise), `runlocal` (a smoke run of a few steps on scikit-learn's
-digits).
+Arguments: `registers=0` (the baseline; default 36), `class_tokens=0` (none; default 32),
+`variant=B-32` (B, L or H, with patches of 16 on images of 256 or of 32 on images of 512; default
+H-16), `runlocal` (a smoke run of a few steps on scikit-learn's digits).
 """
 
 from ml_collections import ConfigDict

@@ -8,11 +8,11 @@
     python -m dsr_jax.train_decoder --config=configs/rae_decoder.py --workdir=runs/rae_decoder \
         --config.data.root=imagenet
 
-The recipe of stage 1 (spec encoder 8): 16 epochs of 512 images, L1 and LPIPS from the start, a
-discriminator from epoch 6, which the decoder is trained against from epoch 8; noise of up to 0.8 on
-the latents. Test-time registers are `--config.space.neurons=...`; DSR's decoder for SigLIP2-B with
-them has `--config.space.noise_tau=2.0`. Without the files of LPIPS or DINO, switch those losses
-off: `--config.lpips.weight=0.0`, `--config.gan.weight=0.0`.
+The recipe of stage 1 (spec encoder 8): 16 epochs of 512 images, L1 and LPIPS from the first step, a
+discriminator from epoch 6 and its loss for the decoder from epoch 8; noise of up to 0.8 on the
+latents. Test-time registers are `--config.space.neurons=...`; DSR's decoder for SigLIP2-B with them
+has `--config.space.noise_tau=2.0`. Without the files of LPIPS or DINO, switch those losses off:
+`--config.lpips.weight=0.0`, `--config.gan.weight=0.0`.
 
 Arguments: `decoder=ViTB` (one of ViTB, ViTL and ViTXL), `runlocal` (a smoke run of a few steps on
 digits, with tiny frozen networks of random weights).

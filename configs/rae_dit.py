@@ -1,10 +1,10 @@
 """RAE-DiT with dual-stage registers: LightningDiT in a frozen encoder's latents, ImageNet 256x256.
 
-The recipe is that of DSR's six launchers: the latents of 16 x 16 tokens, normalised; data
-prediction with a velocity loss, logit-normal times shifted by the square root of 48; AdamW at a
-constant 2e-4, 1024 images a step, no clipping, an average of 0.9999; 49 steps of Euler without
-guidance. Both kinds of registers are on: those of the encoder, trained ones in DINOv2 and test-time
-ones in SigLIP2, and 36 of the denoiser, from block 8 in XL and L, and from block 4 in B and S.
+The recipe is that of DSR's six launchers: normalized latents of 16 x 16 tokens; data prediction
+with a velocity loss, logit-normal times shifted by the square root of 48; AdamW at a constant 2e-4,
+1024 images per step, no clipping, EMA of 0.9999; 49 Euler steps without guidance. Both kinds of
+registers are on: those of the encoder, trained ones in DINOv2 and test-time ones in SigLIP2, and 36
+in the denoiser, from block 8 in XL and L, and from block 4 in B and S.
 
 The encoder, a decoder and statistics of the latents (the last two are DSR's and RAE's files):
 
@@ -36,14 +36,14 @@ FID-50k that the paper reports with SigLIP2-B, without guidance, and with it in 
     XL       80      5.89         4.58         238.1, 262.9   677.2 M (676 trained by intent)
     XL       800     3.85 (3.58)  3.26 (2.97)
 
-Eighty epochs of a run of 800 are the same as a run of 80: the rate is constant. So400M's and
-DINOv2's rows are in the paper; its release has the recipe of the former, and no figures.
+The first 80 epochs of a run of 800 equal a run of 80, since the learning rate is constant. The
+paper also has rows for So400M and DINOv2; its release has the recipe of the former.
 
-Arguments: `variant=B` (one of S, B, L and XL, which it is unless said otherwise),
-`encoder=siglip2-so400m` (one of siglip2-base, which it is unless said otherwise, siglip2-so400m,
-dinov2-with-registers-base and dinov2-base), `registers=0` (36 unless said otherwise), `ttr=False`
-(no test-time registers in the encoder), `epochs=80` (800 unless said otherwise), `runlocal` (a
-smoke run of a few steps on scikit-learn's digits, with a tiny autoencoder of random weights).
+Arguments: `variant=B` (one of S, B, L and XL, the default), `encoder=siglip2-so400m` (one of
+siglip2-base, the default, siglip2-so400m, dinov2-with-registers-base and dinov2-base),
+`registers=0` (default 36), `ttr=False` (no test-time registers in the encoder), `epochs=80`
+(default 800), `runlocal` (a smoke run of a few steps on scikit-learn's digits, with a tiny
+autoencoder of random weights).
 """
 
 from ml_collections import ConfigDict

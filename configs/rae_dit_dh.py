@@ -1,24 +1,23 @@
 """RAE-DiT-DH with dual-stage registers: a denoiser with a wide shallow head, ImageNet 256x256.
 
-The recipe is that of DSR's launchers: as configs/rae_dit.py, whose docstring has the commands that
-make the encoder, decoder and statistics, but for the rate, 2e-4 for 40 epochs and then linear to
-2e-5 at epoch 800; gradients clipped to a norm of 1, an average of 0.9995, and seed 42. Encoder and
-head have 36 registers each, those of the encoder from block 8, or 4 in B and S.
+The recipe is that of DSR's launchers. It is that of configs/rae_dit.py, whose docstring has the
+commands for encoder, decoder and statistics, except for the learning rate, 2e-4 for 40 epochs and
+then linear to 2e-5 at epoch 800, gradients clipped to a norm of 1, EMA of 0.9995, and seed 42.
+Encoder and head have 36 registers each, those of the encoder from block 8, or 4 in B and S.
 
     python -m dsr_jax.train --config=configs/rae_dit_dh.py --workdir=runs/rae_dit_dh_xl \
         --config.data.root=imagenet
     python -m dsr_jax.train --config=configs/rae_dit_dh.py:registers=0,ttr=False \
         --workdir=runs/rae_dit_dh_xl_baseline --config.data.root=imagenet
 
-FID-50k that the paper reports for XL with SigLIP2-B after 800 epochs, without guidance: 2.91 as the
-baseline and 2.72 with DSR; with guidance 2.77 and 2.62. XL has 838.7 M parameters (838.9 M with
-registers) and 323.2 GFLOPs (359.3). The release trains on to epoch 1400, at the last rate.
+FID-50k that the paper reports for XL with SigLIP2-B after 800 epochs, without guidance: 2.91 for
+the baseline and 2.72 with DSR; with guidance 2.77 and 2.62. XL has 838.7 M parameters (838.9 M with
+registers) and 323.2 GFLOPs (359.3). The release continues to epoch 1400 at the final rate.
 
-Arguments: `variant=S` (one of S, B, L and XL, which it is unless said otherwise; S is RAE's guide
-for autoguidance), `encoder=siglip2-so400m` (as in configs/rae_dit.py), `registers=0` (36 unless
-said otherwise), `ttr=False` (no test-time registers in the encoder), `epochs=1400` (800 unless said
-otherwise), `runlocal` (a smoke run of a few steps on scikit-learn's digits, with a tiny autoencoder
-of random weights).
+Arguments: `variant=S` (one of S, B, L and XL, the default; S is RAE's guide for autoguidance),
+`encoder=siglip2-so400m` (as in configs/rae_dit.py), `registers=0` (default 36), `ttr=False` (no
+test-time registers in the encoder), `epochs=1400` (default 800), `runlocal` (a smoke run of a few
+steps on scikit-learn's digits, with a tiny autoencoder of random weights).
 """
 
 from ml_collections import ConfigDict

@@ -7,13 +7,13 @@
         --config.data.root=imagenet
 
 The registers' paper reports FID-50k, without guidance, of 16.05 without registers and 14.47 with
-36. It does not say after how many steps; about 16 is what SiT's own authors give for 400 thousand
-steps of 256 images, which is what this config trains (SiT's trainer goes on to 1400 epochs, 7
-million steps). The recipe is that of SiT's trainer: AdamW at a constant 1e-4, velocity prediction,
-uniform times, the position table as it starts; samples by 250 steps of the reverse SDE.
+36, without the number of steps. SiT's authors report about 16 for 400 thousand steps of 256 images,
+which this config trains (SiT's trainer continues to 1400 epochs, 7 million steps). The recipe is
+that of SiT's trainer: AdamW at a constant 1e-4, velocity prediction, uniform times, a frozen
+position table; sampling by 250 steps of the reverse SDE.
 
-Arguments: `registers=0` (the baseline; 36 unless said otherwise), `variant=B` (one of S, B, L and
-XL), `runlocal` (a smoke run of a few steps on drawn shapes, in pixels, for want of a VAE).
+Arguments: `registers=0` (the baseline; default 36), `variant=B` (one of S, B, L and XL), `runlocal`
+(a smoke run of a few steps on synthetic shapes, in pixels, without a VAE).
 """
 
 from ml_collections import ConfigDict

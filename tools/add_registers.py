@@ -1,18 +1,16 @@
-"""Adds diffusion registers to a denoiser that was trained without, or takes them away.
+"""Adds diffusion registers to a denoiser that was trained without them, or removes them.
 
     python tools/add_registers.py --workdir=runs/baseline --gated --out=converted/with_registers
     python tools/add_registers.py --workdir=runs/digits --ablate --out=converted/without
 
---out becomes a folder such as `python -m dsr_jax.convert` writes, and the command that trains on
-from it, or draws from it, is printed. The source is a run (its averaged weights) or, with
---converted, another such folder.
+--out becomes a folder like those of `python -m dsr_jax.convert`; commands that train or sample from
+it are printed. The source is a run (its EMA weights) or, with --converted, another such folder.
 
-New registers start as the paper's do, N(0, 1) unless --scale says otherwise, and change at once
-what a trained network computes: attention gives each of them some weight, whatever they hold. With
---gated they have none at first, and the first loss is that of the network without them: a learned
-gate per block and head, 0 at first, weighs what attention makes of all tokens against what it makes
-of all but the registers. A gate of 1 is the paper's attention; the original code knows no gates,
-so such a network cannot be exported to it. --compare=N measures both networks' loss on N batches.
+New registers are initialized as in the paper, from N(0, 1) or with --scale, and change the output
+of a trained network, since attention gives each of them some weight. With --gated the output is
+unchanged at first: a learned gate per block and head, initialized to 0, interpolates between
+attention without the registers and, at 1, the paper's attention. The original code has no gates, so
+such a network cannot be exported to it. --compare=N measures both networks' loss on N batches.
 """
 
 import argparse
@@ -36,7 +34,7 @@ from dsr_jax.models.registry import DENOISERS, denoiser_class, is_denoiser, mode
 from dsr_jax.parallel import shardings
 from dsr_jax.training.step import to_unit_range
 
-PAPERS_STARTS = {12: 4, 24: 8, 28: 8}
+FIRST_BLOCKS = {12: 4, 24: 8, 28: 8}
 """First block with registers, by the depth."""
 
 
@@ -93,15 +91,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _start(model: DiffusionTransformer) -> int:
-    """Where registers join: with the class tokens, or at the paper's block of this depth."""
+    """Returns the first block with registers: that of class tokens, or the paper's for a depth."""
     if getattr(model, "num_class_tokens", 0):
         return getattr(model, "class_token_start", 0)
-    if model.depth not in PAPERS_STARTS:
+    if model.depth not in FIRST_BLOCKS:
         raise ConfigError(
             f"the paper has no network of depth {model.depth}",
             "give --start, the first block that sees the registers",
         )
-    return PAPERS_STARTS[model.depth]
+    return FIRST_BLOCKS[model.depth]
 
 
 def compare_losses(
@@ -147,7 +145,7 @@ def compare_losses(
 
 
 def _next(args: argparse.Namespace, model: DiffusionTransformer) -> str:
-    """What was written, and what to do with it."""
+    """Returns a summary and the commands that use the folder."""
     source = f"{args.workdir}/config.json" if args.workdir else "CONFIG"
     keys = (
         f"--config={source} --config.registers.num={model.num_registers} "
@@ -169,13 +167,13 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--converted", help="folder that python -m dsr_jax.convert wrote")
     add("--out", required=True, help="new folder")
     add("--checkpoint-step", type=int, help="of a run; default: the newest")
-    add("--ema", help="of a run: decay of the averaged weights, or none for those themselves")
-    add("--ablate", action="store_true", help="takes registers away instead")
-    add("--registers", type=int, default=36, help="how many, a square number; default 36")
+    add("--ema", help="of a run: decay of the EMA weights, or none for the raw weights")
+    add("--ablate", action="store_true", help="removes registers instead")
+    add("--registers", type=int, default=36, help="number of registers, a square; default 36")
     add("--start", type=int, help="first block that sees them; default: the paper's")
     add("--scale", type=float, default=1.0, help="standard deviation of the tokens; default 1")
-    add("--gated", action="store_true", help="behind gates that are closed at first")
-    add("--seed", type=int, default=0, help="of the tokens")
+    add("--gated", action="store_true", help="with learned gates that are initially 0")
+    add("--seed", type=int, default=0, help="seed of the new registers")
     add("--compare", type=int, default=0, metavar="N", help="with --workdir: losses on N batches")
     return parser
 

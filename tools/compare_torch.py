@@ -19,7 +19,7 @@ from dsr_jax.convert.hub import read_encoder
 from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT
-from dsr_jax.registers.streaming import NormalisedImages
+from dsr_jax.registers.streaming import NormalizedImages
 from dsr_jax.registers.trace import trace_encoder
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = args.image_size or 16 * config.patch_size
     if args.images:
         source = UnlabeledImages(args.images, size, count=args.batch)
-        images = NormalisedImages(source, config.pixel_mean, config.pixel_std)
+        images = NormalizedImages(source, config.pixel_mean, config.pixel_std)
         pixels = np.stack([images[i] for i in range(len(images))])
     else:
         pixels = np.random.default_rng(0).standard_normal((args.batch, size, size, 3), np.float32)

@@ -34,7 +34,7 @@ from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.registers.report import check_plotting, outlier_table, write_report
 from dsr_jax.registers.scoring import Sparsity
 from dsr_jax.registers.search import SearchSettings, find_registers
-from dsr_jax.registers.streaming import NormalisedImages
+from dsr_jax.registers.streaming import NormalizedImages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def search(args: argparse.Namespace) -> None:
         precision=Precision(args.compute),
         constrain=Constrain(make_rules("replicated"), mesh),
     )
-    images = NormalisedImages(source, config.pixel_mean, config.pixel_std)
+    images = NormalizedImages(source, config.pixel_mean, config.pixel_std)
     result = find_registers(model, params, images, settings, mesh, batch=args.batch)
     if not is_process_zero():
         return

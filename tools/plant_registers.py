@@ -3,8 +3,8 @@
     python tools/plant_registers.py --root PHOTOS --out enc/planted
     python tools/find_registers.py enc/planted --root PHOTOS --image-size 64 --top-k 6 --out found
 
-The search then finds the units that were planted, which enc/planted/planted.json names, and its
-report shows the outliers of these photographs gone.
+The search then finds the planted units, which enc/planted/planted.json lists, and its report shows
+that the outliers of these images are removed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from dsr_jax.data.unlabeled import UnlabeledImages
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.registers.planting import plant_register_neurons
-from dsr_jax.registers.streaming import NormalisedImages
+from dsr_jax.registers.streaming import NormalizedImages
 
 CONFIG = ViTConfig(
     family="siglip",
@@ -40,15 +40,15 @@ NEURONS = {1: [17, 80], 2: [5, 99, 200], 3: [31]}
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     parser = make_parser(__doc__)
-    parser.add_argument("--root", required=True, help="folder of photographs, of any layout")
+    parser.add_argument("--root", required=True, help="folder of images, in any layout")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the encoder")
-    parser.add_argument("--images", type=int, default=64, help="how many to calibrate on")
+    parser.add_argument("--images", type=int, default=64, help="number of images to calibrate on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     source = UnlabeledImages(
         args.root, CONFIG.image_size, count=args.images, seed=args.seed, on_corrupt="skip"
     )
-    images = NormalisedImages(source, CONFIG.pixel_mean, CONFIG.pixel_std)
+    images = NormalizedImages(source, CONFIG.pixel_mean, CONFIG.pixel_std)
     pixels = np.stack([images[i] for i in range(len(images))])
     model = ViT(CONFIG)
     boxed = model.init(root_key(args.seed), jnp.asarray(pixels[:1]))

@@ -1,10 +1,9 @@
 """Plants register neurons in an encoder that has none, so that claims about them can be tested.
 
-Pretrained encoders grow outlier tokens by themselves: hidden MLP units that fire on a few patches
-write a large common vector, and later blocks keep and enlarge it. The same mechanism is built here
-by hand into a randomly initialised encoder: *trigger* units recognise a few patches by their
-content, *amplifier* units in later blocks recognise the vector that was written. Nothing else
-changes, so all other patches keep their content.
+In pretrained encoders, hidden MLP units that are active on a few patches add a large common vector
+to them, which later blocks keep and amplify. Here the same mechanism is set by hand in a randomly
+initialized encoder: *trigger* units detect a few patches by their content, and *amplifier* units in
+later blocks detect the added vector. All other patches are unchanged.
 
 Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers" (the mechanism).
 """
@@ -21,13 +20,13 @@ from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.vit import ViT
 from dsr_jax.registers.trace import trace_encoder
 
-# Added to a probed unit so that GELU is the identity there.
+# Bias of probe units, where GELU is the identity.
 _LINEAR = 64.0
-# Where between other tokens and outliers a detector turns positive: far enough from the others
-# that GELU, which is slightly negative before its zero, leaves them alone.
+# Zero of a detector, as a fraction of the way from other tokens to outliers: far enough that GELU,
+# which is slightly negative below zero, hardly changes the others.
 _MARGIN = 0.4
-# Outliers are to be seen in several images, not all in one that is unlike the others.
-_LEAST_IMAGES = 3
+# Outliers must occur in several images, not in a single unusual one.
+_MIN_IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Planted:
     Attributes:
       params: Parameters, NumPy arrays.
       neurons: Units by block.
-      outliers: Patches of the calibration images that fire [B, T], bool.
+      outliers: Patches of the calibration images that become outliers [B, T], bool.
     """
 
     params: Params
@@ -51,7 +50,7 @@ def plant_register_neurons(
     pixels: Array,
     neurons: Mapping[int, Sequence[int]],
     *,
-    share: tuple[float, float] = (0.02, 0.08),
+    fraction: tuple[float, float] = (0.02, 0.08),
     norm: float = 8.0,
     activation: float = 12.0,
     seed: int = 0,
@@ -60,33 +59,33 @@ def plant_register_neurons(
 
     Args:
       model: The encoder.
-      params: Its parameters; not changed.
-      pixels: Normalised images [B, H, W, 3] on which the units are calibrated.
+      params: Its parameters, which are not changed.
+      pixels: Normalized images [B, H, W, 3] on which the units are calibrated.
       neurons: Units to plant, by block. The units of the first block are triggers, the others
         amplifiers.
-      share: Least and greatest share of the patches that become outliers.
-      norm: Norm that outliers reach, in multiples of the median norm.
-      activation: How strongly a planted unit fires on an outlier.
-      seed: Fixes the direction of the vector that is written.
+      fraction: Minimum and maximum fraction of the patches that become outliers.
+      norm: Norm of outliers, in multiples of the median norm.
+      activation: Activation of a planted unit on an outlier.
+      seed: Seed of the direction of the added vector.
 
     Returns:
-      The new parameters, and which patches of `pixels` fire.
+      The new parameters, and which patches of `pixels` become outliers.
 
     Raises:
       ConfigError: If the encoder has a gated MLP, or no patch of `pixels` differs enough from the
-        rest to be recognised.
+        rest to be detected.
     """
     if model.config.gated_mlp:
         raise ConfigError("register neurons cannot be planted in a gated MLP")
     planter = _Planter(model, params, pixels)
     direction = np.random.default_rng(seed).standard_normal(model.config.hidden_size)
-    direction -= direction.mean()  # LayerNorm would take the mean away.
+    direction -= direction.mean()  # LayerNorm would remove the mean.
     direction /= np.linalg.norm(direction)
 
     first, *later = sorted(neurons)
     height = norm * planter.median_norm()
     inputs = planter.mlp_inputs(first)
-    fires, outliers = _find_trigger(inputs, planter.patches, share)
+    fires, outliers = _find_trigger(inputs, planter.patches, fraction)
     steps = 1 + len(later)
     planter.plant(first, neurons[first], fires, activation, direction * height / steps)
     for block in later:
@@ -106,7 +105,7 @@ class _Detector:
 
 
 class _Planter:
-    """Parameters under change, and what the encoder computes with them."""
+    """The parameters being changed, and the encoder's activations with them."""
 
     def __init__(self, model: ViT, params: Params, pixels: Array) -> None:
         self._trace = jax.jit(functools.partial(trace_encoder, model))
@@ -115,12 +114,12 @@ class _Planter:
         self.patches = slice(model.config.num_prefix, None)
 
     def median_norm(self) -> float:
-        """Median norm of the patches after the last block."""
+        """Returns the median norm of the patches after the last block."""
         outputs = self._trace(self.params, self._pixels).outputs[-1]
         return float(np.median(np.linalg.norm(outputs[:, self.patches], axis=-1)))
 
     def mlp_inputs(self, block: int) -> np.ndarray:
-        """What the MLP of a block reads [B, S, D]: measured by units that copy it."""
+        """Returns the input of a block's MLP [B, S, D], measured by units that copy it."""
         probe = jax.tree.map(np.array, self.params)
         layer = probe["blocks"]["mlp"]["fc1"]
         width = layer["kernel"].shape[1]
@@ -137,51 +136,55 @@ class _Planter:
         activation: float,
         written: np.ndarray,
     ) -> None:
-        """Makes `units` fire with `activation` on outliers, where together they add `written`."""
+        """Sets `units` to `activation` on outliers, to which together they add `written`."""
         mlp = self.params["blocks"]["mlp"]
-        share = written / (activation * len(units))
+        output = written / (activation * len(units))
         if "ls2" in self.params["blocks"]:
-            share = share / self.params["blocks"]["ls2"][block]
+            output = output / self.params["blocks"]["ls2"][block]
         for unit in units:
             mlp["fc1"]["kernel"][block, :, unit] = activation * detector.weight
             mlp["fc1"]["bias"][block, unit] = activation * detector.bias
-            mlp["fc2"]["kernel"][block, unit] = share
+            mlp["fc2"]["kernel"][block, unit] = output
 
 
 def _find_trigger(
-    inputs: np.ndarray, patches: slice, share: tuple[float, float]
+    inputs: np.ndarray, patches: slice, fraction: tuple[float, float]
 ) -> tuple[_Detector, np.ndarray]:
-    """Finds a few patches that stand out most clearly by their likeness to one of them.
+    """Finds a few similar patches that differ most clearly from all others.
 
     Args:
-      inputs: What the MLP reads [B, S, D].
-      patches: The rows that may stand out.
-      share: Least and greatest share of the patches.
+      inputs: Input of the MLP [B, S, D].
+      patches: Rows of the patches.
+      fraction: Minimum and maximum fraction of the patches.
 
     Returns:
       Their detector, and the mark of every row [B, S].
     """
     tokens = inputs[:, patches].reshape(-1, inputs.shape[-1])
     centre = tokens.mean(axis=0)
-    least, most = (max(1, round(part * len(tokens))) for part in share)
-    # The intervention spares the first row, so an outlier there would not be cured.
+    low_count, high_count = (max(1, round(part * len(tokens))) for part in fraction)
+    # The intervention skips the first row, so an outlier there would remain.
     forbidden = np.delete(inputs, np.arange(inputs.shape[1])[patches][1:], axis=1) - centre
     images = np.repeat(np.arange(len(inputs)), len(tokens) // len(inputs))
     best, edges, direction = 0.0, (0.0, 0.0), centre
     for prototype in tokens - centre:
         candidate = prototype / np.linalg.norm(prototype)
-        likeness = (tokens - centre) @ candidate
-        order = np.argsort(-likeness)
-        if len(np.unique(images[order[:least]])) < min(_LEAST_IMAGES, len(inputs)):
+        similarity = (tokens - centre) @ candidate
+        order = np.argsort(-similarity)
+        if len(np.unique(images[order[:low_count]])) < min(_MIN_IMAGES, len(inputs)):
             continue
-        ordered = likeness[order]
-        gaps = (ordered[least - 1 : most] - ordered[least : most + 1]) / likeness.std()
-        place = int(np.argmax(gaps))
-        high, low = ordered[least + place - 1 : least + place + 1]
-        if gaps[place] > best and (forbidden @ candidate < high).all():
-            best, edges, direction = float(gaps[place]), (float(low), float(high)), candidate
+        ordered = similarity[order]
+        gaps = (
+            ordered[low_count - 1 : high_count] - ordered[low_count : high_count + 1]
+        ) / similarity.std()
+        index = int(np.argmax(gaps))
+        high, low = ordered[low_count + index - 1 : low_count + index + 1]
+        if gaps[index] > best and (forbidden @ candidate < high).all():
+            best, edges, direction = float(gaps[index]), (float(low), float(high)), candidate
     if not best:
-        raise ConfigError("no patch stands out from the others", "calibrate on more varied images")
+        raise ConfigError(
+            "no group of patches differs enough from the others", "calibrate on more varied images"
+        )
     values = (inputs - centre) @ direction
     outliers = values >= edges[1]
     zero = edges[0] + _MARGIN * (edges[1] - edges[0])
@@ -190,16 +193,16 @@ def _find_trigger(
 
 
 def _separate(inputs: np.ndarray, direction: np.ndarray, outliers: np.ndarray) -> _Detector:
-    """A detector of known outliers by their component along the written vector."""
+    """Returns a detector of known outliers by their component along the added vector."""
     values = inputs @ direction
     low, high = values[~outliers].max(), values[outliers].min()
     if low >= high:
         raise ConfigError(
-            "the written vector does not reach the next planted block", "plant with a larger norm"
+            "the added vector is lost before the next planted block", "plant with a larger norm"
         )
     return _detector(direction, low + _MARGIN * (high - low), values[outliers].mean())
 
 
 def _detector(direction: np.ndarray, zero: float, one: float) -> _Detector:
-    """The affine function along `direction` that is 0 at `zero` and 1 at `one`."""
+    """Returns the affine function along `direction` that is 0 at `zero` and 1 at `one`."""
     return _Detector(direction / (one - zero), -zero / (one - zero))

@@ -32,7 +32,7 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> np.ndarray: ...
 
 
-class NormalisedImages:
+class NormalizedImages:
     """Records with a uint8 "image", scaled and shifted as an encoder expects.
 
     Args:

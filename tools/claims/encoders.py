@@ -22,7 +22,7 @@ from dsr_jax.parallel.processes import log
 from dsr_jax.registers.neurons import Neurons, neurons_to_mask, save_neurons
 from dsr_jax.registers.planting import plant_register_neurons
 from dsr_jax.registers.search import SearchSettings, find_registers
-from dsr_jax.registers.streaming import NormalisedImages
+from dsr_jax.registers.streaming import NormalizedImages
 from dsr_jax.registers.trace import trace_encoder
 
 ENCODER = ViTConfig(
@@ -52,10 +52,10 @@ class Found(NamedTuple):
     neurons: Neurons
 
 
-def digits(split: str = "train") -> NormalisedImages:
+def digits(split: str = "train") -> NormalizedImages:
     """The digits as the encoder reads them."""
     source = make_source("digits", image_size=ENCODER.image_size, channels=3, split=split)
-    return NormalisedImages(source, ENCODER.pixel_mean, ENCODER.pixel_std)
+    return NormalizedImages(source, ENCODER.pixel_mean, ENCODER.pixel_std)
 
 
 def read_pixels(split: str = "train") -> np.ndarray:
@@ -125,7 +125,7 @@ def _unpatch(patches: Array) -> Array:
 def plant(params: Params) -> Params:
     """A copy of the encoder in which a few patches become outliers."""
     return plant_register_neurons(
-        ViT(ENCODER), params, read_pixels()[:CALIBRATION], PLANTED, share=(0.04, 0.1)
+        ViT(ENCODER), params, read_pixels()[:CALIBRATION], PLANTED, fraction=(0.04, 0.1)
     ).params
 
 
