@@ -226,7 +226,7 @@ REFUSED: tuple[tuple[str, type[DsrError], str], ...] = (
     ("gan.generator_start=1", ConfigError, "generator_start=1 is before"),
     ("decoder.patch_size=8", ConfigError, "images of 32 pixels, config.data.image_size is 16"),
     ("decoder.num_heads=3", ConfigError, "3"),
-    ("decoder.hidden_size=0", ConfigError, "of no decoder.*\n.*dsr_jax.train,"),
+    ("decoder.hidden_size=0", ConfigError, "defines no decoder.*\n.*dsr_jax.train for"),
     ("space.name=pixels", ConfigError, "'pixels' has no decoder"),
     ("space.decoder=somewhere", ConfigError, "but the decoder is trained"),
     ("optim.accumulate=2", ConfigError, "config.optim.accumulate=2.*\n.*remat"),

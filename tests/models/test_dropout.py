@@ -1,4 +1,4 @@
-"""Dropout: shares, scaling, places, layers, and draws that belong to samples."""
+"""Dropout: fractions, scaling, sites, layers, and random bits per sample."""
 
 import jax
 import jax.numpy as jnp

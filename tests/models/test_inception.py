@@ -1,4 +1,4 @@
-"""Inception's size and how its products are computed; golden cases hold its values."""
+"""Inception's size and how its matmuls are computed; golden cases hold its values."""
 
 import jax
 import jax.numpy as jnp

@@ -125,16 +125,16 @@ def test_class_tokens_join_with_the_label_and_change_the_function() -> None:
 
 
 def test_class_tokens_are_the_labels_embedding_plus_a_place() -> None:
-    """With zero modulation every block is the identity, and shows what joined."""
+    """With zero modulation every block is the identity, and shows the inserted tokens."""
     model = JiT(**TINY)
     params = random_params(model)
     for name in ("blocks_pre", "blocks_ctx"):
         zeros = jax.tree.map(jnp.zeros_like, params[name]["adaLN"])
         params = params | {name: params[name] | {"adaLN": zeros}}
-    joined = layers(model, params)["blocks_ctx"][0, :, :3]
+    inserted = layers(model, params)["blocks_ctx"][0, :, :3]
     table = params["y_embedder"]["embedding_table"]["embedding"]
     want = table[inputs()[2]][:, None] + params["in_context_posemb"]
-    np.testing.assert_allclose(joined, want, rtol=1e-6)
+    np.testing.assert_allclose(inserted, want, rtol=1e-6)
 
 
 def test_registers_join_beside_the_class_tokens_at_their_own_block() -> None:

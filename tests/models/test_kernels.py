@@ -19,10 +19,10 @@ KERNELS = ("einsum", "xla", "splash")
 
 def make_inputs(length: int, keys: int, *, batch: int = 2, heads: int = 2) -> list[Array]:
     """Queries, keys and values with 8 channels a head."""
-    draws = jax.random.split(jax.random.key(0), 3)
+    keys_of = jax.random.split(jax.random.key(0), 3)
     return [
-        jax.random.normal(draw, (batch, count, heads, 8))
-        for draw, count in zip(draws, (length, keys, keys), strict=True)
+        jax.random.normal(key, (batch, count, heads, 8))
+        for key, count in zip(keys_of, (length, keys, keys), strict=True)
     ]
 
 

@@ -126,8 +126,8 @@ def test_registers_join_at_their_block_and_change_the_function() -> None:
     assert np.abs(out - moved).max() > 1e-3
 
     without = SiT(**TINY)
-    join = lambda *parts: np.concatenate(parts)  # noqa: E731
-    blocks = jax.tree.map(join, params["blocks_pre"], params["blocks_reg"])
+    concatenate = lambda *parts: np.concatenate(parts)  # noqa: E731
+    blocks = jax.tree.map(concatenate, params["blocks_pre"], params["blocks_reg"])
     rest = {key: value for key, value in params.items() if key in shapes_of(without)}
     plain = jax.jit(without.apply)({"params": {**rest, "blocks": blocks}}, *inputs())
     assert np.abs(out - plain).max() > 1e-3
