@@ -13,12 +13,13 @@ from tests.convert.official_states import make_state
 from tests.requirements import require
 
 PROGRAM = """
-import resource, sys
+import re, sys
 from dsr_jax.convert.__main__ import main
 
 def convert(source, out):
     main(["sit", "--source", source, "--out", out, "--num-heads", "4"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 tiny, large, out = sys.argv[1:]
 before = convert(tiny, out + "/tiny")
@@ -27,6 +28,7 @@ print("grown", convert(large, out + "/large") - before)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 def test_peak_memory_is_that_of_the_mapped_file(kind: str, tmp_path: Path) -> None:
     files, size = [], 0
@@ -51,8 +53,8 @@ def test_peak_memory_is_that_of_the_mapped_file(kind: str, tmp_path: Path) -> No
         check=True,
     )
     grown = int(done.stdout.split("grown")[1])
-    # The mapped pages count as the process's memory, too.
-    assert grown < 1.5 * size, f"{grown / size:.2f} times the parameters' bytes"
+    # The mapped pages count as the process's memory, too; that they do shows that it is measured.
+    assert 0.5 * size < grown < 1.5 * size, f"{grown / size:.2f} times the parameters' bytes"
 
 
 def test_no_array_of_the_whole_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
