@@ -93,7 +93,7 @@ def lock_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
     if is_process_zero() and (folder.is_dir() or not folder.exists()):
         lock.acquire()
     try:
-        wait_for_all(f"locked {folder}")
+        wait_for_all("folder locked")
         yield
     finally:
         lock.release()
