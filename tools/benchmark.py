@@ -3,11 +3,11 @@
     python tools/benchmark.py [TASK ...] [--size S]
     python tools/benchmark.py inception inception-last fid pr
 
-Both sides run in one process and in turn, on the same weights and inputs in float32, with the same
-number of threads; the ratio is the median over pairs of neighbouring calls, so that other load on
-the machine falls on both. What is compared:
+Both sides run alternately in one process, on the same weights and inputs in float32, with the same
+number of threads; the ratio is the median over pairs of consecutive calls, so that other load on
+the machine affects both. What is compared:
 
-    train      one training step (draws, loss, backward, AdamW, average) of a DiT with registers
+    train      one training step (sampling, loss, backward, AdamW, EMA) of a DiT with registers
     registers  our step with 36 registers beside our step without
     sample     10 Euler steps with classifier-free guidance
     encoder    SigLIP2-B on 8 images, beside transformers'
@@ -84,7 +84,7 @@ Timings = dict[str, list[Timing]]
 
 
 def measure(call: Callable[[], object]) -> Timing:
-    """Times a call that returns when its work is done."""
+    """Returns the time of a call that blocks until its work is done."""
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     call()
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
@@ -92,8 +92,8 @@ def measure(call: Callable[[], object]) -> Timing:
     return Timing(wall, cpu)
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int, task: str) -> Timings:
-    """Calls each once untimed, then all of them in turn, `rounds` times."""
+def time_alternately(calls: Mapping[str, Callable[[], object]], rounds: int, task: str) -> Timings:
+    """Times each call in each of `rounds` rounds, after one untimed call of each."""
     for call in calls.values():
         call()
     timings: Timings = {name: [] for name in calls}
@@ -106,58 +106,58 @@ def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int, task: str) -
 
 
 def time_training(ours: Ours, rounds: int) -> Timings:
-    """Our step beside PyTorch's, after checking that they agree."""
+    """Times our training step and PyTorch's, after checking that they agree."""
     ours.start()
     trainer = make_trainer(ours, make_torch_reference(ours))
     check_training(ours, trainer)
     x1, labels = torch_batch(ours)
     calls = {"dsr_jax": ours.train, "torch": lambda: trainer.step(x1, labels)}
-    return in_turn(calls, rounds, "train")
+    return time_alternately(calls, rounds, "train")
 
 
 def time_registers(ours: Ours, without: Ours, rounds: int) -> Timings:
-    """Our step with registers beside the step without."""
+    """Times our training step with registers and without."""
     ours.start()
     without.start()
-    return in_turn({"registers": ours.train, "none": without.train}, rounds, "registers")
+    return time_alternately({"registers": ours.train, "none": without.train}, rounds, "registers")
 
 
 def time_sampling(ours: Ours, rounds: int) -> Timings:
-    """Our sampler beside PyTorch's loop, after checking that they draw the same."""
+    """Times our sampler and PyTorch's loop, after checking that their samples agree."""
     ours.start()
-    draw, draw_torch = make_samplers(ours, make_torch_reference(ours))
-    check_samples(draw(), draw_torch())
-    return in_turn({"dsr_jax": draw, "torch": draw_torch}, rounds, "sample")
+    sample, sample_torch = make_samplers(ours, make_torch_reference(ours))
+    check_samples(sample(), sample_torch())
+    return time_alternately({"dsr_jax": sample, "torch": sample_torch}, rounds, "sample")
 
 
 def time_encoder(sides: EncoderSides, rounds: int) -> Timings:
-    """Our encoder beside PyTorch's, after checking that they agree."""
+    """Times our encoder and PyTorch's, after checking that they agree."""
     sides.check()
-    return in_turn({"dsr_jax": sides.plain, "torch": sides.torch()}, rounds, "encoder")
+    return time_alternately({"dsr_jax": sides.plain, "torch": sides.torch()}, rounds, "encoder")
 
 
 def time_input(sides: InputSides, kind: str, rounds: int, task: str) -> Timings:
-    """Our pipeline beside PyTorch's, after checking that both read the same pixels."""
+    """Times our input pipeline and PyTorch's, after checking that both read the same pixels."""
     sides.check()
-    return in_turn({"dsr_jax": sides.ours(kind), "torch": sides.torch()}, rounds, task)
+    return time_alternately({"dsr_jax": sides.ours(kind), "torch": sides.torch()}, rounds, task)
 
 
 def time_evaluation(task: str, tiny: bool, rounds: int) -> Timings:
-    """One of EVALUATION_TASKS."""
+    """Times one of EVALUATION_TASKS."""
     if task == "fid":
         score = make_frechet(500, 32) if tiny else make_frechet(50_000)
         return {"dsr_jax": [measure(score) for _ in range(rounds)]}
     if task == "pr":
         precision_recall = make_precision_recall(500, 32) if tiny else make_precision_recall(10_000)
-        return in_turn({"dsr_jax": precision_recall}, rounds, task)
+        return time_alternately({"dsr_jax": precision_recall}, rounds, task)
     sides = InceptionSides(2 if tiny else INCEPTION_BATCH)
     sides.check()
     theirs = sides.torch(channels_last=task == "inception-last")
-    return in_turn({"dsr_jax": sides.ours, "torch": theirs}, rounds, task)
+    return time_alternately({"dsr_jax": sides.ours, "torch": theirs}, rounds, task)
 
 
 def run_task(task: str, args: argparse.Namespace) -> Timings:
-    """Runs one of TASKS."""
+    """Times one of TASKS."""
     if task in EVALUATION_TASKS:
         return time_evaluation(task, args.size == "tiny", args.rounds)
     if task == "compile":
@@ -174,7 +174,7 @@ def run_task(task: str, args: argparse.Namespace) -> Timings:
         if task == "encoder":
             return time_encoder(encoders, args.rounds)
         calls = {"registers": encoders.with_registers, "none": encoders.plain}
-        return in_turn(calls, args.rounds, task)
+        return time_alternately(calls, args.rounds, task)
     ours = Ours(make_config(args.size, args.batch, True, args.remat))
     if task == "train":
         return time_training(ours, args.rounds)
@@ -184,8 +184,8 @@ def run_task(task: str, args: argparse.Namespace) -> Timings:
     return time_registers(ours, without, args.rounds)
 
 
-def summarise(timings: Timings) -> dict[str, Any]:
-    """Medians and minima by side, and the median ratio of pairs, of wall and CPU seconds."""
+def summarize(timings: Timings) -> dict[str, Any]:
+    """Returns wall and CPU seconds: median and minimum by side, and the median ratio of pairs."""
     sides = {
         name: {
             "wall_median": statistics.median(t.wall for t in each),
@@ -204,7 +204,7 @@ def summarise(timings: Timings) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per task and side."""
+    """Returns the results as a text table with one line per task and side."""
     head = "task            side       wall median    wall min  cpu median  wall ratio  cpu ratio"
     lines = [head]
     for task, summary in results.items():
@@ -220,7 +220,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Processor, number of cores this process may use, versions."""
+    """Returns the processor, the number of cores this process may use, and versions."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -241,17 +241,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args = _parser().parse_args(argv)
     if args.threads:
-        # Before either library starts its threads, whose number both take from here.
+        # Set before either library starts its threads, since both read their number from here.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     jax.config.update("jax_platforms", "cpu")
-    # As the entry points do; it serves both sides.
+    # The entry points do this, too; both sides benefit.
     keep_freed_memory()
     tasks = args.tasks or TASKS
     if NEED_TORCH & set(tasks):
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    results = {task: summarise(run_task(task, args)) for task in tasks}
+    results = {task: summarize(run_task(task, args)) for task in tasks}
     if "pr" in tasks:
         peak = peak_of_precision_recall(*(500, 32) if args.size == "tiny" else (10_000,))
         results["pr"]["peak_bytes"] = peak

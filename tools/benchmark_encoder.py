@@ -1,4 +1,4 @@
-"""SigLIP2 on both sides of `tools/benchmark.py`: ours, ours with test-time registers, PyTorch's."""
+"""SigLIP2 for `tools/benchmark.py`: in JAX, in JAX with test-time registers, and in PyTorch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,11 +20,11 @@ TINY = {"image_size": 32, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_di
 
 
 class EncoderSides:
-    """One randomly initialised encoder as a JAX and as a PyTorch program, on the same images.
+    """Randomly initialized encoder as a JAX and as a PyTorch program, on the same images.
 
     Args:
-      tiny: A small network instead of SigLIP2-B.
-      batch: Images.
+      tiny: Whether to use a small network instead of SigLIP2-B.
+      batch: Number of images.
     """
 
     def __init__(self, tiny: bool, batch: int) -> None:
@@ -45,15 +45,15 @@ class EncoderSides:
         self._registers = jax.device_put(Intervention(mask=mask))
 
     def plain(self) -> Any:
-        """Tokens [B, T, D] of ours."""
+        """Returns our tokens [B, T, D]."""
         return jax.block_until_ready(self._encode(self._params, self._pixels))
 
     def with_registers(self) -> Any:
-        """Tokens [B, T, D] of ours with the published register neurons."""
+        """Returns our tokens [B, T, D] with the published register neurons."""
         return jax.block_until_ready(self._encode(self._params, self._pixels, self._registers))
 
     def torch(self) -> Callable[[], Any]:
-        """A function to PyTorch's tokens [B, T, D]."""
+        """Returns a function that computes PyTorch's tokens [B, T, D]."""
         import torch
 
         images, width = channels_first(self._images), self._torch.config.hidden_size
@@ -66,7 +66,7 @@ class EncoderSides:
         return encode
 
     def check(self) -> None:
-        """Compares ours with PyTorch's.
+        """Checks that our tokens agree with PyTorch's.
 
         Raises:
           NumericsError: If they differ.
@@ -75,7 +75,7 @@ class EncoderSides:
 
 
 def _make_torch(sizes: ViTConfig) -> Any:
-    """transformers' network of the same sizes."""
+    """Returns transformers' network of the same sizes."""
     import torch
     import transformers
 

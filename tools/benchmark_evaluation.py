@@ -1,4 +1,4 @@
-"""Evaluation in `tools/benchmark.py`: Inception on both sides, and scores from ready features."""
+"""Evaluation for `tools/benchmark.py`: Inception on both sides, and scores of given features."""
 
 import copy
 import multiprocessing
@@ -24,13 +24,13 @@ _POOL = frozenset(["pool"])
 
 
 class InceptionSides:
-    """One randomly initialised Inception as ours and as a plain PyTorch program.
+    """Randomly initialized Inception as a JAX and as a PyTorch program.
 
     Both read the same uint8 images in the layout that each prefers, and resize as pytorch-fid does.
 
     Args:
-      batch: Images.
-      size: Their side.
+      batch: Number of images.
+      size: Height and width of the images.
     """
 
     def __init__(self, batch: int, size: int = 256) -> None:
@@ -47,14 +47,15 @@ class InceptionSides:
         self._images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def ours(self) -> np.ndarray:
-        """Pooled features [B, 2048] of ours."""
+        """Returns our pooled features [B, 2048]."""
         return np.asarray(self._extract(self._images, _POOL)["pool"])
 
     def torch(self, channels_last: bool = False) -> Callable[[], Any]:
-        """A function to PyTorch's features.
+        """Returns a function that computes PyTorch's features.
 
         Args:
-          channels_last: Lays images and kernels out as ours are, which the public ports do not.
+          channels_last: Whether images and kernels have our layout, which the public ports do not
+            use.
         """
         import torch
 
@@ -72,7 +73,7 @@ class InceptionSides:
         return extract
 
     def check(self) -> None:
-        """Compares ours with PyTorch's.
+        """Checks that our features agree with PyTorch's.
 
         Raises:
           NumericsError: If they differ.
@@ -81,7 +82,7 @@ class InceptionSides:
 
 
 def make_frechet(count: int, width: int = WIDTH) -> Callable[[], float]:
-    """A function to FID from the features of `count` samples and the moments of a reference."""
+    """Returns a function that computes FID from features of `count` samples and given moments."""
     features, reference = _features(count, width, 0), gaussian_moments(_features(width, width, 1))
 
     def score() -> float:
@@ -92,16 +93,16 @@ def make_frechet(count: int, width: int = WIDTH) -> Callable[[], float]:
 
 
 def make_precision_recall(count: int, width: int = WIDTH) -> Callable[[], Any]:
-    """A function to precision and recall from the features of `count` samples and images."""
+    """Returns a function that computes precision and recall from `count` features of each kind."""
     samples, reference = _features(count, width, 0), _features(count, width, 1)
     return lambda: precision_recall(samples, reference)
 
 
 def peak_of_precision_recall(count: int, width: int = WIDTH) -> int:
-    """The most memory, in bytes, that precision and recall take beyond their inputs.
+    """Returns the peak memory in bytes of precision and recall, without their inputs.
 
-    In a process of its own, since a process seldom gives back what it has once had. What the
-    program and its compilation take counts, too.
+    Measured in a separate process, since a process rarely returns freed memory. Memory of the
+    program and of its compilation is included.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -109,7 +110,7 @@ def peak_of_precision_recall(count: int, width: int = WIDTH) -> int:
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"the process that computes precision and recall ended with {process}")
+        raise RuntimeError(f"the process that computes precision and recall failed: {process}")
     return int(ours.recv())
 
 
@@ -118,18 +119,18 @@ def _peak(result: Any, count: int, width: int) -> None:
     score = make_precision_recall(count, width)
     before = _memory("VmRSS")
     score()
-    # Not getrusage's, which begins with what the parent process had.
+    # getrusage would start from the parent process's peak.
     result.send(_memory("VmHWM") - before)
 
 
 def _memory(key: str) -> int:
-    """A line of /proc/self/status in bytes: memory now, or at most so far."""
+    """Returns a line of /proc/self/status in bytes: current (VmRSS) or peak memory (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _features(count: int, width: int, seed: int) -> np.ndarray:
-    """Positive features of unequal variance, as Inception's are [N, D], float32."""
+    """Returns float32 features [N, D], positive and of unequal variance like Inception's."""
     random = np.random.default_rng(seed)
     scale = (1 / np.arange(1, width + 1)).astype(np.float32)
     features = random.standard_normal((count, width), np.float32)

@@ -1,4 +1,4 @@
-"""Reading images on both sides of `tools/benchmark.py`: Grain's pipeline and torch's DataLoader."""
+"""Image input for `tools/benchmark.py`: Grain's pipeline and torch's DataLoader."""
 
 import contextlib
 import sys
@@ -28,8 +28,8 @@ class InputSides:
     """Photograph-like JPEG files, read as files and as prepared shards.
 
     Args:
-      images: How many.
-      size: Side of the images that training takes.
+      images: Number of files.
+      size: Height and width of the images in a batch.
     """
 
     def __init__(self, images: int = IMAGES, size: int = SIZE) -> None:
@@ -51,7 +51,7 @@ class InputSides:
         return make_source(kind, root=str(root), image_size=size, channels=3, num_classes=2)
 
     def ours(self, kind: str) -> Callable[[], int]:
-        """A function that reads every image once and returns the sum of all pixels."""
+        """Returns a function that reads every image once and returns the sum of all pixels."""
         source, batch = self._sources[kind], min(BATCH, self._count)
 
         def read() -> int:
@@ -64,7 +64,7 @@ class InputSides:
         return read
 
     def torch(self) -> Callable[[], int]:
-        """The same through torch's DataLoader and Pillow, from the files, as the original does."""
+        """Returns the same with torch's DataLoader and Pillow, which the original code uses."""
         import torch
 
         files, size = sorted(self._files.rglob("*.jpg")), self._size
@@ -84,7 +84,7 @@ class InputSides:
         return lambda: sum(int(batch.sum(dtype=torch.int64)) for batch in loader)
 
     def check(self) -> None:
-        """Compares what is read from the files.
+        """Checks that both sides read the same pixels from the files.
 
         Raises:
           NumericsError: If the sums of all pixels differ.
@@ -97,7 +97,7 @@ class InputSides:
 
 
 def _crop(image: "Image.Image", size: int) -> np.ndarray:
-    """ADM's centre crop, written from its description."""
+    """Returns ADM's center crop, written from its description."""
     from PIL import Image
 
     while min(image.size) >= 2 * size:
@@ -112,7 +112,7 @@ def _crop(image: "Image.Image", size: int) -> np.ndarray:
 
 
 def _write_photographs(folder: Path, count: int) -> None:
-    """Files with as much detail as photographs have: noise whose amplitude falls with frequency."""
+    """Writes files as detailed as photographs: noise whose amplitude falls with frequency."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

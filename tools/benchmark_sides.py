@@ -1,4 +1,4 @@
-"""The two sides of `tools/benchmark.py`, and the check that they compute the same."""
+"""JAX and PyTorch sides of `tools/benchmark.py`, and the checks that both compute the same."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,16 +22,16 @@ from dsr_jax.training.state import TrainState
 if TYPE_CHECKING:
     from tools.torch_reference import TorchLightningDiT, Trainer
 
-TOLERANCE = {"output": 5e-5, "loss": 5e-5, "parameters": 2e-4, "average": 2e-4}
-DIFFERENCE_REMEDY = "timings of different computations compare nothing; find the difference"
+TOLERANCE = {"output": 5e-5, "loss": 5e-5, "parameters": 2e-4, "EMA": 2e-4}
+DIFFERENCE_REMEDY = "timings of different computations cannot be compared; find the difference"
 SAMPLE_BATCH, SAMPLE_STEPS, GUIDANCE = 4, 10, 1.5
 
 
 class Latents:
-    """Random latents in place of images: the step sees only the denoiser.
+    """Input space whose images already are latents, so that a step runs only the denoiser.
 
     Args:
-      size: Side of a latent.
+      size: Height and width of a latent.
       channels: Channels of a latent.
     """
 
@@ -39,16 +39,16 @@ class Latents:
         self.latent_shape = (size, size, channels)
 
     def encode(self, variables: PyTree, images: Array, keys: Array | None = None) -> Array:
-        """Returns the latents that were passed as images."""
+        """Returns `images` unchanged."""
         return images
 
     def decode(self, variables: PyTree, latents: Array) -> Array:
-        """Squeezes latents into [0, 1]."""
+        """Scales latents into [0, 1]."""
         return 0.5 + latents / 8
 
 
 def make_config(size: str, batch: int, registers: bool, remat: str) -> configs.ConfigDict:
-    """The config of one model; `remat` "" keeps the default."""
+    """Returns the config of one model; `remat` "" keeps the default."""
     config = configs.base_config()
     tiny = size == "tiny"
     config.model.update(
@@ -67,7 +67,7 @@ def make_config(size: str, batch: int, registers: bool, remat: str) -> configs.C
 
 
 class Ours:
-    """The training step and sampler as the entry points build them, on one device.
+    """Training step and sampler, built as the entry points build them, on one device.
 
     Args:
       config: From `make_config`.
@@ -96,13 +96,13 @@ class Ours:
         self.variables: PyTree = {}
 
     def start(self) -> None:
-        """Makes the state; no parameter is zero, so that every part of the network counts."""
+        """Creates the state; no parameter is zero, so that every part of the network matters."""
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.state = jax.jit(_all_nonzero, out_shardings=layout, donate_argnums=0)(self._init())
         self.batch = jax.device_put(self.batch, shardings.batch_sharding(self.mesh, self.rules))
 
-    def draws(self) -> tuple[Array, Array, Array]:
-        """Times, noise and labels that the next step will draw."""
+    def random_inputs(self) -> tuple[Array, Array, Array]:
+        """Returns the times, noise and labels that the next step will sample."""
 
         def keys(stream: str) -> Array:
             key = stream_key(self.config.seed, stream, self.state.step)
@@ -115,13 +115,13 @@ class Ours:
         return times, normal_per_sample(keys("noise"), self.space.latent_shape), labels
 
     def train(self) -> float:
-        """Takes a step; returns the loss."""
+        """Runs one step and returns its loss."""
         self.state, metrics = self.step(self.state, self.batch, self.variables)
         jax.block_until_ready(self.state)
         return float(metrics["loss"])
 
     def compile(self) -> None:
-        """Lowers and compiles the step for shapes alone."""
+        """Lowers and compiles the step for abstract arrays."""
         batch = {
             name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in self.batch.items()
         }
@@ -129,7 +129,7 @@ class Ours:
 
 
 def _all_nonzero(state: TrainState) -> TrainState:
-    """Moves every parameter a little, and starts the averages from there."""
+    """Returns the state with small noise added to all parameters, and EMA weights equal to them."""
     leaves, structure = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [
@@ -141,7 +141,7 @@ def _all_nonzero(state: TrainState) -> TrainState:
 
 
 def require_close(kind: str, what: str, ours: Any, theirs: Any) -> None:
-    """Compares two arrays by the greatest difference over the greatest value.
+    """Checks that two arrays agree: the largest difference relative to the largest value.
 
     Raises:
       NumericsError: If they differ by more than TOLERANCE[kind].
@@ -156,19 +156,19 @@ def require_close(kind: str, what: str, ours: Any, theirs: Any) -> None:
 
 
 def channels_first(x: Any) -> Any:
-    """[B, h, w, C] as a torch tensor [B, C, h, w]."""
+    """Converts an array [B, h, w, C] to a torch tensor [B, C, h, w]."""
     import torch
 
     return torch.from_numpy(np.array(np.moveaxis(np.asarray(x), -1, 1), order="C"))
 
 
 def to_torch(ours: Ours, params: Params) -> dict[str, np.ndarray]:
-    """Parameters by their official names."""
+    """Returns the parameters by their official names."""
     return flax_to_torch(jax.device_get(params), lightningdit_rules(ours.model))
 
 
 def make_torch_reference(ours: Ours) -> "TorchLightningDiT":
-    """PyTorch's model with the parameters of ours."""
+    """Returns the PyTorch model with the parameters of ours."""
     import torch
 
     from tools.torch_reference import TorchLightningDiT
@@ -184,7 +184,7 @@ def make_torch_reference(ours: Ours) -> "TorchLightningDiT":
 
 
 def make_trainer(ours: Ours, reference: "TorchLightningDiT") -> "Trainer":
-    """PyTorch's training of `reference` with the settings of ours."""
+    """Returns the PyTorch trainer of `reference`, with the settings of ours."""
     from tools.torch_reference import Trainer
 
     config = ours.config
@@ -199,27 +199,27 @@ def make_trainer(ours: Ours, reference: "TorchLightningDiT") -> "Trainer":
 
 
 def check_training(ours: Ours, trainer: "Trainer") -> None:
-    """Takes one step on both sides and compares outputs, loss, parameters and averages.
+    """Runs one step on both sides and compares outputs, loss, parameters and EMA weights.
 
     Raises:
       NumericsError: If they differ.
     """
     import torch
 
-    from tools.torch_reference import Draws
+    from tools.torch_reference import RandomInputs
 
-    t, x0, labels = (np.array(x) for x in ours.draws())
-    draws = Draws(torch.from_numpy(t), channels_first(x0), torch.from_numpy(labels).long())
+    t, x0, labels = (np.array(x) for x in ours.random_inputs())
+    inputs = RandomInputs(torch.from_numpy(t), channels_first(x0), torch.from_numpy(labels).long())
     forward = jax.jit(build.make_denoise_fn(ours.model))
     with torch.no_grad():
-        out = trainer.model(draws.x0, draws.t, draws.labels)
+        out = trainer.model(inputs.x0, inputs.t, inputs.labels)
     got = channels_first(forward(ours.state.params, x0, t, labels))
     require_close("output", "outputs", got, out)
-    loss = trainer.step(channels_first(ours.batch["image"]), draws.labels, draws)
+    loss = trainer.step(channels_first(ours.batch["image"]), inputs.labels, inputs)
     require_close("loss", "losses", ours.train(), loss)
     pairs = (
         ("parameters", ours.state.params, trainer.model),
-        ("average", next(iter(ours.state.ema.values())), trainer.ema),
+        ("EMA", next(iter(ours.state.ema.values())), trainer.ema),
     )
     for kind, params, model in pairs:
         state = model.state_dict()
@@ -228,7 +228,7 @@ def check_training(ours: Ours, trainer: "Trainer") -> None:
 
 
 def torch_batch(ours: Ours) -> tuple[Any, Any]:
-    """The training batch of ours as torch tensors: data [B, C, h, w] and labels [B]."""
+    """Returns our training batch as torch tensors: data [B, C, h, w] and labels [B]."""
     import torch
 
     labels = np.array(ours.batch["label"], np.int64)
@@ -238,7 +238,7 @@ def torch_batch(ours: Ours) -> tuple[Any, Any]:
 def make_samplers(
     ours: Ours, reference: "TorchLightningDiT"
 ) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
-    """Our sampler and PyTorch's loop from the same noise, each giving uint8 [n, h, w, C]."""
+    """Returns our sampler and PyTorch's, from the same noise; each returns uint8 [n, h, w, C]."""
     import torch
 
     from tools.torch_reference import sample_euler
@@ -251,25 +251,25 @@ def make_samplers(
     start, classes = channels_first(noise), torch.from_numpy(labels)
     times = [float(t) for t in time_grid(SAMPLE_STEPS + 1, "linear", "velocity")]
 
-    def draw() -> np.ndarray:
+    def sample() -> np.ndarray:
         return np.asarray(sampler(ours.state.params, {}, indices, labels).images)
 
-    def draw_torch() -> np.ndarray:
+    def sample_torch() -> np.ndarray:
         latents = sample_euler(reference, start, classes, times, GUIDANCE, null_label)
         pixels = (ours.space.decode({}, latents).clamp(0, 1) * 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).numpy()
 
-    return draw, draw_torch
+    return sample, sample_torch
 
 
 def check_samples(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compares samples, uint8.
+    """Checks that uint8 samples of both sides agree.
 
     Raises:
       NumericsError: If they differ.
     """
     difference = np.abs(ours.astype(int) - theirs)
-    # The cast truncates: beside a level's edge, rounding decides between neighbours.
+    # The cast truncates: next to a level's edge, rounding decides between adjacent levels.
     if difference.max() > 1 or np.mean(difference > 0) > 1e-3:
         raise NumericsError(
             f"ours and PyTorch's samples differ in {np.mean(difference > 0):.1%} of the values, "

@@ -1,10 +1,10 @@
-"""Prints the card of an experiment: sizes, cost, memory and schedule of what a config names.
+"""Prints the summary of an experiment: sizes, cost, memory and schedule of a config.
 
     python tools/describe.py --config=configs/rae_dit.py --config.mesh.fsdp=8 --chips=8
 
-No array is made, so it answers in seconds for any size, and on any machine. Files that the config
-names need not be there: sizes are then those of the networks that the folders are called after. Any
-key of the config can be set behind it. `--json` prints the numbers for programs.
+No array is allocated, so it takes seconds for any model size, on any machine. Files that the config
+names need not exist: sizes are then those of the networks that the folders are named after. Any
+config key can be overridden on the command line. `--json` prints the numbers for programs.
 """
 
 import json
@@ -27,9 +27,9 @@ from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.parameters import parameter_table
 
 IMAGENET = 1_281_167
-"""Training images of ImageNet, which count where a config has its classes but not its files."""
+"""Training images of ImageNet, assumed for a config with 1,000 classes but without files."""
 
-Card = dict[str, Any]
+Summary = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,23 +40,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         required=True,
         help="config file with its arguments, joined by commas: configs/x.py:key=value,key",
     )
-    parser.add_argument("--chips", type=positive_int, help="default: as few as config.mesh allows")
-    parser.add_argument("--parameters", action="store_true", help="lists every parameter array")
-    parser.add_argument("--json", action="store_true", help="prints the numbers as JSON")
+    parser.add_argument(
+        "--chips", type=positive_int, help="devices; default: as few as config.mesh allows"
+    )
+    parser.add_argument("--parameters", action="store_true", help="list every parameter array")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     args, overrides = parser.parse_known_args(argv)
-    card = describe(configs.load(args.config, overrides), args.chips)
-    table = card.pop("table")
-    print(json.dumps(card, indent=2) if args.json else format_card(args.config, card))
+    summary = describe(configs.load(args.config, overrides), args.chips)
+    table = summary.pop("table")
+    print(json.dumps(summary, indent=2) if args.json else format_summary(args.config, summary))
     if args.parameters:
         print(table)
 
 
-def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
-    """What the config names, in numbers.
+def describe(config: configs.ConfigDict, chips: int | None = None) -> Summary:
+    """Returns the summary of a config's experiment, as JSON values.
 
     Args:
-      config: The config.
-      chips: Devices of the mesh; None for as few as config.mesh allows.
+      config: Experiment config.
+      chips: Number of devices in the mesh; None for as few as config.mesh allows.
 
     Raises:
       MeshError: If mesh, chips and batch do not fit each other.
@@ -67,7 +69,7 @@ def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
         parts = abstract_decoder_parts(config, rules)
         space, frozen = parts.space, parts.variables
         state, _ = build.make_decoder_state(config, parts, optimizer, mesh, rules)
-        network: Card = {"name": "decoder"}
+        network: Summary = {"name": "decoder"}
     else:
         space, frozen = abstract_space(config)
         model = build.make_model(config, space, Constrain(rules, None))
@@ -98,10 +100,10 @@ def describe(config: configs.ConfigDict, chips: int | None = None) -> Card:
 
 
 def make_abstract_mesh(config: configs.ConfigDict, chips: int | None = None) -> Any:
-    """The config's mesh over `chips` devices that need not be there.
+    """Returns the config's mesh over `chips` abstract devices.
 
     Raises:
-      MeshError: If they do not fit each other, or the batch.
+      MeshError: If mesh, chips and batch do not fit each other.
     """
     shape = MeshShape(**config.mesh.to_dict())
     if chips is None:
@@ -114,7 +116,7 @@ def make_abstract_mesh(config: configs.ConfigDict, chips: int | None = None) -> 
     return mesh
 
 
-def _cost(config: configs.ConfigDict, model: Denoiser, space: InputSpace) -> Card:
+def _cost(config: configs.ConfigDict, model: Denoiser, space: InputSpace) -> Summary:
     without = config.copy_and_resolve_references()
     without.registers.update(num=0, gate=False)
     forward = model.forward_flops()
@@ -127,7 +129,7 @@ def _cost(config: configs.ConfigDict, model: Denoiser, space: InputSpace) -> Car
     }
 
 
-def _schedule(config: configs.ConfigDict) -> Card:
+def _schedule(config: configs.ConfigDict) -> Summary:
     rate, section, steps = build.make_optimizer(config).learning_rate, config.optim, config.train
     marks = {0, section.warmup_steps, section.decay_end_steps, steps.steps // 2, steps.steps - 1}
     known = sorted(step for step in marks if 0 <= step < steps.steps)
@@ -138,7 +140,7 @@ def _schedule(config: configs.ConfigDict) -> Card:
     }
 
 
-def _data(config: configs.ConfigDict, step_bytes: int) -> Card:
+def _data(config: configs.ConfigDict, step_bytes: int) -> Summary:
     section, images = config.data, None
     local = section.source in ("digits", "synthetic")
     if section.root or section.latents or local:
@@ -155,11 +157,11 @@ def _data(config: configs.ConfigDict, step_bytes: int) -> Card:
     }
 
 
-def format_card(title: str, card: Mapping[str, Any]) -> str:
-    """The card as text."""
-    network, space, data = card["network"], card["space"], card["data"]
-    lines = [title, "", f"{network['name']}: {card['parameters']:,} parameters"]
-    lines += [f"  {name:<22}{count:>15,}" for name, count in card["parts"].items()]
+def format_summary(title: str, summary: Mapping[str, Any]) -> str:
+    """Returns the summary as text."""
+    network, space, data = summary["network"], summary["space"], summary["data"]
+    lines = [title, "", f"{network['name']}: {summary['parameters']:,} parameters"]
+    lines += [f"  {name:<22}{count:>15,}" for name, count in summary["parts"].items()]
     if "forward_flops" in network:
         forward, registers = network["forward_flops"], network["register_flops"]
         share = f"{registers / (forward - registers):.1%}"
@@ -171,14 +173,16 @@ def format_card(title: str, card: Mapping[str, Any]) -> str:
             if network["registers"]
             else "  no registers",
         ]
-    height, width, channels = card["latents"]
+    height, width, channels = summary["latents"]
     lines += [
         f"latents: {height} x {width} x {channels} ({space['name']}; frozen networks of "
         f"{space['parameters']:,} parameters, {_size(space['bytes'])} on each chip)",
-        *_format_state(card),
-        f"schedule: {card['schedule']['name']}, {card['schedule']['steps']:,} steps",
+        *_format_state(summary),
+        f"schedule: {summary['schedule']['name']}, {summary['schedule']['steps']:,} steps",
     ]
-    lines += [f"  step {int(k):>10,}{rate:>12.3g}" for k, rate in card["schedule"]["rates"].items()]
+    lines += [
+        f"  step {int(k):>10,}{rate:>12.3g}" for k, rate in summary["schedule"]["rates"].items()
+    ]
     epochs = "" if data["images"] is None else f", {data['epochs']:.1f} times {data['images']:,}"
     lines.append(
         f"data: {data['source']}, {data['images_per_step']:,} images "
@@ -187,9 +191,9 @@ def format_card(title: str, card: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_state(card: Mapping[str, Any]) -> list[str]:
-    sizes = ", ".join(f"{axis} {size}" for axis, size in card["mesh"].items())
-    rows = dict(card["state"])
+def _format_state(summary: Mapping[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{axis} {size}" for axis, size in summary["mesh"].items())
+    rows = dict(summary["state"])
     rows["together"] = {
         key: sum(row[key] for row in rows.values()) for key in ("bytes", "bytes_per_chip")
     }

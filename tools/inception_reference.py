@@ -1,6 +1,6 @@
-"""The Inception of FID in plain PyTorch, to measure ours beside.
+"""FID's Inception network in plain PyTorch, as a reference for benchmarks and tests.
 
-Parameters carry the names of the public ports, so that the state dict is what
+Parameters have the names of the public ports, so that the state dict is what
 `dsr_jax.convert.inception` reads. Written from the specification (evaluation 3 and 4), in eager
 mode, with PyTorch's own layout and layers. Needs torch.
 """
@@ -23,7 +23,7 @@ class ConvBN(nn.Module):
         stride: int = 1,
         padding: Kernel | None = None,
     ) -> None:
-        """Pads so that the size stays, unless `padding` is given."""
+        """Creates the layers; `padding` None keeps the size of the maps."""
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         same = (sides[0] // 2, sides[1] // 2) if padding is None else padding
@@ -36,12 +36,12 @@ class ConvBN(nn.Module):
 
 
 def average(x: Tensor) -> Tensor:
-    """Mean over 3 x 3 pixels, without the padding."""
+    """Returns the mean over 3 x 3 pixels, padding excluded."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class BlockA(nn.Module):
-    """35 x 35 maps."""
+    """Inception block on 35 x 35 maps."""
 
     def __init__(self, inputs: int, pool: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 to 17 x 17 maps."""
+    """Inception block from 35 x 35 to 17 x 17 maps."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17 maps."""
+    """Inception block on 17 x 17 maps."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17 x 17 to 8 x 8 maps."""
+    """Inception block from 17 x 17 to 8 x 8 maps."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8 maps; the last block takes the maximum in its pool branch, not the mean."""
+    """Inception block on 8 x 8 maps; the last one has max pooling instead of mean pooling."""
 
     def __init__(self, inputs: int, last: bool) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class TorchInception(nn.Module):
 
 
 def random_inception(seed: int = 0) -> TorchInception:
-    """A network whose random weights keep activations of one size through its depth."""
+    """Returns a network with random weights that keep the scale of activations across layers."""
     torch.manual_seed(seed)
     network = TorchInception()
     for module in network.modules():

@@ -1,6 +1,6 @@
-"""LightningDiT and its training step in plain PyTorch, to measure ours beside.
+"""LightningDiT and its training step in plain PyTorch, as a reference for benchmarks and tests.
 
-Parameters carry the official names, so that the state dict is what `dsr_jax.convert` writes.
+Parameters have the official names, so that the state dict is what `dsr_jax.convert` writes.
 Written from the specification (denoiser 1, 5 and 8), in eager mode, with the fused attention of the
 official code and PyTorch's fused AdamW. Needs torch.
 """
@@ -23,19 +23,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension."""
+        """Normalizes the last dimension."""
         wide = x.float()
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
         return (wide * inverse).type_as(x) * self.weight
 
 
 class Rope(nn.Module):
-    """Rotary position of a square grid behind unrotated tokens.
+    """Rotary position embedding of a square grid that follows unrotated tokens.
 
     Args:
-      head_dim: Channels of a head, a multiple of 4.
-      grid: Tokens along one side.
-      num_prefix: Unrotated tokens in front.
+      head_dim: Channels of a head; a multiple of 4.
+      grid: Number of tokens along one side.
+      num_prefix: Number of unrotated tokens in front.
     """
 
     def __init__(self, head_dim: int, grid: int, num_prefix: int = 0) -> None:
@@ -95,7 +95,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def modulation(width: int, count: int) -> nn.Sequential:
-    """`count` vectors from a condition."""
+    """Returns the layers that map a condition to `count` modulation vectors."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
 
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A strided convolution."""
+    """Patch embedding: a strided convolution."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """A row per class, and one for no class."""
+    """Label embedding: one row per class, and one for "no class"."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -176,9 +176,9 @@ class FinalLayer(nn.Module):
 
 
 class TorchLightningDiT(nn.Module):
-    """The published flags: RMSNorm, SwiGLU, rope, no q/k norm; optionally registers.
+    """LightningDiT as published: RMSNorm, SwiGLU, rope, no q/k norm; optionally registers.
 
-    Its tables and registers are placeholders until weights are loaded.
+    Position tables and registers are placeholders until weights are loaded.
 
     Args:
       input_size: Side of the square input.
@@ -241,8 +241,14 @@ class TorchLightningDiT(nn.Module):
         return out.reshape(len(x), -1, grid * p, grid * p)
 
 
-class Draws(NamedTuple):
-    """What a training step draws: times [B], noise [B, C, h, w], labels [B] with some dropped."""
+class RandomInputs(NamedTuple):
+    """Random inputs of a training step.
+
+    Attributes:
+      t: [B] times.
+      x0: [B, C, h, w] noise.
+      labels: [B] labels, some replaced by "no class".
+    """
 
     t: Tensor
     x0: Tensor
@@ -250,14 +256,14 @@ class Draws(NamedTuple):
 
 
 class Trainer:
-    """AdamW on the velocity loss of the linear path, with one average of the parameters.
+    """Training with AdamW on the velocity loss of the linear path, with EMA weights.
 
     Args:
       model: The network.
       lr: Learning rate.
-      betas: Decays of the moments.
-      ema_decay: Decay of the average.
-      label_dropout: Share of labels replaced by `null_label`.
+      betas: Decay rates of AdamW's moments.
+      ema_decay: Decay of the EMA weights.
+      label_dropout: Fraction of labels replaced by `null_label`.
       null_label: Label of "no class".
     """
 
@@ -278,15 +284,21 @@ class Trainer:
             model.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True
         )
 
-    def draw(self, x1: Tensor, labels: Tensor) -> Draws:
-        """Draws logit-normal times, noise, and which labels are dropped."""
+    def sample(self, x1: Tensor, labels: Tensor) -> RandomInputs:
+        """Samples logit-normal times, noise, and which labels are dropped."""
         dropped = torch.rand(len(x1)) < self.label_dropout
         labels = torch.where(dropped, self.null_label, labels)
-        return Draws(torch.randn(len(x1)).sigmoid(), torch.randn_like(x1), labels)
+        return RandomInputs(torch.randn(len(x1)).sigmoid(), torch.randn_like(x1), labels)
 
-    def step(self, x1: Tensor, labels: Tensor, draws: Draws | None = None) -> float:
-        """Takes a step on data [B, C, h, w]; returns the loss. `draws` replaces its own."""
-        t, x0, labels = draws or self.draw(x1, labels)
+    def step(self, x1: Tensor, labels: Tensor, inputs: RandomInputs | None = None) -> float:
+        """Runs one step and returns its loss.
+
+        Args:
+          x1: [B, C, h, w] data.
+          labels: [B] labels.
+          inputs: Random inputs of the step; None samples them.
+        """
+        t, x0, labels = inputs or self.sample(x1, labels)
         at = t[:, None, None, None]
         out = self.model((1 - at) * x1 + at * x0, t, labels)
         loss = F.mse_loss(out, x0 - x1)
@@ -294,8 +306,8 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            for average, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                average.mul_(self.ema_decay).add_(value, alpha=1 - self.ema_decay)
+            for ema, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                ema.mul_(self.ema_decay).add_(value, alpha=1 - self.ema_decay)
         return loss.item()
 
 
@@ -308,7 +320,7 @@ def sample_euler(
     guidance: float,
     null_label: int,
 ) -> Tensor:
-    """Integrates the velocity from noise [n, C, h, w] along `times`, with guidance."""
+    """Returns samples [n, C, h, w]: Euler steps along `times` from noise, with guidance."""
     x = noise
     both = torch.cat([labels, torch.full_like(labels, null_label)])
     for now, then in zip(times[:-1], times[1:], strict=True):

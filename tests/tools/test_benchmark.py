@@ -26,7 +26,7 @@ def test_figures_of_two_sides_are_paired() -> None:
         "ours": [benchmark.Timing(1.0, 2.0), benchmark.Timing(6.0, 6.0), benchmark.Timing(3.0, 3)],
         "torch": [benchmark.Timing(2.0, 2.0), benchmark.Timing(4.0, 2.0), benchmark.Timing(3.0, 1)],
     }
-    summary = benchmark.summarise(timings)
+    summary = benchmark.summarize(timings)
     assert summary["wall_ratio"] == 1.0  # of 0.5, 1.5, 1
     assert summary["cpu_ratio"] == 3.0
     assert summary["sides"]["ours"] == {"wall_median": 3.0, "wall_min": 1.0, "cpu_median": 3.0}

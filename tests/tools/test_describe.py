@@ -1,4 +1,4 @@
-"""The card of an experiment, for every config file."""
+"""The summary of an experiment, for every config file."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from dsr_jax import config as configs
 from dsr_jax.core.errors import MeshError
-from tools.describe import describe, format_card, main
+from tools.describe import describe, format_summary, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -20,17 +20,17 @@ def test_every_config_has_a_card_without_an_array(path: Path) -> None:
     if config.space.encoder.startswith("runs/"):
         config = configs.load(f"{path}:runlocal")  # A run's own encoder has no name to go by.
     before = sum(array.nbytes for array in jax.live_arrays())
-    card = describe(config)
+    summary = describe(config)
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 2**20
-    assert sum(card["parts"].values()) == card["parameters"] > 0
-    state = card["state"]
+    assert sum(summary["parts"].values()) == summary["parameters"] > 0
+    state = summary["state"]
     averages = len(config.ema.decays)
-    assert state["params"]["bytes"] == 4 * card["parameters"]
+    assert state["params"]["bytes"] == 4 * summary["parameters"]
     assert state["ema"]["bytes"] == averages * state["params"]["bytes"]
     assert state["opt_state"]["bytes"] >= state["params"]["bytes"]
     assert all(row["bytes"] == row["bytes_per_chip"] for row in state.values())
-    text = format_card("title", card)
-    assert f"{card['parameters']:,} parameters" in text
+    text = format_summary("title", summary)
+    assert f"{summary['parameters']:,} parameters" in text
     assert ("GFLOPs" in text) != configs.trains_decoder(config)
 
 
@@ -39,15 +39,15 @@ def test_numbers_of_the_paper_and_a_chip_of_eight() -> None:
     config = configs.load(
         str(CONFIGS / "rae_dit.py"), ["--config.mesh.data=1", "--config.mesh.fsdp=8"]
     )
-    card = describe(config)
-    assert card["parameters"] == 677_331_328 and card["latents"] == [16, 16, 768]
-    text = format_card("title", card)
+    summary = describe(config)
+    assert summary["parameters"] == 677_331_328 and summary["latents"] == [16, 16, 768]
+    text = format_summary("title", summary)
     assert "262.87 GFLOPs" in text and "10.4% more than without" in text
     assert "1,000,800 steps" in text and "799.9 times 1,281,167" in text
-    for row in card["state"].values():
+    for row in summary["state"].values():
         assert row["bytes"] / 8 <= row["bytes_per_chip"] < 1.05 * row["bytes"] / 8
     # A chip in one of two groups of eight holds as much.
-    assert describe(config_with_groups())["state"] == card["state"]
+    assert describe(config_with_groups())["state"] == summary["state"]
 
 
 def config_with_groups() -> configs.ConfigDict:
@@ -71,9 +71,9 @@ def test_the_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert "no registers" in text and "mesh data 4" in text and "10 steps" in text
     main([*command, "--json"])
-    card = json.loads(capsys.readouterr().out)
-    assert card["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
-    assert card["data"]["epochs"] == pytest.approx(1_200 * 128 / card["data"]["images"])
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert summary["data"]["epochs"] == pytest.approx(1_200 * 128 / summary["data"]["images"])
 
 
 def test_a_mesh_that_cannot_be_is_refused() -> None:
