@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     args = _parser().parse_args(argv)
     if args.compare and not args.workdir:
-        raise ConfigError("--compare needs data and objective", "give a run, with --workdir")
+        raise ConfigError(
+            "--compare needs the data and the objective of a run, which --converted lacks",
+            "name the run with --workdir, or leave out --compare",
+        )
     config = None
     if args.workdir:
         model, params, record, config = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
@@ -96,8 +99,8 @@ def _start(model: DiffusionTransformer) -> int:
         return getattr(model, "class_token_start", 0)
     if model.depth not in FIRST_BLOCKS:
         raise ConfigError(
-            f"the paper has no network of depth {model.depth}",
-            "give --start, the first block that sees the registers",
+            f"the paper has no network of depth {model.depth}, so that --start has no default",
+            "give --start, the first block that gets the registers",
         )
     return FIRST_BLOCKS[model.depth]
 
@@ -107,12 +110,14 @@ def compare_losses(
     networks: Sequence[tuple[Denoiser, Params]],
     num_batches: int,
 ) -> list[float]:
-    """Mean losses of networks on the same images, times and noise, without label dropout.
+    """Returns the mean losses of networks on the same images, times and noise.
+
+    Labels are not dropped.
 
     Args:
-      config: The run's config, whose input space has all its files.
-      networks: Each with its parameters.
-      num_batches: Of the run's data.
+      config: Config of a run, with all files of its input space.
+      networks: Networks with their parameters.
+      num_batches: Number of batches of the run's data.
     """
     mesh, rules = build.make_mesh(config), build.make_rules(config)
     space, variables = build.make_space(config, mesh)

@@ -1,4 +1,4 @@
-"""Holds the project against golden numbers of the original code.
+"""Compares the project's numbers with golden numbers of the original code.
 
     python tools/check_golden.py DIR [--only GLOB ...] [--require GLOB ...]
 
@@ -48,7 +48,7 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def _unmet(outcomes: Sequence[Outcome], required: Sequence[str]) -> list[str]:
-    """Requirements that no case met, or that some case did not."""
+    """Returns a message for each required pattern without cases and each case that did not pass."""
     problems = []
     for glob in required:
         matching = [o for o in outcomes if fnmatch.fnmatchcase(o.case.name, glob)]

@@ -1,9 +1,9 @@
-"""Compares files of scores, and refuses where their recipes differ.
+"""Compares score files, and fails if their recipes differ.
 
     python tools/compare_scores.py runs/*/samples/*.scores.json --plot fid.png
 
-Files are those of python -m dsr_jax.evaluate --reference. Weights, reference, resize, rounding,
-counts and balance of labels must agree; --force compares nevertheless and prints what differs.
+The files are written by python -m dsr_jax.evaluate --reference. Weights, reference, resize,
+rounding, counts and balance of labels must agree; --force compares anyway and prints what differs.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("scores", nargs="+", help="files of scores")
-    add("--force", action="store_true", help="compare although recipes differ")
+    add("scores", nargs="+", help="score files")
+    add("--force", action="store_true", help="compare even if recipes differ")
     add("--csv", help="write the table to this file")
     add("--plot", help="plot FID against guidance into this file")
     return parser

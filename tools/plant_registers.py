@@ -1,7 +1,7 @@
 """Writes a small random encoder with planted register neurons, to try the search without weights.
 
-    python tools/plant_registers.py --root PHOTOS --out enc/planted
-    python tools/find_registers.py enc/planted --root PHOTOS --image-size 64 --top-k 6 --out found
+    python tools/plant_registers.py --root IMAGES --out enc/planted
+    python tools/find_registers.py enc/planted --root IMAGES --image-size 64 --top-k 6 --out found
 
 The search then finds the planted units, which enc/planted/planted.json lists, and its report shows
 that the outliers of these images are removed.

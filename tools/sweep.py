@@ -4,10 +4,10 @@
         --guidance 1.0 1.25 1.5 --ema 0.9999 --interval 0,1 0.1,0.9 --num-samples 10000 --out sweep
 
 Every combination is sampled by python -m dsr_jax.sample and scored by python -m dsr_jax.evaluate.
-The folder --out then holds samples, scores, table.csv and fid.png; the same command finishes a
-sweep that was stopped, and a longer list adds to it. Settings of the sampler go behind it, as in
-`--method heun --num-points 51` or `--config.sample.seed=1`. References of tools/make_reference.py
-spare the sweep a pass over the reference's images for every score.
+The folder --out then contains samples, scores, table.csv and fid.png. The same command finishes an
+interrupted sweep; with longer lists it adds to the sweep. Sampler settings are passed on, as in
+`--method heun --num-points 51` or `--config.sample.seed=1`. With references written by
+tools/make_reference.py, no score needs a pass over the reference's images.
 """
 
 import argparse
@@ -31,7 +31,14 @@ from dsr_jax.training.checkpoints import list_steps
 
 
 class Point(NamedTuple):
-    """One combination: checkpoint, EMA decay, guidance, interval ("" for the run's own)."""
+    """One combination of settings.
+
+    Attributes:
+      step: Step of the checkpoint.
+      ema: EMA decay; "" for the run's own.
+      guidance: Guidance scale.
+      interval: Guidance interval "LOW,HIGH"; "" for the run's own.
+    """
 
     step: int
     ema: str
@@ -40,12 +47,12 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The common name of its files."""
+        """Name of its files, without extensions."""
         interval = f"-in{self.interval.replace(',', 'to')}" if self.interval else ""
         return f"step{self.step:08d}-ema{self.ema or 'own'}-cfg{self.guidance:g}{interval}"
 
     def arguments(self) -> list[str]:
-        """Returns the arguments of the command that samples it."""
+        """Returns its arguments for `python -m dsr_jax.sample`."""
         found = ["--checkpoint-step", str(self.step), "--guidance", str(self.guidance)]
         found += ["--ema", self.ema] if self.ema else []
         return found + (["--interval", self.interval] if self.interval else [])
@@ -75,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_points(args: argparse.Namespace, steps: Sequence[int]) -> Iterator[Point]:
-    """Yields all combinations; without guidance, the interval has no effect and is left out.
+    """Yields all combinations; without guidance, the interval has no effect and is omitted.
 
     Raises:
-      EvaluationError: If there are no checkpoints, or not those that are asked for.
+      EvaluationError: If the run has no checkpoints, or lacks a requested one.
     """
     chosen = args.steps or list(steps)[-1:]
     if not chosen or not set(chosen) <= set(steps):
@@ -95,10 +102,10 @@ def make_points(args: argparse.Namespace, steps: Sequence[int]) -> Iterator[Poin
 def check_scored(
     path: Path, scorer: Scorer, metrics: Sequence[str] | None, num_samples: int
 ) -> None:
-    """Checks that scores which are there already belong to this sweep.
+    """Checks that an existing score file belongs to this sweep.
 
     Raises:
-      EvaluationError: Naming what is different.
+      EvaluationError: If its recipe differs; the message names the differing entries.
     """
     recipe = read_scores(path).recipe
     wanted = {
@@ -113,7 +120,7 @@ def check_scored(
 
 
 def show(out: Path, points: Sequence[Point]) -> None:
-    """Prints the table, and writes it and the plot into the folder."""
+    """Prints the table, and writes table and plot to the folder."""
     files = [read_scores(out / f"{point.name}.scores.json") for point in points]
     rows = make_table(files)
     print(as_text(rows))
@@ -127,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--workdir", required=True, help="the run's folder")
-    add("--reference", required=True, help="as of python -m dsr_jax.evaluate")
+    add("--reference", required=True, help="as in python -m dsr_jax.evaluate")
     add("--inception", required=True, help="folder of converted weights")
     add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add("--steps", nargs="+", type=int, default=[], help="checkpoints; default: the newest")
@@ -135,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", nargs="+", type=float, default=[1.0], help="scales; default: 1.0, for none")
     add("--interval", nargs="+", default=[""], help="LOW,HIGH; default: the run's own")
     add("--num-samples", type=positive_int, default=10_000, help="images per combination")
-    add("--metrics", help="as of python -m dsr_jax.evaluate")
+    add("--metrics", help="as in python -m dsr_jax.evaluate")
     add("--batch", type=positive_int, default=64, help="images at a time through Inception")
     add("--out", required=True, help="folder of the sweep")
     return parser

@@ -13,7 +13,7 @@ from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.models.dit import LightningDiT
 from tools.claims.arms import ARMS, block_norms, to_digits
 from tools.claims.encoders import ENCODER, _patches, _unpatch
-from tools.claims.report import check_claims, comparison, draw_claims, write_claims
+from tools.claims.report import check_claims, comparison, plot_claims, write_claims
 
 
 def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
@@ -64,7 +64,7 @@ def test_the_picture_has_a_row_for_every_run(tmp_path: Path) -> None:
             arr_0=np.full((6, 32, 32, 3), 40 * (number + 1), np.uint8),
             labels=np.arange(6, dtype=np.int32),
         )
-    draw_claims(tmp_path, columns=4)
+    plot_claims(tmp_path, columns=4)
     with Image.open(tmp_path / "claims.png") as picture:
         pixels = np.asarray(picture)
     rows = np.array_split(pixels, len(ARMS))

@@ -1,4 +1,4 @@
-"""The runs of the experiment: the same denoiser on five kinds of latents, scored alike."""
+"""Runs of the experiment: the same denoiser on five kinds of latents, with the same scores."""
 
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,26 @@ VARIANT_OF = {
     "ttr": "cured",
     "dsr": "cured",
 }
-"""Which encoder, of `stages.VARIANTS`, each kind of run has."""
+"""Encoder of each kind of run, one of `stages.VARIANTS`."""
 PROBE_IMAGES = 128
 
 
 def run_arm(
     folder: Path, stages: Path, arm: str, seed: int, sizes: Sizes, limit: float
 ) -> dict[str, Any]:
-    """Trains, samples and scores one run, as far as it is not done; returns its scores.
+    """Trains, samples and scores one run, skipping finished work, and returns its scores.
 
     Args:
-      folder: The run's.
-      stages: What `make_stages` made.
-      arm: A name in ARMS.
-      seed: Of data, parameters and noise.
-      sizes: How long to train.
-      limit: Norm of latents whose loss "masked" leaves out.
+      folder: Folder of the run.
+      stages: Folder that `make_stages` filled.
+      arm: Name in ARMS.
+      seed: Seed of data order, parameters and noise.
+      sizes: Training lengths.
+      limit: Norm above which "masked" excludes latents from the loss.
     """
     path = folder / "scores.json"
     if path.exists():
-        # Runs from before the scores had these names.
+        # Older runs have the keys "judge_*".
         record = read_json(path)
         return {key.replace("judge_", "classifier_"): value for key, value in record.items()}
     log(f"{arm}, seed {seed}: {ARMS[arm]}")
@@ -97,10 +97,10 @@ def run_arm(
 
 
 def to_digits(images: np.ndarray) -> np.ndarray:
-    """Averages images [N, H, W, 3] down to the scans' own 8 x 8 grey pixels, uint8 [N, 8, 8, 1]."""
+    """Reduces images [N, H, W, 3] to the scans' own 8 x 8 gray pixels, uint8 [N, 8, 8, 1]."""
     side = images.shape[1] // 8
-    grey = images.astype(np.float32).mean(-1).reshape(-1, 8, side, 8, side).mean((2, 4))
-    return np.round(grey).astype(np.uint8)[..., None]
+    gray = images.astype(np.float32).mean(-1).reshape(-1, 8, side, 8, side).mean((2, 4))
+    return np.round(gray).astype(np.uint8)[..., None]
 
 
 def _classify(path: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _classify(path: Path) -> dict[str, Any]:
 
 
 def denoiser_outliers(folder: Path) -> list[float]:
-    """Share of patch tokens with outlying norms behind each block, on real latents half noised."""
+    """Returns the fraction of outlier patch tokens after each block, on half-noised latents."""
     config = configs.load_run(folder)
     space, variables = build.make_space(config)
     model = build.make_model(config, space)
@@ -130,7 +130,7 @@ def denoiser_outliers(folder: Path) -> list[float]:
 
 
 def block_norms(model: DiffusionTransformer, params: Any, x: Array, labels: Array) -> list[Array]:
-    """Norms of the patch tokens [B, N] behind each block, at t = 0.5."""
+    """Returns the norms of the patch tokens [B, N] after each block, at t = 0.5."""
     time = jnp.full(len(x), 0.5)
     _, sown = model.apply({"params": params}, x, time, labels, mutable=["intermediates"])
     norms: list[Array] = []

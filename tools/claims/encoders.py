@@ -1,4 +1,4 @@
-"""The encoders of the experiment: one trained by masking, a copy with outliers, and its cure."""
+"""Encoders of the experiment: a clean one, a copy with outliers, and test-time registers for it."""
 
 import dataclasses
 from pathlib import Path
@@ -41,11 +41,11 @@ MASKED = 0.5
 
 
 class Found(NamedTuple):
-    """What the search found in the encoder with outliers.
+    """Result of the search in the encoder with outliers.
 
     Attributes:
       threshold: Norm above which a token of the last block is an outlier.
-      neurons: The units.
+      neurons: Units by block.
     """
 
     threshold: float
@@ -53,21 +53,21 @@ class Found(NamedTuple):
 
 
 def digits(split: str = "train") -> NormalizedImages:
-    """The digits as the encoder reads them."""
+    """Returns the digits, sized and normalized for the encoder."""
     source = make_source("digits", image_size=ENCODER.image_size, channels=3, split=split)
     return NormalizedImages(source, ENCODER.pixel_mean, ENCODER.pixel_std)
 
 
 def read_pixels(split: str = "train") -> np.ndarray:
-    """All normalised images [N, H, W, 3]."""
+    """Returns all normalized images [N, H, W, 3]."""
     images = digits(split)
     return np.stack([images[i] for i in range(len(images))])
 
 
 def pretrain(steps: int, batch: int = 128, seed: int = 0) -> Params:
-    """Trains the encoder to fill in masked patches.
+    """Trains the encoder to predict masked patches and returns its parameters.
 
-    Half the patches are replaced by the mean colour; a linear layer predicts their pixels from the
+    Half the patches are replaced by the mean color; a linear layer predicts their pixels from the
     encoder's tokens.
 
     Source: Xie et al. 2022, "SimMIM", the simplest form of masked autoencoding.
@@ -116,21 +116,21 @@ def _patches(images: Array) -> Array:
 
 
 def _unpatch(patches: Array) -> Array:
-    """The inverse of `_patches`."""
+    """Reassembles images [B, H, W, 3] from the result of `_patches`."""
     side, patch = ENCODER.image_size // ENCODER.patch_size, ENCODER.patch_size
     cut = patches.reshape(len(patches), side, side, patch, patch, 3).swapaxes(2, 3)
     return cut.reshape(len(patches), side * patch, side * patch, 3)
 
 
 def plant(params: Params) -> Params:
-    """A copy of the encoder in which a few patches become outliers."""
+    """Returns a copy of the encoder's parameters with which a few patches become outliers."""
     return plant_register_neurons(
         ViT(ENCODER), params, read_pixels()[:CALIBRATION], PLANTED, fraction=(0.04, 0.1)
     ).params
 
 
 def cure(params: Params, file: Path) -> Found:
-    """Searches the encoder for its register neurons and writes them into `file`."""
+    """Searches the encoder for its register neurons and writes them to `file`."""
     count = sum(map(len, PLANTED.values()))
     mesh, settings = make_mesh(MeshShape()), SearchSettings(top_k=(count,))
     result = find_registers(ViT(ENCODER), params, digits(), settings, mesh, batch=64, log=log)
@@ -149,12 +149,12 @@ def cure(params: Params, file: Path) -> Found:
 
 
 def intervention(neurons: Neurons) -> Intervention:
-    """Test-time registers with the published settings."""
+    """Returns test-time registers with the published settings."""
     return Intervention(mask=neurons_to_mask(neurons, ENCODER.depth, ENCODER.mlp_dim))
 
 
 def save(folder: Path, params: Params, source: str) -> None:
-    """Writes an encoder as a folder that configs can name."""
+    """Writes an encoder as a converted folder, for `config.space.encoder`."""
     record = {"family": "siglip2", "model": dataclasses.asdict(ENCODER), "source": source}
     save_converted(folder, params, record)
 
@@ -162,12 +162,12 @@ def save(folder: Path, params: Params, source: str) -> None:
 def compare(
     clean: Params, outlier: Params, found: Found, images: int = 360
 ) -> dict[str, dict[str, float]]:
-    """Share of outliers, and how much normal patches keep of the clean encoder's tokens.
+    """Measures outliers, and how similar the final tokens are to the clean encoder's.
 
     Returns:
-      By encoder "outlier_share" and "normal_cosine", the mean cosine between a patch's final token
-      and the clean encoder's, over patches that are no outliers in the encoder with outliers; and
-      "outlier_cosine", the same over those that are.
+      By encoder: "outlier_share", the fraction of outlier tokens; "normal_cosine", the mean cosine
+      similarity with the clean encoder's tokens over patches that are not outliers in the encoder
+      with outliers; and "outlier_cosine", the same over patches that are.
     """
     model, pixels = ViT(ENCODER), jnp.asarray(read_pixels("heldout")[:images])
     cases = {

@@ -1,4 +1,4 @@
-"""The experiment's table, and which of the paper's claims hold in it."""
+"""Results of the experiment: its table, and which of the paper's claims hold."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,21 +25,23 @@ CLAIMS = (
 
 
 def comparison(better: Sequence[float], worse: Sequence[float]) -> str:
-    """Returns whether the first distances are smaller than the second, as a phrase with figures.
+    """Returns a phrase with figures: whether the first distances are smaller than the second.
 
-    A difference of means counts from two of its standard errors (Welch).
+    A difference of means counts if it exceeds two of its standard errors (Welch).
     """
     a, b = np.asarray(better), np.asarray(worse)
     difference = b.mean() - a.mean()
     if min(len(a), len(b)) < 2:
         return f"one seed only: {difference:+.3g}"
     error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    said = "holds" if difference > 2 * error else "the opposite" if difference < -2 * error else ""
-    return f"{said or 'no clear difference'} ({difference:+.3g} +- {error:.2g})"
+    outcome = "no clear difference"
+    if abs(difference) > 2 * error:
+        outcome = "holds" if difference > 0 else "the opposite"
+    return f"{outcome} ({difference:+.3g} +- {error:.2g})"
 
 
 def check_claims(scores: Scores) -> list[tuple[str, str]]:
-    """Returns each claim with the outcome by Frechet distance."""
+    """Returns each claim with its outcome by Frechet distance."""
 
     def distances(arm: str) -> list[float]:
         return [run["frechet_distance"] for run in scores[arm]]
@@ -48,19 +50,19 @@ def check_claims(scores: Scores) -> list[tuple[str, str]]:
     for claim, better, worse in CLAIMS:
         if better is None or worse is None:
             helped = comparison(distances("masked"), distances("outlier"))
-            said = (
+            outcome = (
                 f"does not hold: it helped, {helped}"
                 if helped.startswith("holds")
                 else (f"holds: masked against unmasked, {helped}")
             )
         else:
-            said = comparison(distances(better), distances(worse))
-        results.append((claim, said))
+            outcome = comparison(distances(better), distances(worse))
+        results.append((claim, outcome))
     return results
 
 
-def draw_claims(out: Path, columns: int = 20) -> None:
-    """Writes OUT/claims.png: a row for each of ARMS, a column for one noise and label."""
+def plot_claims(out: Path, columns: int = 20) -> None:
+    """Writes OUT/claims.png: one row for each of ARMS, one column for each noise and label."""
     rows, labels = [], []
     for arm in ARMS:
         samples = open_samples(out / f"{arm}_0" / "scored" / "samples.npz")
@@ -76,12 +78,12 @@ def draw_claims(out: Path, columns: int = 20) -> None:
 
 
 def write_claims(out: Path, stages: Mapping[str, Any], scores: Scores) -> str:
-    """Writes claims.md and claims.json into `out`; returns the text."""
+    """Writes claims.md and claims.json to `out` and returns the text of the former."""
 
     def cell(arm: str, key: str, factor: float = 1.0, digits: int = 3) -> str:
         values = factor * np.asarray([run[key] for run in scores[arm]])
-        spread = f" +- {values.std(ddof=1):.{digits - 1}g}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}g}{spread}"
+        error = f" +- {values.std(ddof=1):.{digits - 1}g}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}g}{error}"
 
     lines = [
         "| run | classifier accuracy, % | Frechet distance | encoder outliers, % | "
@@ -103,7 +105,7 @@ def write_claims(out: Path, stages: Mapping[str, Any], scores: Scores) -> str:
         "",
     ]
     claims = check_claims(scores)
-    lines += [f"- {claim}: {said}" for claim, said in claims]
+    lines += [f"- {claim}: {outcome}" for claim, outcome in claims]
     text = "\n".join(lines) + "\n"
     write_atomic(out / "claims.md", text)
     write_json(

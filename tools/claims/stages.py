@@ -1,4 +1,4 @@
-"""What the experiment makes once: encoders, their decoders, statistics and register neurons."""
+"""Frozen parts of the experiment: encoders, their decoders, statistics and register neurons."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,13 @@ VARIANTS = ("clean", "outlier", "cured")
 
 
 class Sizes(NamedTuple):
-    """How long things are trained; `QUICK` only shows that the experiment runs.
+    """Training lengths; `QUICK` is only for trying whether the experiment runs.
 
     Attributes:
-      masked_steps: Of the encoder.
-      decoder_steps: Of each decoder.
-      steps: Of each denoiser.
-      samples: Images drawn of each.
+      masked_steps: Training steps of the encoder.
+      decoder_steps: Training steps of each decoder.
+      steps: Training steps of each denoiser.
+      samples: Number of images sampled from each denoiser.
     """
 
     masked_steps: int = 2_000
@@ -40,17 +40,17 @@ QUICK = Sizes(masked_steps=300, decoder_steps=4, steps=4, samples=40)
 
 
 def config_of(registers: int = 0) -> str:
-    """The config of a denoiser, but for its space."""
+    """Returns the --config argument of a denoiser; `space_of` has the keys of its space."""
     return f"{CONFIGS / 'digits_rae.py'}:registers={registers}"
 
 
 def space_of(stages: Path, variant: str, decoded: bool = True) -> list[str]:
-    """Overrides that name the frozen networks of one variant.
+    """Returns the config overrides that name the frozen networks of one variant.
 
     Args:
-      stages: Where they are.
-      variant: A name in VARIANTS.
-      decoded: Names decoder and statistics, too.
+      stages: Folder of the networks.
+      variant: Name in VARIANTS.
+      decoded: Whether to include decoder and statistics.
     """
     encoder = "clean" if variant == "clean" else "outlier"
     keys: dict[str, Any] = {
@@ -65,7 +65,7 @@ def space_of(stages: Path, variant: str, decoded: bool = True) -> list[str]:
 
 
 def make_stages(stages: Path, sizes: Sizes) -> dict[str, Any]:
-    """Makes what is not there yet; returns what is known of the encoders."""
+    """Creates the parts that do not exist yet and returns the encoders' measurements."""
     stages.mkdir(parents=True, exist_ok=True)
     clean, outlier = stages / "encoder_clean", stages / "encoder_outlier"
     if not clean.exists():
@@ -90,13 +90,14 @@ def make_stages(stages: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def latent_norm_limit(stages: Path, threshold: float) -> dict[str, float]:
-    """Norm of normalised latents above which loss masking leaves tokens out.
+    """Returns the norm of normalized latents above which the loss of tokens is masked.
 
-    Where the norms have two populations, the one that divides them; else the one that as many
-    tokens exceed as are outliers in the encoder's last block.
+    If the norms have two populations, it is the one that divides them; else as many tokens exceed
+    it as are outliers in the encoder's last block.
 
     Returns:
-      "norm", the share of tokens that it masks, and how many of the outliers are among them.
+      "norm"; "masked_share", the fraction of tokens above it; and "outliers_masked", the fraction
+      of the encoder's outliers above it.
     """
     overrides = [*space_of(stages, "outlier"), "--config.space.post_stat_norm=True"]
     config = configs.load(config_of(), overrides)

@@ -23,13 +23,13 @@ TOLERANCES: Mapping[str, float] = {
     # With a rate of 1e-2, Adam's sign-like first step turns the rounding of a gradient near zero
     # into a whole step; the specification (denoiser 15) therefore names an absolute bound.
     "stress_params": 1e-3,
-    # What the encoder specification names (section 15).
+    # Given by the encoder specification (section 15).
     "encoder": 2e-4,
     # Likewise, for latents one of whose variances is zero: they are magnified 316 times.
     "roundtrip": 2e-3,
-    # Truncation to bytes: a pixel may pass from one grey level to the next.
+    # Truncation to bytes: rounding may move a pixel to an adjacent gray level.
     "levels": 1.0,
-    # What the evaluation specification and its cases' config.json name (section 13).
+    # Given by the evaluation specification (section 13) and its cases' config.json.
     "resized": 1e-3,
     "net_input": 1e-5,
     "resized_moment": 1e-6,
@@ -60,8 +60,8 @@ PER_TOKEN = frozenset({"forward", "encoder", "trajectory", "roundtrip"})
 outlier token of a hundred times the norm, the largest value of the array would hide all others."""
 
 TOKEN_FLOOR = 1e-2
-"""Share of the median norm below which a token's norm is not what its error is divided by: a token
-that is zero, such as the sine of position 0, has rounding errors all the same."""
+"""Smallest divisor of a token's error, as a fraction of the median norm: a token that is zero, such
+as the sine of position 0, still has rounding errors."""
 
 ABSOLUTE = frozenset(
     {
@@ -79,7 +79,7 @@ RUNNER_MODULES = (
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """Arrays by name, which remembers the names that were read."""
+    """Mapping of arrays by name that records which names were read."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays = dict(arrays)
@@ -99,13 +99,13 @@ class Arrays(Mapping[str, np.ndarray]):
         return len(self._arrays)
 
     def unread(self) -> list[str]:
-        """Names of the arrays that nothing has read."""
+        """Returns the sorted names of the arrays that were not read."""
         return sorted(set(self._arrays) - self._read)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One folder of golden numbers."""
+    """Folder of golden numbers."""
 
     path: Path
 
@@ -121,7 +121,7 @@ class Case:
 
     @functools.cached_property
     def io(self) -> Arrays:
-        """Inputs and outputs; empty where the case has none."""
+        """Inputs and outputs; empty if the case has none."""
         path = self.path / "io.npz"
         if not path.is_file():
             return Arrays({})
@@ -129,7 +129,7 @@ class Case:
             return Arrays(dict(arrays))
 
     def weights(self, name: str = "weights") -> dict[str, np.ndarray]:
-        """Tensors of `<name>.safetensors`, under the original's names."""
+        """Returns the tensors of `<name>.safetensors`, by the original's names."""
         from safetensors.numpy import load_file
 
         return load_file(self.path / f"{name}.safetensors")
@@ -140,13 +140,13 @@ class Check:
     """One comparison.
 
     Attributes:
-      label: What is compared.
+      label: Name of the compared array.
       got: Our array.
-      want: The original's.
-      kind: A row of TOLERANCES.
-      tolerance: Replaces the row's value where the case's own config.json names one.
-      axis: The features of a token, in rows of PER_TOKEN; None for -3 in images [B, C, h, w] and
-        their trajectories [S, B, C, h, w], else for the last.
+      want: The original's array.
+      kind: Key of TOLERANCES.
+      tolerance: Replaces the tolerance of `kind` if the case's own config.json gives one.
+      axis: Axis of a token's features, for kinds in PER_TOKEN; None for -3 in images [B, C, h, w]
+        and their trajectories [S, B, C, h, w], and for the last axis in other arrays.
     """
 
     label: str
@@ -158,14 +158,14 @@ class Check:
 
     @property
     def limit(self) -> float:
-        """The tolerance that holds."""
+        """Tolerance that applies."""
         return TOLERANCES[self.kind] if self.tolerance is None else self.tolerance
 
     @property
     def error(self) -> float:
-        """Largest error; infinite for other shapes and for values that are not finite.
+        """Largest error; infinite if shapes differ or a value is not finite.
 
-        Relative to each token's norm in rows of PER_TOKEN, absolute in rows of ABSOLUTE, else
+        Relative to each token's norm for kinds in PER_TOKEN, absolute for kinds in ABSOLUTE, else
         relative to the reference's largest magnitude.
         """
         got, want = (np.asarray(array).astype(np.float64) for array in (self.got, self.want))
@@ -188,7 +188,7 @@ class Check:
 
 
 def _token_error(got: np.ndarray, want: np.ndarray, axis: int) -> float:
-    """Largest ratio of a token's error to its norm."""
+    """Returns the largest ratio of a token's error to its norm."""
     errors, norms = (np.linalg.norm(x, axis=axis) for x in (got - want, want))
     floor = TOKEN_FLOOR * np.median(norms)
     return float(np.max(errors / np.maximum(norms, floor or 1.0)))
@@ -202,13 +202,13 @@ def checks_of(
     optional: Sequence[str] = (),
     axes: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Check]:
-    """Compares arrays with the references of the same names.
+    """Returns the comparisons of our arrays with the references of the same names.
 
     Args:
-      found: Ours.
-      wanted: The original's.
-      kind: A row of TOLERANCES.
-      optional: Patterns of the names that not every case of this kind records.
+      found: Our arrays by name.
+      wanted: The original's arrays by name.
+      kind: Key of TOLERANCES.
+      optional: Patterns of names that a case may lack.
       axes: `Check.axis` by name.
 
     Raises:
@@ -228,7 +228,7 @@ Supports = Callable[[Mapping[str, Any]], bool]
 
 @functools.cache
 def runners() -> dict[str, tuple[Runner, Supports]]:
-    """All runners by pattern of folder names; each says by a case's config if it can run it."""
+    """Returns all runners by pattern of folder names, each with its test of a case's config."""
     table: dict[str, tuple[Runner, Supports]] = {}
     for name in RUNNER_MODULES:
         table |= importlib.import_module(f"tools.golden.{name}").RUNNERS
@@ -236,7 +236,7 @@ def runners() -> dict[str, tuple[Runner, Supports]]:
 
 
 def find_runner(case: Case) -> Runner | None:
-    """The runner of the longest matching pattern that supports the case, None if there is none."""
+    """Returns the runner with the longest matching pattern that supports the case, or None."""
     matching = [p for p in runners() if fnmatch.fnmatchcase(case.name, p)]
     for pattern in sorted(matching, key=len, reverse=True):
         run, supports = runners()[pattern]
@@ -246,18 +246,18 @@ def find_runner(case: Case) -> Runner | None:
 
 
 def find_cases(folder: Path) -> list[Case]:
-    """All case folders below `folder`, by name."""
+    """Returns all case folders below `folder`, sorted by name."""
     return [Case(path.parent) for path in sorted(folder.rglob("config.json"))]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a case gave.
+    """Result of running a case.
 
     Attributes:
       case: The case.
       status: "pass", "FAIL" or "unsupported".
-      detail: Worst error, or why it failed.
+      detail: Worst error, or reason of the failure.
     """
 
     case: Case
@@ -266,9 +266,9 @@ class Outcome:
 
 
 def run_case(case: Case) -> Outcome:
-    """Runs a case; whatever goes wrong is its failure.
+    """Runs a case; any exception counts as a failure.
 
-    The case's worst comparison is the one nearest to its limit, or farthest beyond it.
+    The worst comparison is the one closest to its tolerance, or farthest beyond it.
     """
     run = find_runner(case)
     if run is None:

@@ -1,4 +1,4 @@
-"""Golden cases of the denoisers: forward passes, gradients, guidance, tables, start."""
+"""Golden cases of the denoisers: forward passes, gradients, guidance, tables, initialization."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,29 +31,29 @@ _BLOCK0 = ("block0_mod", "block0_norm1", "block0_attn", "block0_mlp")
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
-    """[..., C, h, w] -> [..., h, w, C], contiguous."""
+    """Converts [..., C, h, w] to a contiguous [..., h, w, C]."""
     return np.ascontiguousarray(np.moveaxis(x, -3, -1))
 
 
 def nchw(x: np.ndarray) -> np.ndarray:
-    """[..., h, w, C] -> [..., C, h, w]."""
+    """Converts [..., h, w, C] to [..., C, h, w]."""
     return np.moveaxis(np.asarray(x), -1, -3)
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:
-    """Name of the case's network, None if it is none that we have and the official code runs."""
+    """Returns the name of the case's network; None if we lack it or the official code fails."""
     name = config.get("module") or config.get("model") or config.get("arch") or ""
     known = next((known for known in _BUILDERS if known in name), None)
     return None if (config.get("params") or {}).get("wo_shift", False) else known
 
 
 def is_denoiser(config: Mapping[str, Any]) -> bool:
-    """True where `architecture` names a network."""
+    """Whether `architecture` returns a network's name."""
     return architecture(config) is not None
 
 
 def build_network(name: str, params: Mapping[str, Any]) -> DiffusionTransformer:
-    """The model that official constructor arguments describe."""
+    """Builds the model from official constructor arguments."""
     registers = params.get("register_len", 0) if params.get("register_conditioning") else 0
     # The head model takes a pair, too.
     patch, _ = np.broadcast_to(params.get("patch_size", 1), 2).tolist()
@@ -123,20 +123,20 @@ _BUILDERS: Mapping[str, Callable[..., DiffusionTransformer]] = {
 def case_network(
     case: Case, params: str = "params", weights: str = "weights"
 ) -> tuple[DiffusionTransformer, Params]:
-    """A case's network and its parameters, by the names of its settings and of their file."""
+    """Returns a case's network and parameters, by the names of its settings and of their file."""
     model = build_network(architecture(case.config) or "", case.config[params])
     return model, torch_to_flax(case.weights(weights), require_converter(type(model)).rules(model))
 
 
 def official(model: DiffusionTransformer, tree: Params) -> dict[str, np.ndarray]:
-    """A tree like the network's parameters, under the official names."""
+    """Converts a tree shaped like the network's parameters to arrays by official name."""
     return flax_to_torch(
         jax.tree.map(np.asarray, tree), require_converter(type(model)).rules(model)
     )
 
 
 def run_network(case: Case) -> list[Check]:
-    """Forward pass with its intermediates, and gradients of sum(out * grad_w)."""
+    """Compares the forward pass with its intermediates, and gradients of sum(out * grad_w)."""
     model, params = case_network(case)
     io = case.io
     t, labels = jnp.asarray(io["t"]), jnp.asarray(io["y"], jnp.int32)
@@ -164,7 +164,7 @@ def intermediates(
     params: Params,
     io: Mapping[str, np.ndarray],
 ) -> list[Check]:
-    """Embeddings, every block's output and the first block's parts, where the case has them."""
+    """Compares the recorded embeddings, outputs of all blocks and parts of the first block."""
     stacks = [kept[name] for name in _STACKS if name in kept]
     time, label, condition = kept["condition"][0]
     first = {name: stacks[0][name][0] for name in ("norm1_out", "attn_out", "mlp_out")}
@@ -189,7 +189,7 @@ def intermediates(
 
 
 def _tokens_in(model: LightningDiT, patches: jax.Array, params: Params) -> jax.Array:
-    """What enters the first block."""
+    """Returns the input of the first block."""
     tokens = patches + params["pos_embed"]
     if not model.num_registers or model.register_start:
         return tokens
@@ -199,7 +199,7 @@ def _tokens_in(model: LightningDiT, patches: jax.Array, params: Params) -> jax.A
 
 
 def run_head_network(case: Case) -> list[Check]:
-    """The network and its guidance, whose closed interval says where it is on."""
+    """Compares the network and its guidance, which is on within a closed interval."""
     config, io = case.config, case.io
     model, params = case_network(case)
     null = config["params"]["num_classes"]
@@ -250,7 +250,7 @@ def strength_off(
 
 
 def run_guidance(case: Case) -> list[Check]:
-    """Classifier-free guidance with official off-intervals, and autoguidance."""
+    """Compares classifier-free guidance with official off-intervals, and autoguidance."""
     config, io = case.config, case.io
     half = len(io["y"]) // 2
     x, labels = nhwc(io["x"])[:half], jnp.asarray(io["y"][:half], jnp.int32)
@@ -284,7 +284,7 @@ def run_guidance(case: Case) -> list[Check]:
 
 
 def run_tables(case: Case) -> list[Check]:
-    """Sine-cosine and rotary tables at real sizes, and a rotation."""
+    """Compares sine-cosine and rotary tables at real sizes, and a rotation."""
     checks, io = [], case.io
     for dim, grid in case.config["sincos"]:
         key = f"sincos_{dim}_{grid}"
@@ -303,7 +303,7 @@ def run_tables(case: Case) -> list[Check]:
 
 
 def run_init_stats(case: Case) -> list[Check]:
-    """Every tensor of a fresh model has the official initialiser's distribution."""
+    """Compares the distribution of every tensor of a new model with the official initializer's."""
     checks = []
     for name, entry in case.config["models"].items():
         if name not in _BUILDERS:
@@ -321,24 +321,24 @@ def run_init_stats(case: Case) -> list[Check]:
 
 
 def _same_distribution(label: str, ours: np.ndarray, stats: Mapping[str, Any]) -> list[Check]:
-    """Compares shape, mean, spread and bounds within what sampling noise allows."""
-    count, spread = ours.size, stats["std"]
+    """Compares shape, mean, standard deviation and bounds, within sampling noise."""
+    count, std = ours.size, stats["std"]
     checks = [Check(f"{label}.shape", np.array(ours.shape), np.array(stats["shape"]), "exact")]
-    if spread == 0:
+    if std == 0:
         same = np.full(2, stats["mean"])
         return [*checks, Check(label, np.array([ours.min(), ours.max()]), same, "exact")]
     if "pos_embed" in label:
         got = np.array([ours.mean(), ours.std(), ours.min(), ours.max()])
         want = np.array([stats[key] for key in ("mean", "std", "min", "max")])
         return [*checks, Check(label, got, want, "forward")]
-    # Two samples of one distribution: means differ by some standard errors, spreads likewise.
+    # In two samples of one distribution, means and standard deviations differ by standard errors.
     slack = 6 * np.sqrt(2 / count)
-    offset = np.array([(ours.mean() - stats["mean"]) / spread, ours.std() / spread - 1])
+    offset = np.array([(ours.mean() - stats["mean"]) / std, ours.std() / std - 1])
     within = np.abs(offset) <= slack
     checks.append(Check(f"{label} mean and std", within, np.ones(2, bool), "exact"))
-    uniform = stats["max"] < 1.8 * spread
+    uniform = stats["max"] < 1.8 * std
     if uniform:
-        # A uniform's bound is sqrt(3) times its standard deviation, and is nearly reached.
+        # A uniform distribution is bounded by sqrt(3) standard deviations; samples come close.
         bounds = np.array([-ours.min(), ours.max()]) / np.array([-stats["min"], stats["max"]])
         reached = np.abs(bounds - 1) <= min(0.3, 40 / count)
         checks.append(Check(f"{label} bounds", reached, np.ones(2, bool), "exact"))

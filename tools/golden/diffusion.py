@@ -25,7 +25,7 @@ def _network(case: Case) -> Network:
 
 
 def run_loss(case: Case) -> list[Check]:
-    """Losses, drifts and scores of a network on the linear path."""
+    """Compares losses, drifts and scores of a network on the linear path."""
     io, network = case.io, _network(case)
     labels = jnp.asarray(io["y"], jnp.int32)
     x1, x0, t = jnp.asarray(nhwc(io["x1"])), jnp.asarray(nhwc(io["x0"])), jnp.asarray(io["t"])
@@ -53,7 +53,7 @@ def run_loss(case: Case) -> list[Check]:
 
 
 def run_paths(case: Case) -> list[Check]:
-    """All paths, predictions and weights with an analytic model."""
+    """Compares all paths, predictions and weights with an analytic model."""
     io, norm = case.io, case.config["diffusion_norm"]
     x1, x0, t = (jnp.asarray(io[key]) for key in ("x1", "x0", "t"))
 
@@ -83,7 +83,7 @@ def run_paths(case: Case) -> list[Check]:
 
 
 def run_time_sampling(case: Case) -> list[Check]:
-    """Uniform draws to training times."""
+    """Compares training times made from recorded uniform samples."""
     checks = []
     for row in case.config["table"]:
         prediction, distribution, _ = row["key"].split("/")
@@ -94,7 +94,7 @@ def run_time_sampling(case: Case) -> list[Check]:
 
 
 def run_weighting(case: Case) -> list[Check]:
-    """Token weights and the weighted loss."""
+    """Compares token weights and the weighted loss."""
     config, io = case.config, case.io
     norm, errors = nhwc(io["token_norm"]), nhwc(io["final_loss"])
     checks = []
@@ -113,7 +113,7 @@ def run_weighting(case: Case) -> list[Check]:
 
 
 def _grid_of(run: str, num_points: int, **settings: float) -> tuple[str, jax.Array]:
-    """Prediction and time grid of a run named "data/shift6.9282/euler5"."""
+    """Returns prediction and time grid of a run named like "data/shift6.9282/euler5"."""
     prediction, shift, *_ = run.split("/")
     # Names carry four decimals of the shift; the released one is sqrt(48).
     value = float(shift.removeprefix("shift"))
@@ -122,7 +122,7 @@ def _grid_of(run: str, num_points: int, **settings: float) -> tuple[str, jax.Arr
 
 
 def run_ode(case: Case) -> list[Check]:
-    """Trajectories of every solver, with guidance and with clamping."""
+    """Compares trajectories of every solver, with guidance and with clamping."""
     config, io, network = case.config, case.io, _network(case)
     z, labels = jnp.asarray(nhwc(io["z"])), jnp.asarray(io["y"], jnp.int32)
     tolerances = {"rtol": config["rtol"], "atol": config["atol"], "error_norm": "batch"}
@@ -173,13 +173,13 @@ def run_ode(case: Case) -> list[Check]:
 
 
 def _extra_grid(io: Mapping[str, np.ndarray], runs: list[str]) -> jax.Array:
-    """Guided and clamped runs use the shifted five-point grid of the data runs."""
+    """Returns the shifted five-point grid of the data runs, for guided and clamped runs."""
     shifted = [run for run in runs if run.startswith("data/shift6") and run.endswith("euler5")]
     return _grid_of(shifted[0], 5)[1] if shifted else jnp.asarray(io["data/shift1.0000/tgrid5"])
 
 
 def run_sde(case: Case) -> list[Check]:
-    """Trajectories of the reverse SDE with recorded noise."""
+    """Compares trajectories of the reverse SDE with recorded noise."""
     config, io, network = case.config, case.io, _network(case)
     z, labels = jnp.asarray(nhwc(io["z"])), jnp.asarray(io["y"], jnp.int32)
     noise = jnp.asarray(nhwc(io["noise"]))
@@ -189,7 +189,7 @@ def run_sde(case: Case) -> list[Check]:
         *_, method, form, last = run.split("/")
         end = 0.0 if last == "None" else size
         prediction, grid = _grid_of(run, config["num_steps"], last_step=end)
-        # Without a last step the solver itself takes the step to the data.
+        # Without a last step, the solver itself makes the step to the data.
         states = samplers.sample_sde(
             lambda x, t: network(x, t, labels),
             make_objective("linear", prediction),

@@ -25,18 +25,18 @@ MODEL_TYPES = {
     "Dinov3withNorm": "dinov3_vit",
     "MAEwNorm": "vit_mae",
 }
-"""The hub's name of the architecture by the original wrapper's class."""
+"""Architecture names of the hub, by class of the original wrapper."""
 
 
 def hub_record(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A case's sizes in the form of a hub snapshot's config.json."""
+    """Returns a case's sizes in the format of a hub snapshot's config.json."""
     if "vision_config" in config:
         return {"model_type": "siglip", "vision_config": config["vision_config"]}
     return {**config["hf_config"], "model_type": MODEL_TYPES[config["encoder_cls"]]}
 
 
 def load_encoder(case: Case) -> tuple[ViTConfig, Params]:
-    """A case's encoder."""
+    """Returns a case's encoder: config and parameters."""
     config = config_from_hub(hub_record(case.config))
     state = take_encoder(case.weights(), config.family)
     return config, torch_to_flax(state, encoder_rules(config))
@@ -45,7 +45,7 @@ def load_encoder(case: Case) -> tuple[ViTConfig, Params]:
 def run_encoder(
     config: ViTConfig, params: Params, pixels: Any, intervention: Intervention | None = None
 ) -> tuple[EncoderOutput, dict[str, Any]]:
-    """Outputs and intermediates for NCHW pixels."""
+    """Returns outputs and intermediates for pixels [B, C, H, W]."""
     out, kept = ViT(config).apply(
         {"params": params}, jnp.asarray(nhwc(pixels)), intervention, mutable=["intermediates"]
     )
@@ -87,7 +87,7 @@ def _common(
 
 
 def run_plain(case: Case) -> list[Check]:
-    """Every block, the tokens, the resampled positions, a middle layer, another resolution."""
+    """Compares blocks, tokens, resampled positions, a middle layer and another resolution."""
     config, params = load_encoder(case)
     io = case.io
     out, found = run_encoder(config, params, io["pixel_values"])
@@ -129,7 +129,7 @@ def _mask(config: ViTConfig, neurons: Mapping[str, Any]) -> Array:
 
 
 def run_registers(case: Case) -> list[Check]:
-    """Test-time registers: tokens, moved activations, and the options of the original runner."""
+    """Compares test-time registers: tokens, moved activations, options of the original runner."""
     config, params = load_encoder(case)
     io, pixels = case.io, case.io["pixel_values"]
     checks = _common("noregister_{}", *run_encoder(config, params, pixels), io)
@@ -159,7 +159,7 @@ def run_registers(case: Case) -> list[Check]:
 
 
 def _normalised(tokens: Array, epsilon: float) -> Array:
-    """The final norm of all rows; the encoder itself keeps the patches only."""
+    """Returns the final norm of all rows, of which the encoder itself keeps only the patches."""
     centred = tokens - tokens.mean(axis=-1, keepdims=True)
     return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + epsilon)
 

@@ -16,7 +16,7 @@ from tools.golden.compare import Case, Check
 
 
 def run_frechet(case: Case) -> list[Check]:
-    """Distances as a share of the traces, and moments."""
+    """Compares distances as a fraction of the traces, and moments."""
     checks, io = [], case.io
     for name, want in case.config["expected"].items():
         x, y = (gaussian_moments(io[f"{name}/{key}"]) for key in "xy")
@@ -33,7 +33,7 @@ def run_frechet(case: Case) -> list[Check]:
 
 
 def run_inception_score(case: Case) -> list[Check]:
-    """The score by ADM's chunks and by torch-fidelity's splits."""
+    """Compares the score by ADM's chunks and by torch-fidelity's splits."""
     io, checks = case.io, []
     logits = io["logits_unbiased_f32"].astype(np.float64)
     ours = io["pool"].astype(np.float64) @ io["fc_weight_in_out"].astype(np.float64)
@@ -58,7 +58,7 @@ def run_inception_score(case: Case) -> list[Check]:
 
 
 def run_precision_recall(case: Case) -> list[Check]:
-    """Radii, membership and shares."""
+    """Compares radii, membership and fractions."""
     checks, io = [], case.io
     for name, want in case.config["expected"].items():
         samples, reference = io[f"{name}/sample"], io[f"{name}/ref"]
@@ -68,7 +68,7 @@ def run_precision_recall(case: Case) -> list[Check]:
             ("precision", found.sample_inside, "sample_in_ref_manifold"),
             ("recall", found.reference_inside, "ref_in_sample_manifold"),
         ):
-            # Where a point lies on a radius but for rounding, it may fall to either side.
+            # A point on the radius, up to rounding, may count as inside or outside.
             slack = 1.001 / len(inside) if want["min_rel_margin"] < 1e-5 else 1e-12
             value = getattr(found, share)
             wrong = np.mean(inside != io[f"{name}/{key}"])
@@ -79,7 +79,7 @@ def run_precision_recall(case: Case) -> list[Check]:
                 Check(f"{name} official {share}", value, official[share], "share", tolerance=ties),
             ]
         for key, features in (("ref", reference), ("sample", samples)):
-            # In units of the largest squared norm, of which float32 keeps seven digits.
+            # In units of the largest squared norm, since float32 has seven digits.
             scale = np.square(features, dtype=np.float64).sum(axis=1).max()
             radii = neighbour_radii(jnp.asarray(features - reference.mean(axis=0))) / scale
             expected = io[f"{name}/radii_{key}_sq_f64"] / scale
@@ -88,7 +88,7 @@ def run_precision_recall(case: Case) -> list[Check]:
 
 
 def run_kid(case: Case) -> list[Check]:
-    """KID by both kernels, and the unbiased distance of the whole sets."""
+    """Compares KID by both kernels, and the unbiased distance of the whole sets."""
     checks, (x, y) = [], (case.io["x"], case.io["y"])
     for key, want in case.config["expected"].items():
         if key == "float64_full_unbiased_poly":
@@ -105,7 +105,7 @@ def run_kid(case: Case) -> list[Check]:
 
 
 def run_clip_score(case: Case) -> list[Check]:
-    """Scores of each pair, and the means that the conventions print."""
+    """Compares the score of each pair, and the means by each convention."""
     io, want = case.io, case.config["expected"]
     images, captions = io["image_emb"], io["text_emb"]
     cosine = clip_score.cosines(images, captions)
@@ -128,7 +128,7 @@ def run_clip_score(case: Case) -> list[Check]:
 
 
 def run_geneval(case: Case) -> list[Check]:
-    """Every verdict, the tables of the two box functions, and the summary."""
+    """Compares the outcome of every image, the tables of the two box functions, and the summary."""
     images = json.loads(str(case.io["cases_json"]))
     tables = json.loads(str(case.io["functions_json"]))
     verdicts = [
@@ -166,7 +166,7 @@ def run_geneval(case: Case) -> list[Check]:
 
 
 def run_dpg(case: Case) -> list[Check]:
-    """Scores of every tile, image, category and of the whole."""
+    """Compares the scores of every tile, image and category, and the total."""
     want = case.config["expected"]
     questions = dpg.read_questions(str(case.io["csv_text"]))
     found = dpg.score_benchmark(questions, json.loads(str(case.io["answers_json"])))
@@ -193,12 +193,12 @@ def run_dpg(case: Case) -> list[Check]:
 
 
 def _expects(*keys: str) -> Any:
-    """Supports cases whose expected values have all of these keys."""
+    """Returns a test for cases whose expected values have all of these keys."""
     return lambda config: all(key in config.get("expected", {}) for key in keys)
 
 
 def _expects_rows(key: str) -> Any:
-    """Supports cases whose expected values are tables with this column."""
+    """Returns a test for cases whose expected values are tables with this column."""
 
     def supports(config: Mapping[str, Any]) -> bool:
         rows = list(config.get("expected", {}).values())

@@ -1,4 +1,4 @@
-"""Golden cases of Inception: its input, blocks, whole network, and the ADM evaluator's numbers."""
+"""Golden cases of Inception: input, blocks, whole network, and the ADM evaluator's numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def _below(io: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 
 def run_resize(case: Case) -> list[Check]:
-    """Resized images, the network's input, and both other conventions' distance from ours."""
+    """Compares resized images, the network's input, and how far two other conventions differ."""
     io, checks = case.io, []
     rows, columns = io["rows"], io["cols"]
     for name in case.config["cases"]:
@@ -74,7 +74,7 @@ _ORIGINAL_BLOCKS = {
 
 
 def _with_widths(branches: Branches, state: Mapping[str, np.ndarray]) -> Branches:
-    """The table of a block with the channels that a case's weights have."""
+    """Returns the table of a block with the channel counts of a case's weights."""
 
     def resize(step: Any) -> Any:
         if isinstance(step, tuple):
@@ -88,7 +88,7 @@ def _with_widths(branches: Branches, state: Mapping[str, np.ndarray]) -> Branche
 
 
 def _single_conv(state: Mapping[str, np.ndarray], x: np.ndarray, out: np.ndarray) -> ConvBN:
-    """A lone convolution, whose stride and padding the maps' sizes tell."""
+    """Returns a single convolution, with stride and padding inferred from the maps' sizes."""
     features, _, *kernel = state["conv.weight"].shape
     same = x.shape[1:3] == out.shape[1:3]
     stride = 1 if same else round((x.shape[1] - kernel[0]) / max(out.shape[1] - 1, 1))
@@ -97,7 +97,7 @@ def _single_conv(state: Mapping[str, np.ndarray], x: np.ndarray, out: np.ndarray
 
 
 def run_blocks(case: Case) -> list[Check]:
-    """Each block's output."""
+    """Compares the output of each block."""
     checks = []
     for name in case.config["blocks"]:
         state = _below(case.io, f"{name}/params/")
@@ -125,21 +125,21 @@ def run_blocks(case: Case) -> list[Check]:
 
 
 def load_network(case: Case) -> tuple[InceptionV3, Params]:
-    """A case's network and its parameters."""
+    """Returns a case's network and its parameters."""
     state = _below(case.io, "params/")
     network = infer_inception(state)
     return network, torch_to_flax(state, inception_rules(network))
 
 
 def extract(network: InceptionV3, params: Params, images: np.ndarray) -> Features:
-    """Features of uint8 images [N, H, W, 3] in batches of 50, as NumPy arrays."""
+    """Returns features of uint8 images [N, H, W, 3] as NumPy arrays, in batches of 50."""
     apply: Any = jax.jit(lambda x: network.apply({"params": params}, prepare(x)))
     parts = [apply(images[first : first + 50]) for first in range(0, len(images), 50)]
     return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def _map_of(captured: Any) -> Any:
-    """What a layer returned: a pool sows it, a block has its first branch behind it."""
+    """Returns a layer's captured output: pools sow it, blocks have their first branch after it."""
     if isinstance(captured, tuple):
         return captured[0]
     returned = captured["__call__"][0]
@@ -147,7 +147,7 @@ def _map_of(captured: Any) -> Any:
 
 
 def run_network(case: Case) -> list[Check]:
-    """Every layer's map by its means and a grid of its values, and all features."""
+    """Compares means and a grid of values of every layer's map, and all features."""
     network, params = load_network(case)
     given, io = prepare(case.io["images_u8"]), case.io
     apply: Any = jax.jit(
@@ -193,7 +193,7 @@ def _fid(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def run_end_to_end(case: Case) -> list[Check]:
-    """ADM's five numbers from the images, and again from the features that it recorded."""
+    """Compares ADM's five numbers from the images, and from the features that it recorded."""
     network, params = load_network(case)
     io, want = case.io, case.config["expected"]
     ours, theirs = (extract(network, params, io[f"{name}_images_u8"]) for name in ("sample", "ref"))
@@ -221,7 +221,7 @@ def run_end_to_end(case: Case) -> list[Check]:
 
 
 def _shares(given: list[np.ndarray], want: Mapping[str, Any]) -> list[Check]:
-    """Precision and recall, of all reference images and of those that a VIRTUAL file holds."""
+    """Compares precision and recall, for all reference images and for those of a VIRTUAL file."""
     checks = []
     for key, exact in want.items():
         if not key.startswith("float64_distances"):

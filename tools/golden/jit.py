@@ -29,7 +29,7 @@ _SOLVERS = {"euler": "euler", "heun": samplers.HEUN_THEN_EULER}
 
 
 def run_jit(case: Case) -> list[Check]:
-    """Everything that the case holds."""
+    """Compares all arrays of the case."""
     model = build_jit(case.config["model_config"])
     state = CONVERTER.strip_prefix(case.weights())
     params = torch_to_flax(state, require_converter(type(model)).rules(model))
@@ -42,7 +42,7 @@ def run_jit(case: Case) -> list[Check]:
 
 
 def build_jit(sizes: Mapping[str, Any]) -> JiT:
-    """The model that the original's constructor arguments describe."""
+    """Builds the model from the original's constructor arguments."""
     return JiT(
         input_size=sizes["input_size"],
         in_channels=sizes.get("in_channels", 3),
@@ -67,7 +67,7 @@ def _forward(case: Case, model: JiT, params: Params) -> list[Check]:
 def _loss(case: Case, model: JiT, params: Params) -> list[Check]:
     """The mean loss and the norm of its gradient, from recorded inputs."""
     config, io = case.config, case.io
-    # The original's position table takes no gradient.
+    # The original's position table is not trained.
     optimizer = Optimizer(LearningRate(1.0), freeze=("pos_embed",))
 
     def network(p: Params, x: Array, t: Array, labels: Array) -> Array:
@@ -86,7 +86,7 @@ def _loss(case: Case, model: JiT, params: Params) -> list[Check]:
 
 
 def _samples(case: Case, model: JiT, params: Params) -> list[Check]:
-    """Guided samples of every solver that the case names, from recorded noise."""
+    """Compares guided samples of every solver that the case names, from recorded noise."""
     config, io = case.config, case.io
     objective, (low, high) = _objective(case), config.get("cfg_interval", (0.0, 1.0))
     guided = guidance.classifier_free(
@@ -102,20 +102,20 @@ def _samples(case: Case, model: JiT, params: Params) -> list[Check]:
             continue
 
         @jax.jit
-        def draw(noise: Array, method: str = method) -> Array:
+        def sample(noise: Array, method: str = method) -> Array:
             return samplers.sample_ode(
                 lambda x, t: objective.velocity(guided(x, t, labels), x, t), noise, grid, method
             )
 
-        got = draw(_start(io["sample_noise"], objective.path.noise_scale))
+        got = sample(_start(io["sample_noise"], objective.path.noise_scale))
         checks.append(Check(f"sample_{name}", nchw(got), io[f"sample_{name}"], "trajectory"))
     return checks
 
 
 def _start(noise: np.ndarray, scale: float) -> np.ndarray:
-    """Noise of the path's scale; a case does not say if it recorded that or standard normals."""
-    spread = noise.std()
-    return nhwc(noise) * (scale if abs(spread - 1) < abs(spread - scale) else 1)
+    """Returns noise of the path's scale; cases record either that or standard normals."""
+    std = noise.std()
+    return nhwc(noise) * (scale if abs(std - 1) < abs(std - scale) else 1)
 
 
 def _objective(case: Case) -> Objective:

@@ -1,4 +1,4 @@
-"""Golden cases of the representation autoencoder: decoder, whole, statistics, metrics."""
+"""Golden cases of the representation autoencoder: decoder, round trip, statistics, metrics."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from tools.golden.encoder import MODEL_TYPES
 def load_decoder(
     state: Mapping[str, np.ndarray], sizes: Mapping[str, Any]
 ) -> tuple[DecoderConfig, Params]:
-    """A case's decoder."""
+    """Returns a case's decoder and its parameters."""
     state = take_decoder(state)
     config = dataclasses.replace(
         infer_decoder(state, sizes["decoder_num_attention_heads"]),
@@ -39,7 +39,7 @@ def load_decoder(
 
 
 def run_decoder(case: Case) -> list[Check]:
-    """Logits, image, every block; another grid; a class token among the latents."""
+    """Compares logits, image and all blocks; also with another grid and with a class token."""
     config, params = load_decoder(case.weights(), case.config["config"])
     io = case.io
     found: dict[str, Any] = {}
@@ -82,7 +82,7 @@ NOISES: Mapping[str, Mapping[str, Any]] = {
 
 
 def load_rae(case: Case) -> tuple[RAE, dict[str, Any], dict[str, Any]]:
-    """A case's autoencoder, and its variables without and with statistics."""
+    """Returns a case's autoencoder, and its variables without and with statistics."""
     settings = case.config["rae"]
     kind = MODEL_TYPES[settings["encoder_cls"]]
     sizes = case.config["encoder_hf_config"]
@@ -116,7 +116,7 @@ def load_rae(case: Case) -> tuple[RAE, dict[str, Any], dict[str, Any]]:
 
 
 def run_roundtrip(case: Case) -> list[Check]:
-    """Latents, norms and images, with and without statistics, and with the recorded noise."""
+    """Compares latents, norms and images, with and without statistics, and with recorded noise."""
     space, plain, normed = load_rae(case)
     io = case.io
     images = jnp.asarray(nhwc(io["images"]))
@@ -154,12 +154,12 @@ def run_roundtrip(case: Case) -> list[Check]:
 
 
 def _grid(noise: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Recorded normals, of tokens [B, T, C] or latents [B, C, h, w], as [B, h, w, C]."""
+    """Returns recorded noise of tokens [B, T, C] or latents [B, C, h, w] as [B, h, w, C]."""
     return nhwc(noise) if noise.ndim == 4 else noise.reshape(-1, *shape)
 
 
 def _bytes(io: Mapping[str, np.ndarray], decoded: Any) -> list[Check]:
-    """The cast, exactly; and our image's bytes, where rounding may pass a level."""
+    """Compares the cast exactly, and the bytes of our image up to one level of rounding."""
     want = io["recon_uint8"]
     return [
         Check("recon_uint8 of recon", to_uint8(nhwc(io["recon"])), want, "exact"),
@@ -168,7 +168,7 @@ def _bytes(io: Mapping[str, np.ndarray], decoded: Any) -> list[Check]:
 
 
 def _statistics_file(case: Case) -> list[Check]:
-    """The official file, as we read it."""
+    """Compares the official statistics file, as our converter reads it."""
     statistics = load_statistics(case.path / "stats.pt")
     return [
         Check(f"stats.pt {name}", nchw(statistics[name]), case.io[f"latent_{name}"], "exact")
@@ -177,7 +177,7 @@ def _statistics_file(case: Case) -> list[Check]:
 
 
 def run_statistics(case: Case) -> list[Check]:
-    """Statistics of batches, per position and per channel, and the file of the former."""
+    """Compares statistics of batches, per position and per channel, and the file of the former."""
     io = case.io
     batches = [io[key] for key in sorted(io) if key.startswith("batch")]
     whole = LatentStatistics(nhwc(batches[0]).shape[1:])
@@ -198,7 +198,7 @@ def run_statistics(case: Case) -> list[Check]:
 
 
 def run_metrics(case: Case) -> list[Check]:
-    """PSNR and SSIM of each pair, and their means."""
+    """Compares PSNR and SSIM of each pair, and their means."""
     io = case.io
     checks = []
     for name, metric in (("psnr", psnr), ("ssim", ssim)):

@@ -20,7 +20,7 @@ from tools.golden.encoder import load_encoder
 
 
 def run_discovery(case: Case) -> list[Check]:
-    """Scores, rankings, outliers and the chosen units of both passes and their variants."""
+    """Compares scores, rankings, outliers and chosen units of both passes and their variants."""
     config, io = case.config, case.io
     vit, params = load_encoder(case)
     model, images = ViT(vit), nhwc(io["pixel_values"])
@@ -72,7 +72,7 @@ def run_discovery(case: Case) -> list[Check]:
 
 
 def _scores(name: str, scores: np.ndarray, io: Mapping[str, np.ndarray]) -> list[Check]:
-    """The table itself, and the scores in the order of the ranking: ties may swap units."""
+    """Compares the table, and the scores in the order of the ranking, where ties may swap units."""
     ranked = np.array([scores[pair] for pair in rank_neurons(scores)])
     return [
         Check(f"{name}_scores", scores, io[f"{name}_scores"], "encoder"),
@@ -83,7 +83,7 @@ def _scores(name: str, scores: np.ndarray, io: Mapping[str, np.ndarray]) -> list
 def _chosen(
     name: str, chosen: Neurons, scores: np.ndarray, result: Mapping[str, Any]
 ) -> list[Check]:
-    """The chosen units are the original's, except that equal scores may stand for each other."""
+    """Compares the chosen units with the original's, up to units with equal scores."""
     wanted = {int(block): list(units) for block, units in result.items()}
     ours, theirs = ({(b, u) for b, us in table.items() for u in us} for table in (chosen, wanted))
     swapped = sorted(ours - theirs), sorted(theirs - ours)
@@ -101,7 +101,7 @@ def _same(label: str, ours: Any, theirs: Any) -> Check:
 def _outliers(
     name: str, trace: Trace, config: Mapping[str, Any], io: Mapping[str, np.ndarray]
 ) -> list[Check]:
-    """Norms at the detection block and which rows are outliers, the mean token first."""
+    """Compares norms at the detection block and which rows are outliers, the mean token first."""
     norms = token_norms(trace.outputs[config["detect_outliers_layer"]], mean_token=True)
     checks = []
     if f"{name}_detect_layer_norms_with_mean_token" in io:

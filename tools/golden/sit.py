@@ -26,7 +26,7 @@ Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def run_sit(case: Case) -> list[Check]:
-    """Everything that the case holds."""
+    """Compares all arrays of the case."""
     model, params = case_network(case)
 
     @jax.jit
@@ -43,7 +43,7 @@ def run_sit(case: Case) -> list[Check]:
 
 
 def _forward(case: Case) -> list[Check]:
-    """The network's output and what it passes on the way."""
+    """Compares the network's output and its intermediates."""
     (model, params), io = case_network(case), case.io
     inputs = nhwc(io["x"]), jnp.asarray(io["t"]), jnp.asarray(io["y"], jnp.int32)
     out, kept = jax.jit(
@@ -58,7 +58,7 @@ def _forward(case: Case) -> list[Check]:
 
 
 def _guided(case: Case, network: Network) -> list[Check]:
-    """Guidance of the first channels; the others are of either half's own prediction."""
+    """Compares guidance of the first channels; the others keep each half's own prediction."""
     io, null = case.io, case.config["params"]["num_classes"]
     half = len(io["y"]) // 2
     x, t = nhwc(io["x"])[:half], io["t_cfg"][:half]
@@ -80,7 +80,7 @@ def _guided(case: Case, network: Network) -> list[Check]:
 
 
 def _loss(case: Case, network: Network) -> list[Check]:
-    """Velocity loss on the linear path."""
+    """Compares the velocity loss on the linear path."""
     io = case.io
     x1, x0 = (jnp.asarray(nhwc(io[name])) for name in ("tr_x1", "tr_x0"))
     t, labels = 1 - jnp.asarray(io["tr_t"]), jnp.asarray(io["tr_y"], jnp.int32)
@@ -96,7 +96,7 @@ def _loss(case: Case, network: Network) -> list[Check]:
 
 
 def _ode(case: Case, network: Network) -> list[Check]:
-    """Trajectories named ode_METHOD and their number of points, such as ode_euler5."""
+    """Compares trajectories named ode_METHOD with their number of points, such as ode_euler5."""
     io, checks = case.io, []
     z, labels = jnp.asarray(nhwc(io["ode_z"])), jnp.asarray(io["tr_y"], jnp.int32)
     for key in io:
@@ -118,7 +118,7 @@ def _ode(case: Case, network: Network) -> list[Check]:
 
 
 def _sde(case: Case, network: Network) -> list[Check]:
-    """The reverse SDE with recorded noise."""
+    """Compares the reverse SDE with recorded noise."""
     io, settings = case.io, case.config["sde"]
     z, labels = jnp.asarray(nhwc(io["ode_z"])), jnp.asarray(io["tr_y"], jnp.int32)
     noise, last = jnp.asarray(nhwc(io["sde_noise"])), str(settings["last_step"]).lower()
@@ -129,7 +129,7 @@ def _sde(case: Case, network: Network) -> list[Check]:
         z,
         samplers.time_grid(settings["num_steps"], "linear", "velocity", last_step=size),
         lambda index: noise[index],
-        # Without a last step the solver itself takes the step to the data.
+        # Without a last step, the solver itself makes the step to the data.
         method=settings["method"].lower(),
         form=settings["form"],
         norm=settings["norm"],

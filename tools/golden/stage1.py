@@ -48,14 +48,14 @@ from tools.golden.rae import load_decoder
 
 
 def below(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Returns the tensors whose names begin with `prefix`, which is removed."""
     return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
 
 def load_discriminator(
     state: Mapping[str, np.ndarray], recipe: Mapping[str, Any], kernel_size: int
 ) -> tuple[Discriminator, Params, Params, PyTree]:
-    """A case's discriminator: network, backbone, heads, singular vectors."""
+    """Returns a case's discriminator: network, backbone, heads, singular vectors."""
     dino = below(state, "dino.")
     config = infer_backbone(dino, recipe["num_heads"])
     config = dataclasses.replace(config, layer_norm_eps=recipe.get("norm_eps", 1e-6))
@@ -65,14 +65,14 @@ def load_discriminator(
 
 
 def load_lpips(state: Mapping[str, np.ndarray]) -> tuple[LPIPS, Params]:
-    """A case's LPIPS network and its parameters."""
+    """Returns a case's LPIPS network and its parameters."""
     state = take_lpips(state)
     network = infer_lpips(state)
     return network, torch_to_flax(state, lpips_rules(network.channels))
 
 
 def run_discriminator(case: Case) -> list[Check]:
-    """Features, logits, losses, gradients, and the singular vectors as the original moves them."""
+    """Compares features, logits, losses, gradients and updated singular vectors."""
     config, io = case.config, case.io
     network, *arrays = load_discriminator(case.weights(), config["recipe"], config["ks"])
     backbone, heads, spectral = arrays
@@ -134,7 +134,7 @@ def _with_kernels(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_lpips(case: Case) -> list[Check]:
-    """Distances, their mean, and its gradient."""
+    """Compares distances, their mean, and its gradient."""
     io = case.io
     network, params = load_lpips(case.weights())
     given, target = (jnp.asarray(nhwc(io[key])) for key in ("input", "target"))
@@ -163,7 +163,7 @@ def run_augmentation(case: Case) -> list[Check]:
 
 
 def run_schedules(case: Case) -> list[Check]:
-    """The rate of every step of each schedule."""
+    """Compares the learning rate at every step of each schedule."""
     checks = []
     for number, table in enumerate(case.config["schedules"]):
         settings, per_epoch = table["scheduler"], table.get("steps_per_epoch")
@@ -194,7 +194,7 @@ def _in_steps(settings: Mapping[str, Any], steps: str, epochs: str, per_epoch: i
 
 
 def step_settings(config: Mapping[str, Any]) -> tuple[LossSettings, Optimizer]:
-    """Weights and optimiser of a case."""
+    """Returns loss settings and optimizer of a case."""
     loss, optim, schedule = config["loss"], config["optim"], config["sched"]
     rate = LearningRate(
         optim["lr"],
@@ -211,7 +211,7 @@ def step_settings(config: Mapping[str, Any]) -> tuple[LossSettings, Optimizer]:
 
 
 def run_step(case: Case) -> list[Check]:
-    """One update of the decoder against LPIPS and the discriminator: losses to averages."""
+    """Compares one decoder update with LPIPS and the discriminator: losses to EMA weights."""
     config, io, weights = case.config, case.io, case.weights()
     sizes, params = load_decoder(below(weights, "decoder."), config["decoder"])
     _, average = load_decoder(below(weights, "ema_before."), config["decoder"])

@@ -1,4 +1,4 @@
-"""Golden cases of the trainer: consecutive optimiser steps and learning-rate tables."""
+"""Golden cases of the trainer: consecutive optimizer steps and learning-rate tables."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ _ADAMW = re.compile(
 
 
 def parse_schedule(message: str) -> LearningRate:
-    """The schedule that the official trainer's log line describes.
+    """Returns the schedule described by the official trainer's log line.
 
     Raises:
       ValueError: If it is no such line.
@@ -47,7 +47,7 @@ def parse_schedule(message: str) -> LearningRate:
 
 
 def parse_optimizer(config: Mapping[str, Any]) -> Optimizer:
-    """The optimiser of a training case.
+    """Returns the optimizer of a training case.
 
     Raises:
       ValueError: If its log line is of another form.
@@ -136,13 +136,13 @@ def _every_tensor(
 
 
 def run_schedules(case: Case) -> list[Check]:
-    """Rates of single steps of whole recipes."""
+    """Compares learning rates at some steps of whole recipes."""
     checks = []
     for name, table in case.config["tables"].items():
         rate = parse_schedule(table["message"])
         steps, want = zip(*table["lr"], strict=True)
         got = np.array([rate(int(step)) for step in steps])
-        # The originals are Python floats; ours are float64 in another order of operations.
+        # The originals are Python floats; ours are float64, computed in another order.
         checks.append(Check(name, got, np.array(want), "exact", tolerance=1e-12))
         traced = jax.vmap(rate)(jnp.asarray(steps))
         checks.append(Check(f"{name} in float32", traced, np.array(want), "forward"))

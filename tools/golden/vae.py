@@ -15,7 +15,7 @@ from tools.golden.denoiser import nchw, nhwc
 
 
 def run_vae(case: Case) -> list[Check]:
-    """Encoder, posterior with recorded noise, decoder."""
+    """Compares encoder, posterior with recorded noise, and decoder."""
     config, io = config_from_diffusers(case.config["params"]), case.io
     params = torch_to_flax(modernize(case.weights())[0], sdvae_rules(config))
     network, scale = AutoencoderKL(config), case.config["scale"]
