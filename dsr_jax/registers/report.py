@@ -26,7 +26,7 @@ _PICTURES = 6
 
 
 def check_plotting() -> None:
-    """Checks that matplotlib, which draws the figures, is installed.
+    """Checks that matplotlib, which plots the figures, is installed.
 
     Raises:
       ConfigError: If it is not.
