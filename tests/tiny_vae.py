@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from dsr_jax.convert.sdvae import SDVAE, save_vae
-from dsr_jax.models.vae import AutoencoderKL, LatentNormalization, VAEConfig
+from dsr_jax.models.latent_normalization import LatentNormalization
+from dsr_jax.models.vae import AutoencoderKL, VAEConfig
 from tests.tiny_rae import random_params
 
 CONFIG = VAEConfig(widths=(8, 12), layers_per_block=1, num_groups=4)

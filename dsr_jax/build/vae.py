@@ -8,8 +8,9 @@ from dsr_jax.config import ConfigDict
 from dsr_jax.convert.sdvae import load_vae
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import PyTree
+from dsr_jax.models.latent_normalization import LatentNormalization
 from dsr_jax.models.precision import Precision
-from dsr_jax.models.vae import AutoencoderKL, LatentNormalization, VAEConfig
+from dsr_jax.models.vae import AutoencoderKL, VAEConfig
 from dsr_jax.parallel.shardings import replicated
 from dsr_jax.spaces import VAE
 

@@ -37,7 +37,8 @@ from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import count_params, flatten_names, unflatten_names
 from dsr_jax.core.typing import Params
-from dsr_jax.models.vae import AutoencoderKL, LatentNormalization, VAEConfig
+from dsr_jax.models.latent_normalization import LatentNormalization
+from dsr_jax.models.vae import AutoencoderKL, VAEConfig
 
 FAMILY = "sdvae"
 """What conversion.json calls it."""

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
@@ -69,41 +68,6 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels of an image per pixel of a latent, along a side."""
         return 2 ** (len(self.widths) - 1)
-
-
-@dataclass(frozen=True)
-class LatentNormalization:
-    """The affine map between an autoencoder's latents and those that a denoiser is trained on.
-
-    Source: diffusers (scaling_factor, shift_factor, latents_mean, latents_std).
-
-    Attributes:
-      scale: Factor; the default is that of the SD-VAE.
-      shift: Taken from latents before the factor.
-      mean: Of each channel, taken from latents before the factor; () for none.
-      std: Standard deviation of each channel, by which latents are divided; () for none.
-    """
-
-    scale: float = 0.18215
-    shift: float = 0.0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    def normalize(self, latents: Array) -> Array:
-        """Maps the autoencoder's latents [B, h, w, C] to the denoiser's."""
-        offset, factor = self._affine()
-        return (latents - offset) * factor
-
-    def denormalize(self, latents: Array) -> Array:
-        """Maps the denoiser's latents [B, h, w, C] to the autoencoder's."""
-        offset, factor = self._affine()
-        return latents / factor + offset
-
-    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what is subtracted and the factor that follows, float32, a number or [C]."""
-        offset = np.asarray(self.mean or self.shift, np.float32)
-        std = np.asarray(self.std or 1.0, np.float64)
-        return offset, np.asarray(self.scale / std, np.float32)
 
 
 class Posterior(NamedTuple):

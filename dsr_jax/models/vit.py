@@ -191,11 +191,8 @@ class ViTAttention(nn.Module):
                 name=name,
             )(x)
 
-        q, k, v = (
-            project("q", config.query_bias),
-            project("k", config.key_bias),
-            project("v", config.value_bias),
-        )
+        biases = {"q": config.query_bias, "k": config.key_bias, "v": config.value_bias}
+        q, k, v = (project(name, use_bias) for name, use_bias in biases.items())
         if rope is not None:
             q, k = (rotate_halves(self.precision.to_float32("rope", y), *rope) for y in (q, k))
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")

@@ -11,7 +11,8 @@ import jax
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample
 from dsr_jax.core.typing import Array, Params, PyTree
-from dsr_jax.models.vae import AutoencoderKL, LatentNormalization, Posterior
+from dsr_jax.models.latent_normalization import LatentNormalization
+from dsr_jax.models.vae import AutoencoderKL, Posterior
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pytest
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys
-from dsr_jax.models.vae import AutoencoderKL, LatentNormalization
+from dsr_jax.models.latent_normalization import LatentNormalization
+from dsr_jax.models.vae import AutoencoderKL
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.spaces import VAE
 from tests.programs import quick_programs
