@@ -1,13 +1,13 @@
-"""Finds the register neurons of an encoder on your images.
+"""Finds the register neurons of an encoder on a sample of images.
 
     python -m dsr_jax.convert siglip2 --source google/siglip2-base-patch16-256 --out enc/siglip2-b
     python tools/find_registers.py enc/siglip2-b --root imagenet/val --out found/siglip2-b
 
 Writes `neurons.json` (blocks and their units, as test-time registers read them), `report.json` and
 `report.html` with figures into --out, and prints the number of outlier patches before and after.
-Images come from a folder of any layout, from ArrayRecord files or from TFDS. If there are no
-outlier tokens, an error shows the quantiles of the norms, nothing is written and the exit status is
-2.
+Images come from a folder of any layout, from ArrayRecord files or from TFDS. If the encoder has no
+outlier tokens, the command fails with exit status 2, prints the quantiles of the norms and writes
+nothing.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def search(args: argparse.Namespace) -> None:
         "settings": dataclasses.asdict(settings),
         "provenance": provenance(),
     }
-    # First what cannot be computed again in seconds.
+    # The neurons first, since computing them takes longest.
     save_neurons(args.out / "neurons.json", result.neurons)
     print(outlier_table(result))
     write_report(args.out, result, lambda index: source[index]["image"], details)
@@ -155,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("encoder", type=Path, help="folder that dsr_jax.convert wrote")
     add("--out", type=Path, required=True, help="folder for the neurons and the report")
-    add("--batch", type=int, default=8, help="images at a time over all devices")
-    add("--compute", default="float32", choices=["float32", "bfloat16"])
+    add("--batch", type=int, default=8, help="images per step, over all devices")
+    add("--compute", default="float32", choices=["float32", "bfloat16"], help="compute dtype")
     _add_images(parser)
     _add_search(parser)
     return parser
@@ -166,18 +166,17 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
     add("--source", default="folder", help="folder, arrayrecord, tfds:NAME, synthetic")
     add("--root", help="folder of the images or records; data_dir of TFDS")
-    add("--split", default="train", help="of arrayrecord and tfds")
+    add("--split", default="train", help="split of arrayrecord and tfds")
     add("--images", type=int, default=500, help="number of images")
     add("--seed", type=int, default=0, help="seed of the sample")
-    add("--image-size", type=int, help="default: 16 patches a side, as RAE encodes")
+    add("--image-size", type=int, help="side in pixels; default: 16 patches, as in RAE")
     add(
         "--fit",
         default="squash",
         type=fit_name,
         choices=["squash", "center_crop"],
-        help="how images of a folder become square; the other sources crop",
+        help="how images of a folder are made square; the other sources crop",
     )
-
     add(
         "--on-corrupt",
         default="error",
@@ -188,8 +187,8 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("search").add_argument
-    add("--threshold", type=float, help="norm of outliers; default: found from the norms")
-    add("--detect-block", type=int, default=-1, help="block after which norms are taken")
+    add("--threshold", type=float, help="least norm of outliers; default: found from the norms")
+    add("--detect-block", type=int, default=-1, help="block after which norms are measured")
     add("--lowest-block", type=int, default=0, help="first block to choose from")
     add(
         "--highest-block",
@@ -199,13 +198,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="last block to choose from, by round; -1: no limit",
     )
     add("--top-k", type=int, nargs="+", default=[50], help="units to choose, by round")
-    add("--rounds", type=int, help="default: until no second population of norms is left")
+    add("--rounds", type=int, help="number of rounds; default: until no outliers are left")
     add("--sparsity-filter", action="store_true", help="drop units that are active everywhere")
     add(
         "--sparsity-level",
         type=float,
         default=0.5,
-        help="activation of idle units",
+        help="largest activation that counts as idle",
     )
     add("--sparsity-fraction", type=float, default=0.5, help="fraction of tokens that must be idle")
     add(
@@ -214,7 +213,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="count the mean token; default: for encoders without class token",
     )
     add("--num-registers", type=int, default=1, help="test-time registers in later rounds")
-    add("--exclude-registers", action="store_true", help="registers are not outliers")
+    add("--exclude-registers", action="store_true", help="do not count registers as outliers")
     add("--exclude-found", action="store_true", help="do not choose a unit twice")
     add(
         "--as-released",

@@ -4,11 +4,11 @@
         --inception converted/inception --keep 10000 --out imagenet256.npz
     python tools/make_reference.py VIRTUAL_imagenet256_labeled.npz --inception DIR --out ready.npz
 
-The file holds moments of all images (`mu`, `sigma`, `mu_s`, `sigma_s`, with --dinov2 also
-`mu_dinov2`, `sigma_dinov2`), --keep of the images spread
-evenly over the source (`arr_0`) with their features, and the recipe. The ADM evaluator reads it,
-too. A given reference keeps its moments and gains the features of its images, which then need not
-be computed for every score. The same command continues a stopped one.
+The file contains moments of all images (`mu`, `sigma`, `mu_s`, `sigma_s`, with --dinov2 also
+`mu_dinov2`, `sigma_dinov2`), --keep images taken evenly from the source (`arr_0`) with their
+features, and the recipe. The ADM evaluator also reads it. An existing reference keeps its moments,
+and the features of its images are added, which then need not be computed for every score. The same
+command continues an interrupted one.
 """
 
 import argparse
@@ -61,12 +61,12 @@ def make_reference(args: argparse.Namespace, out: Path) -> None:
 
 
 class Maker:
-    """Extracts features and writes the file.
+    """Extracts features and writes the reference file.
 
     Args:
-      extractor: The feature networks.
-      out: The new file.
-      allow_constant: Takes images of a single colour, too.
+      extractor: Feature networks.
+      out: Path of the new file.
+      allow_constant: Whether images of a single color are accepted.
     """
 
     def __init__(self, extractor: Extractor, out: Path, allow_constant: bool) -> None:
@@ -81,7 +81,7 @@ class Maker:
         self._folder = out.with_name(f"{out.name}.parts")
 
     def from_source(self, args: argparse.Namespace) -> None:
-        """Makes a reference of all images of a data source.
+        """Makes a reference from all images of a data source.
 
         Raises:
           DataError: If the source cannot be read.
@@ -111,23 +111,27 @@ class Maker:
         self._write(kept, arrays, images.shape[0], recipe)
 
     def complete(self, path: Path) -> None:
-        """Adds what a given reference or file of images lacks.
+        """Makes a reference from an existing one or a file of images, by adding what it lacks.
 
         Raises:
-          EvaluationError: If it has no images, or moments of other weights.
+          EvaluationError: If the file has no images, or moments of other weights.
         """
         given = open_reference(path)
+        recorded = given.recipe or {}
         for key, ours in self._recipe.items():
-            if (given.recipe or {}).get(key, ours) != ours:
+            if recorded.get(key, ours) != ours:
                 raise EvaluationError(
-                    f"{path} was made with other {key} than {ours}",
-                    "name the folders that it was made with",
+                    f"{path} was made with other {key}: {recorded[key]!r} instead of {ours!r}",
+                    "give the weights and options that it was made with",
                 )
         if given.images is None:
-            raise EvaluationError(f"{path} has no images", "nothing can be added to it")
+            raise EvaluationError(
+                f"{path} has no images, so that features cannot be added",
+                "use it as it is, or name a data source or a file with images (arr_0)",
+            )
         arrays: dict[str, np.ndarray] = {}
         count = given.images.shape[0]
-        # Moments that the file has may be of many more images than it holds.
+        # The file's own moments may be those of many more images than it contains.
         missing = [] if given.statistics else [kind() for kind in self._kinds]
         if missing:
             self._update(given.images, missing, "moments")
@@ -172,7 +176,7 @@ class Maker:
             return
         if count:
             extra["num_images"] = np.asarray(count)
-        # No time and no machine: the same images and weights give the same file.
+        # Without time and machine, so that the same images and weights give the same file.
         code = {"git_revision": git_revision(), "packages": package_versions()}
         extra["recipe"] = np.asarray(json.dumps({**recipe, **self._recipe, **code}))
         if kept is None:
@@ -193,16 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", help="data source (digits, synthetic, folder, arrayrecord, tfds:NAME) or file")
     add("--root", help="folder of the data source")
-    add("--split", default="train", help="of the data source")
+    add("--split", default="train", help="split of the data source")
     add("--image-size", type=positive_int, default=256, help="side in pixels")
-    add("--channels", type=positive_int, default=3, help="1 for grey, 3 for RGB")
+    add("--channels", type=positive_int, default=3, help="1 for grayscale, 3 for RGB")
     add("--classes", type=int, help="number of classes, for sources that do not record it")
     add("--inception", required=True, help="folder of converted weights")
     add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add("--keep", type=int, default=10_000, help="images to keep for precision, recall and KID")
-    add("--batch", type=positive_int, default=64, help="images at a time over all devices")
-    add("--resize", default="adm", choices=RESIZES, help="how images become 299 pixels wide")
-    add("--allow-constant", action="store_true", help="take images of a single colour, too")
+    add("--batch", type=positive_int, default=64, help="images per step, over all devices")
+    add("--resize", default="adm", choices=RESIZES, help="how images are resized to 299 pixels")
+    add("--allow-constant", action="store_true", help="accept images of a single color")
     add("--out", required=True, help="new .npz")
     return parser
 

@@ -1,6 +1,6 @@
-"""What all commands share: how they describe their arguments, and how they end.
+"""Shared parts of all commands: argument parsing, error reports and exit statuses.
 
-A `DsrError` ends a command with one screen of text and its own exit status.
+A `DsrError` ends a command with its message, without a traceback, and with its own exit status.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def make_parser(description: str | None, prog: str | None = None) -> argparse.Ar
     """Builds the parser of a command whose --help names the default of every option.
 
     Args:
-      description: The module's docstring, printed as it is written.
-      prog: How the command is called, "python -m dsr_jax.evaluate"; None for the file's name.
+      description: Docstring of the module, printed unchanged.
+      prog: Name of the command, such as "python -m dsr_jax.evaluate"; None for the file's name.
     """
     return _Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
 
 
 def positive_int(text: str) -> int:
-    """Reads an argument that counts something: `add("--batch", type=positive_int)`."""
+    """Parses a positive integer, as in `add("--batch", type=positive_int)`."""
     try:
         value = int(text)
     except ValueError:
@@ -66,9 +66,9 @@ def positive_int(text: str) -> int:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Calls `main` and exits with its status, or with that of an error the user can act on.
+    """Calls `main` and exits with its status, or with that of a `DsrError`.
 
-    A command that failed ends within END_SECONDS, whatever its other threads wait for.
+    A failed command ends within END_SECONDS, even if other threads are blocked.
     """
     try:
         status = main()
@@ -85,7 +85,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def _end_within(seconds: float, status: int) -> None:
-    """Ends the process after some time, if threads that nobody can stop keep it from ending."""
+    """Ends the process after some time, in case blocked threads keep it from exiting."""
 
     def end() -> None:
         time.sleep(seconds)
@@ -95,7 +95,7 @@ def _end_within(seconds: float, status: int) -> None:
 
 
 def show(error: BaseException) -> None:
-    """Prints an error that ends the program; one that the user cannot act on with its traceback."""
+    """Prints an error that ends the program, with a traceback unless it is a `DsrError`."""
     if isinstance(error, DsrError):
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     else:
@@ -106,8 +106,8 @@ def show(error: BaseException) -> None:
 def leave(error: BaseException) -> NoReturn:
     """Prints an error and ends the process at once, from any thread.
 
-    Nothing is waited for: neither threads that hang in a write nor JAX's own shutdown barrier, in
-    which the processes of a run wait minutes for the one that is missing.
+    It waits neither for threads that hang in a write nor for JAX's own shutdown barrier, in which
+    the processes of a run wait minutes for a missing one.
     """
     show(error)
     end_at_once(error.exit_status if isinstance(error, DsrError) else 1)
@@ -117,7 +117,7 @@ def end_at_once(status: int) -> NoReturn:
     """Ends the process without waiting for anything, from any thread; locks are given back."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # The storage may be what hangs.
+    # In a thread with a timeout, since storage may hang.
     releasing = threading.Thread(target=release_all, daemon=True)
     releasing.start()
     releasing.join(2.0)

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each names the offender and the remedy.
+"""Errors that a user can act on: each has a problem and a remedy.
 
 Entry points print a `DsrError` without a traceback and exit with its status (`core.cli`); any other
 exception is a bug and keeps its traceback.
@@ -6,11 +6,11 @@ exception is a bug and keeps its traceback.
 
 
 class DsrError(Exception):
-    """Base class: something outside the code is wrong and the user can mend it.
+    """Base class of errors whose cause is outside the code and which a user can fix.
 
     Args:
-      problem: What is wrong, naming the offending key, shape or file.
-      remedy: What to do about it; printed on its own line.
+      problem: What is wrong and why, with the key, shape or file.
+      remedy: What to do about it; printed on a line of its own.
     """
 
     exit_status = 2
@@ -22,38 +22,38 @@ class DsrError(Exception):
 
 
 class ConfigError(DsrError):
-    """A config key, value or combination that cannot work."""
+    """A config key, value or combination is invalid."""
 
 
 class MeshError(DsrError):
-    """Devices, mesh axes, logical axes or batch that do not fit each other."""
+    """Devices, mesh axes, logical axes or batch size do not fit each other."""
 
 
 class ClusterError(DsrError):
-    """A process that belongs to a job of several and cannot find or join the others."""
+    """A process of a distributed job cannot find or join the others."""
 
 
 class DataError(DsrError):
-    """A data set, image file or batch that cannot be read as asked."""
+    """A data set, image file or batch cannot be read as configured."""
 
 
 class UnreadableRecord(DataError):
-    """A record whose content cannot be decoded, however often it is read."""
+    """The content of a record cannot be decoded; reading it again does not help."""
 
 
 class DamagedFileError(DsrError, ValueError):
-    """A file of ours whose content is not what was written."""
+    """A file that this project wrote is damaged."""
 
 
 class CheckpointError(DsrError):
-    """A checkpoint or run folder that is missing, damaged or of another model."""
+    """A checkpoint or run folder is missing, damaged or belongs to another model."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose files cannot be read, or whose checksums do not agree.
+    """Files of a checkpoint cannot be read, or their checksums are wrong.
 
     Args:
-      step: Its step.
+      step: Step of the checkpoint.
       problem: As in `DsrError`.
       remedy: As in `DsrError`.
     """
@@ -64,14 +64,14 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class StuckSaveError(CheckpointError):
-    """A save that does not end; the program must end without waiting for its threads."""
+    """A save hangs; the program must exit without waiting for its threads."""
 
 
 class ProcessError(DsrError):
-    """A process of the run that is lost, hangs, or differs from the others.
+    """A process of the run is lost, hangs, or differs from the others.
 
-    Starting again continues from the last checkpoint, hence the status that sysexits.h calls a
-    temporary failure: launchers start such a run again.
+    A restart continues from the last checkpoint, hence the exit status EX_TEMPFAIL of sysexits.h,
+    with which launchers restart the run.
     """
 
     exit_status = 75
@@ -82,16 +82,16 @@ class DeviceMemoryError(DsrError):
 
 
 class LockError(DsrError):
-    """A folder that another living command writes, or that cannot be written."""
+    """Another running command writes to a folder, or the folder is not writable."""
 
 
 class ConversionError(DsrError):
-    """A foreign state dict that does not map onto the model one to one."""
+    """A foreign state dict does not map one to one onto the model."""
 
 
 class EvaluationError(DsrError):
-    """Samples or references that cannot be scored."""
+    """Samples or references cannot be scored."""
 
 
 class NumericsError(DsrError):
-    """A loss or gradient that is no longer a number."""
+    """A loss or gradient is not finite, or numbers differ that must agree."""

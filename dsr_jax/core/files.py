@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and digests to name them by."""
+"""Atomic writes, JSON files and digests of files."""
 
 import contextlib
 import hashlib
@@ -20,11 +20,11 @@ _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
 
 @contextlib.contextmanager
 def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a binary file for writing that takes the name `path` only when the block succeeds.
+    """Opens a binary file for writing, which is renamed to `path` only if the block succeeds.
 
-    A reader, or a crash, sees the old content or the new, never a part. The temporary file is in
-    the same folder, since a rename is atomic only within one file system; what a kill leaves of it
-    is found by `leftovers`.
+    After a crash, and for concurrent readers, the file has either its old or its new content. The
+    temporary file is in the same folder, since a rename is atomic only within one file system;
+    `leftovers` finds the temporary files of killed processes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +44,12 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Lists the temporary files that killed writes of `open_atomic` left in a folder."""
+    """Lists the temporary files of interrupted `open_atomic` calls in a folder."""
     return [path for path in Path(folder).iterdir() if _LEFTOVER.fullmatch(path.name)]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Writes a whole file through `open_atomic`."""
+    """Writes a file atomically."""
     with open_atomic(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
@@ -63,11 +63,11 @@ def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
     """Reads a JSON file.
 
     Args:
-      path: The file.
-      remedy: What to do if it is damaged.
+      path: Path of the file.
+      remedy: Remedy of the error if the file is damaged.
 
     Raises:
-      DamagedFileError: If it holds no JSON, or more than MAX_JSON_BYTES.
+      DamagedFileError: If the file is not JSON, or larger than MAX_JSON_BYTES.
       OSError: If it cannot be read.
     """
     if os.path.getsize(path) > MAX_JSON_BYTES:
@@ -79,6 +79,6 @@ def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """Returns the SHA-256 of a file's bytes as "sha256:...", read in pieces."""
+    """Returns the SHA-256 of a file's content as "sha256:...", without loading it as a whole."""
     with open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,18 +1,18 @@
-"""Image files on disk: which files of a folder are images, and their decoding to grey or RGB.
+"""Image files on disk: finding them in a folder, and decoding them to grayscale or RGB.
 
-All readers of image files use this one decoding, so training, scoring, references and the register
-search see the same pixels. Its rules, which are those of the reference implementations (Pillow's
-`convert("RGB")`) wherever those keep the image's values:
+All readers of image files use this decoder, so that training, scoring, references and the register
+search get the same pixels. It follows the reference implementations (Pillow's `convert("RGB")`)
+wherever those keep the image's values:
 
-    16 bits per channel   the high byte (value >> 8), where Pillow's own conversion clips at 255
+    16 bits per channel   the high byte (value >> 8); Pillow's own conversion clips at 255
     1 bit                 0 and 255
     palette               its colors
     alpha, transparency   dropped, not composited: the stored colors remain
     CMYK, YCbCr           converted without a color profile
-    color to grey         ITU-R 601-2 luma, as in Pillow
+    color to grayscale    ITU-R 601-2 luma, as in Pillow
     EXIF orientation      not applied
-    several frames        the first
-    32-bit integer, float refused: their range is not defined
+    multiple frames       the first frame
+    32-bit integer, float rejected, since their range is undefined
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Endings of image files, in lower case."""
+"""Lower-case file extensions of images."""
 
 MAX_PIXELS = 2**26
 """Largest image that is decoded or made by resizing, 8192 x 8192: 256 MiB in Pillow's RGB."""
 
-# What file servers and archivers leave beside data, apart from names that begin with a dot.
+# Names that file servers and archivers leave among data, apart from names that start with a dot.
 _NOT_DATA = {
     *("@eaDir", "@__thumb", "#recycle", "#snapshot", "__MACOSX", "lost+found"),
     *("$RECYCLE.BIN", "System Volume Information"),
@@ -47,18 +47,18 @@ _NOT_DATA = {
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the file system's own: `.DS_Store`, `@eaDir`."""
+    """Whether a name belongs to the file system or an archiver, such as `.DS_Store`, `@eaDir`."""
     return name.startswith(".") or name in _NOT_DATA
 
 
 def find_image_files(root: str | os.PathLike[str]) -> list[str]:
     """Lists the image files below a folder.
 
-    Left out are hidden names (`is_hidden`), links to a folder that they are in, and what is not a
-    regular file, such as a FIFO. A broken link is listed, so that reading it fails.
+    Excluded are hidden names (`is_hidden`), links to one of their parent folders, and anything but
+    regular files, such as a FIFO. A broken link is listed, so that reading it fails.
 
     Args:
-      root: The folder; links to files and folders are followed.
+      root: Folder; links to files and folders in it are followed.
 
     Returns:
       Paths relative to `root`, sorted folder by folder.
@@ -82,7 +82,7 @@ def find_image_files(root: str | os.PathLike[str]) -> list[str]:
 
 
 def find_folders(root: str | os.PathLike[str]) -> list[str]:
-    """Lists the names of the folders in a folder, sorted; left out is what `find_image_files` does.
+    """Lists the sorted names of the folders in a folder, with the rules of `find_image_files`.
 
     Raises:
       DataError: If the folder cannot be listed.
@@ -92,7 +92,7 @@ def find_folders(root: str | os.PathLike[str]) -> list[str]:
 
 
 def list_folder(path: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Lists what a folder holds, but for hidden names.
+    """Lists the entries of a folder, except hidden names.
 
     Raises:
       DataError: If it cannot be listed.
@@ -108,7 +108,7 @@ def list_folder(path: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 
 def _folder_identity(entry: os.DirEntry[str]) -> tuple[int, int] | None:
-    """Device and inode of a folder or of a link to one; None for anything else."""
+    """Returns device and inode of a folder or of a link to one; None for anything else."""
     if entry.is_file(follow_symlinks=False):
         return None  # Without a call to the file system.
     with contextlib.suppress(OSError):
@@ -126,11 +126,11 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
     except FileNotFoundError:
         return True
     except OSError:
-        return False  # It leads to itself.
+        return False  # The link leads to itself.
 
 
 def _parents(root: str | os.PathLike[str]) -> frozenset[tuple[int, int]]:
-    """Device and inode of a folder and of those that it is in."""
+    """Returns device and inode of a folder and of its parents."""
     path = Path(root).resolve()
     there = (folder.stat() for folder in (path, *path.parents) if folder.exists())
     return frozenset((status.st_dev, status.st_ino) for status in there)
@@ -140,7 +140,7 @@ def read_file(path: Path) -> bytes:
     """Reads a file.
 
     Raises:
-      DataError: Naming it, if the operating system cannot.
+      DataError: If the operating system cannot read it.
     """
     try:
         return path.read_bytes()
@@ -152,15 +152,15 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes, origin: str, channels: int = 3) -> Image.Image:
-    """Decodes the content of an image file to an image of mode RGB or L; see the module's rules.
+    """Decodes an image file to mode RGB or L, by the rules in the module's docstring.
 
     Args:
-      data: The file's content, in any format that Pillow reads.
-      origin: What to call the file in an error: its path.
-      channels: 3 for RGB, 1 for grey.
+      data: Content of the file, in any format that Pillow reads.
+      origin: Path of the file, for error messages.
+      channels: 3 for RGB, 1 for grayscale.
 
     Raises:
-      UnreadableRecord: Naming `origin`, if the content is damaged, no image, or above MAX_PIXELS.
+      UnreadableRecord: If the content is damaged, is not an image, or exceeds MAX_PIXELS.
     """
     from PIL import Image
 
@@ -181,7 +181,7 @@ def decode(data: bytes, origin: str, channels: int = 3) -> Image.Image:
 
 
 def unreadable(origin: str, error: Exception) -> UnreadableRecord:
-    """Returns the error for an image file that cannot be used."""
+    """Returns the error about an image file that cannot be decoded."""
     return UnreadableRecord(
         f"image {origin} cannot be decoded: {str(error) or type(error).__name__}",
         "repair or delete it, or set config.data.on_corrupt=skip",
@@ -195,7 +195,7 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def check_size(width: int, height: int) -> None:
-    """Checks that an image may be allocated.
+    """Checks the number of pixels of an image before it is allocated.
 
     Raises:
       ValueError: If it has no pixels, or more than MAX_PIXELS.
@@ -205,20 +205,20 @@ def check_size(width: int, height: int) -> None:
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Converts an image of any mode to L or RGB; see the module's rules.
+    """Converts an image of any mode to L or RGB, by the rules in the module's docstring.
 
     Raises:
       ValueError: If the pixels have no defined range.
     """
     from PIL import Image
 
-    # Pillow gives PGM files of 16 bits as 32-bit integers up to 65535.
+    # Pillow reads 16-bit PGM files as 32-bit integers up to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixel mode {image.mode!r} has no defined range")
     if image.mode == "P" and "transparency" in image.info:
-        # Straight to RGB, Pillow warns.
+        # Pillow warns about a direct conversion to RGB.
         image = image.convert("RGBA")
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)

@@ -1,9 +1,10 @@
-"""A lock on a folder that one command at a time may write, also where hosts share the storage.
+"""Lock on a folder, so that only one command at a time writes to it, also on shared storage.
 
-The lock is a file that names its owner: host, process, command. It is created with O_EXCL, which is
-atomic also over NFS, and its owner touches it every few seconds. A second command finds out whether
-the owner lives: on the same machine by asking for its process; else by the age of the last touch by
-the file system's own clock, for which it may have to wait. A dead owner's lock is taken over.
+The lock is a file with the host, process and command of its owner. It is created with O_EXCL, which
+is atomic over NFS as well, and its owner touches it every few seconds. A second command determines
+whether the owner is alive: on the same machine from its process ID, else from the age of the last
+touch by the file system's own clock, for which it may have to wait. It takes over a dead owner's
+lock.
 """
 
 import contextlib
@@ -17,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from dsr_jax.core.errors import LockError
@@ -31,18 +31,18 @@ _held: set["FolderLock"] = set()
 
 
 class FolderLock:
-    """Holds the lock on a folder; a context manager.
+    """Context manager that holds the lock on a folder.
 
         with FolderLock(workdir):
             ...
 
-    The folder is made if it is absent, and removed again if the block leaves it empty.
+    A missing folder is created, and removed again if the block leaves it empty.
 
     Args:
-      folder: The folder.
-      lost: Called from a thread where another command has taken the lock, for example after this
-        machine had been asleep; it must end the process.
-      log: Takes the line that says what is waited for.
+      folder: Folder to lock.
+      lost: Called from a thread if another command has taken the lock, for example while this
+        machine was suspended; it must end the process.
+      log: Prints a line about waiting for the owner.
       touch_seconds: Time between two touches.
       stale_seconds: Age of the last touch after which the owner counts as dead.
     """
@@ -67,8 +67,7 @@ class FolderLock:
         """Takes the lock.
 
         Raises:
-          LockError: If a living process holds it, naming host and process; or if the folder cannot
-            be written.
+          LockError: If a living process holds the lock, or if the folder is not writable.
         """
         try:
             self._made_folder = not self._folder.exists()
@@ -77,13 +76,14 @@ class FolderLock:
                 self._wait_for_owner()
         except OSError as error:
             raise LockError(
-                f"{self._folder} cannot be written: {error}", "mend that, or name another folder"
+                f"{self._folder} cannot be written: {error}",
+                "check its permissions and the disk, or name another folder",
             ) from error
         _held.add(self)
         threading.Thread(target=self._keep, daemon=True).start()
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         self._closing.set()
         _held.discard(self)
         with contextlib.suppress(OSError):
@@ -96,16 +96,11 @@ class FolderLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _create(self) -> bool:
-        """Creates the file with the owner in it; False if there is one."""
+        """Creates the lock file; returns False if it exists."""
         try:
             handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -117,22 +112,26 @@ class FolderLock:
         return True
 
     def _wait_for_owner(self) -> None:
-        """Returns once the present lock is gone; raises where its owner lives."""
+        """Returns once the existing lock is gone.
+
+        Raises:
+          LockError: If its owner is alive.
+        """
         owner, touched = _read(self._path)
         if touched is None:
             return
         alive = _is_alive(owner)
-        said = False
+        logged = False
         while alive is None:
             age = self._age(touched)
             if age > self._stale_seconds:
                 alive = False
                 break
-            if not said:
-                said = True
+            if not logged:
+                logged = True
                 self._log(
                     f"{self._folder} is locked by {describe(owner)}: waiting up to "
-                    f"{self._stale_seconds - age:.0f} s for a sign that it lives"
+                    f"{self._stale_seconds - age:.0f} s for its heartbeat"
                 )
             time.sleep(min(1.0, self._touch_seconds / 4))
             now = _read(self._path)
@@ -142,32 +141,32 @@ class FolderLock:
         if alive:
             raise LockError(
                 f"{self._folder} is in use by {describe(owner)}",
-                "wait for that process or end it; the same command continues then",
+                "wait for that process or stop it, then run the same command again to continue",
             )
         self._remove(owner)
 
     def _remove(self, owner: dict[str, Any]) -> None:
-        """Removes a dead owner's file, of which another command may be faster."""
+        """Removes a dead owner's file, unless another command has already done so."""
         mine = self._path.with_name(f"{FILE}.{uuid.uuid4().hex}")
         try:
             os.rename(self._path, mine)
         except FileNotFoundError:
             return
         if _read(mine)[0] != owner:
-            # That was the new lock of a command that removed the dead one first: put it back.
+            # Another command had already replaced the dead lock with its own: restore it.
             with contextlib.suppress(OSError):
                 os.link(mine, self._path)
         mine.unlink(missing_ok=True)
 
     def _age(self, touched: float) -> float:
-        """Returns the seconds since a touch by the file system's clock, not this machine's."""
+        """Returns the seconds since a touch, by the file system's clock instead of this host's."""
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=f"{FILE}.") as probe:
             return os.fstat(probe.fileno()).st_mtime - touched
 
     def _keep(self) -> None:
-        """Touches the file until the end, and reports its loss."""
+        """Touches the file until the lock is released; calls `lost` if the lock is lost."""
         while not self._closing.wait(self._touch_seconds):
-            # A storage that does not answer or is full is for the command itself to notice.
+            # The command itself notices storage that is full or does not respond.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     os.utime(self._path)
@@ -176,7 +175,8 @@ class FolderLock:
                     self._lost(
                         LockError(
                             f"the lock of {self._folder} was lost to {describe(owner)}",
-                            "this process ends, so that two never write one folder",
+                            "this process exits, so that only one writes to the folder; run the "
+                            "command again when the other has ended",
                         )
                     )
                     return
@@ -186,13 +186,13 @@ class FolderLock:
 
 
 def release_all() -> None:
-    """Gives back all locks of this process, which is about to end at once."""
+    """Releases all locks of this process before it exits abruptly."""
     for lock in list(_held):
         lock.release()
 
 
 def this_process() -> dict[str, Any]:
-    """Returns who this process is: enough to ask later whether it still lives."""
+    """Returns the identity of this process, by which others can check whether it is alive."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -206,7 +206,7 @@ def this_process() -> dict[str, Any]:
 
 
 def describe(owner: dict[str, Any]) -> str:
-    """Returns how messages call the owner of a lock."""
+    """Returns the description of a lock's owner for messages."""
     if not owner:
         return "an unknown process"
     command = " ".join(map(str, owner.get("command", [])))
@@ -215,7 +215,7 @@ def describe(owner: dict[str, Any]) -> str:
 
 
 def _is_alive(owner: dict[str, Any]) -> bool | None:
-    """Whether the owner's process lives; None where this machine cannot know."""
+    """Whether the owner's process is alive; None if this machine cannot tell."""
     if not owner or owner.get("machine") != _machine():
         return None
     pid = owner.get("pid")
@@ -223,9 +223,9 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], float | None]:
-    """Returns a lock's owner, {} if it is not readable yet, and its last touch, None for no lock.
+    """Returns a lock's owner ({} if not readable yet) and its last touch (None without a lock).
 
-    Opening the file makes NFS ask the server for both.
+    Opening the file makes NFS fetch both from the server.
     """
     try:
         with path.open("rb") as file:
@@ -240,7 +240,7 @@ def _read(path: Path) -> tuple[dict[str, Any], float | None]:
 
 
 def _machine() -> str:
-    """Returns what processes share that see each other's numbers: one boot, one PID namespace."""
+    """Returns an identifier of this boot and PID namespace, within which process IDs are unique."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -249,9 +249,9 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """Returns when a living process began, in ticks since boot; None if there is none.
+    """Returns the start time of a living process in ticks since boot; None if there is none.
 
-    A number is given out again; the pair of number and start is not.
+    Process IDs are reused; pairs of process ID and start time are not.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

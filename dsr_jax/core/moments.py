@@ -5,26 +5,26 @@ from collections.abc import Mapping
 import numpy as np
 
 COVARIANCE_BLOCK = 1024
-"""Rows whose scatter matrix is one matmul."""
+"""Number of rows whose scatter matrix is computed as one matmul."""
 VARIANCE_BLOCK = 16
-"""Rows whose squares are summed at once; few, since a row may be a whole image's latent."""
+"""Number of rows whose squares are summed at once; few, since a row may be an image's latent."""
 
 
 class Moments:
     """Moments of rows that arrive in batches.
 
-    Mean and centred scatter of blocks of rows are merged pairwise (Chan, Golub and LeVeque 1979),
-    so that no large sums of squares cancel. Blocks are counted from the first row on, whatever the
-    batches are: the same rows in the same order give the same bits, also after a restart, and in
-    another order they differ by float64 rounding.
+    Mean and centered scatter of blocks of rows are merged pairwise (Chan, Golub and LeVeque 1979),
+    so that no large sums of squares cancel. Blocks do not depend on batches: the same rows in the
+    same order give the same bits, also after a restart; in another order they differ by float64
+    rounding.
 
     Args:
-      shape: Of one row.
-      covariance: Whether the scatter of all pairs of values is kept (rows must be vectors), or only
-        that of each value with itself.
+      shape: Shape of one row.
+      covariance: Whether to keep the scatter of all pairs of values, for rows that are vectors, or
+        only that of each value with itself.
 
     Attributes:
-      shape: Of one row.
+      shape: Shape of one row.
     """
 
     def __init__(self, shape: tuple[int, ...], *, covariance: bool) -> None:
@@ -37,14 +37,14 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """Rows so far."""
+        """Number of rows so far."""
         return self._count + len(self._waiting)
 
     def update(self, rows: np.ndarray) -> None:
         """Adds finite rows [B, *shape] of any float type.
 
         Raises:
-          ValueError: If they are of another shape.
+          ValueError: If they have another shape.
         """
         if rows.shape[1:] != self.shape:
             raise ValueError(f"rows of {rows.shape[1:]} for moments of {self.shape}")
@@ -56,7 +56,7 @@ class Moments:
                 self._add_waiting()
 
     def mean_and_scatter(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the mean, and the sum of products of deviations from it: divide by the count."""
+        """Returns the mean and the scatter: the sum of products of differences from the mean."""
         whole = Moments(self.shape, covariance=self._covariance)
         whole.restore(self.state())
         whole._add_waiting()
@@ -81,17 +81,17 @@ class Moments:
         if not (rows := len(self._waiting)):
             return
         mean = self._waiting.mean(axis=0)
-        centred = self._waiting - mean
+        centered = self._waiting - mean
         self._waiting = self._waiting[:0]
         total = self._count + rows
         step = mean - self._mean
         weighted = step * (self._count * rows / total)
         self._mean = self._mean + step * (rows / total)
-        # In place: of 2048 features each copy of the matrix is 32 MiB.
+        # In place, since a copy of the matrix of 2048 features is 32 MiB.
         if self._covariance:
-            self._scatter += centred.T @ centred
+            self._scatter += centered.T @ centered
             self._scatter += np.outer(weighted, step)
         else:
-            self._scatter += np.square(centred).sum(axis=0)
+            self._scatter += np.square(centered).sum(axis=0)
             self._scatter += weighted * step
         self._count = total

@@ -18,17 +18,17 @@ def is_reference(name: str) -> bool:
 def load_object(key: str, reference: str) -> Any:
     """Imports the object that "package.module:name" refers to.
 
-    Modules are found where Python finds them, and in the working directory.
+    Modules are searched on Python's path and in the working directory.
 
     Args:
-      key: The config's key, for messages.
-      reference: Its value.
+      key: Config key, for messages.
+      reference: Value of the key.
 
     Raises:
       ConfigError: If the module cannot be imported or has no such name.
     """
     module_name, _, attribute = reference.partition(":")
-    # As with `python -m`, which a console script or a notebook does not do.
+    # `python -m` does this, but console scripts and notebooks do not.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
@@ -43,5 +43,6 @@ def load_object(key: str, reference: str) -> Any:
     except AttributeError as error:
         names = ", ".join(name for name in vars(module) if not name.startswith("_"))
         raise ConfigError(
-            f"{key}={reference!r}: {module.__name__} has no {attribute!r}", f"it has {names}"
+            f"{key}={reference!r}: the module {module.__name__!r} has no {attribute!r}",
+            f"choose from {names}",
         ) from error

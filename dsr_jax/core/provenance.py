@@ -1,4 +1,4 @@
-"""What produced a number: code revision, package versions, command line, machine."""
+"""Provenance of results: code revision, package versions, command line, machine."""
 
 import configparser
 import datetime
@@ -33,16 +33,16 @@ _GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 
 def git_revision() -> str | None:
-    """Commit that this package's code comes from.
+    """Returns the commit of this package's code, or None if it is unknown.
 
-    In a git checkout of this project it is the checked-out commit, with "-dirty" appended where
+    In a git checkout of this project it is the checked-out commit, with "-dirty" appended if
     tracked files were changed. In an archive made by `git archive` (the launch scripts ship one) it
-    is the commit that git wrote into the file REVISION. It is None anywhere else: a repository
-    around an installed or copied package is another project's.
+    is the commit that git wrote to the file REVISION. Elsewhere it is None: a repository that
+    contains an installed or copied package belongs to another project.
     """
     if _is_checkout(_ROOT):
         command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-        # Without a tag's name in place of the commit, and of this repository, not $GIT_DIR's.
+        # The commit instead of a tag's name, and of this repository instead of $GIT_DIR's.
         environment = {name: text for name, text in os.environ.items() if name not in _GIT_PLACES}
         try:
             done = subprocess.run(
@@ -78,7 +78,7 @@ def _is_checkout(folder: Path) -> bool:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide what is computed."""
+    """Returns the installed versions of the packages that affect results."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -89,7 +89,7 @@ def package_versions() -> dict[str, str]:
 
 
 def provenance() -> dict[str, Any]:
-    """The stamp that is written beside runs, samples and scores."""
+    """Returns the provenance that is written with runs, samples and scores."""
     device = jax.devices()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

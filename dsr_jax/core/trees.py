@@ -1,4 +1,4 @@
-"""Parameter trees as flat dictionaries of names, and their sizes."""
+"""Conversion of parameter trees to and from flat dictionaries, and sizes of trees."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def flatten_names(tree: PyTree, sep: str = "/") -> dict[str, Any]:
 
 
 def unflatten_names(flat: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
-    """Builds the nested dictionary whose `flatten_names` is `flat`.
+    """Builds a nested dictionary from flat names; the inverse of `flatten_names`.
 
     Raises:
       ValueError: If one name is both a leaf and a prefix of another.
@@ -30,7 +30,7 @@ def unflatten_names(flat: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{name!r} lies below {parent!r}, which is itself a leaf")
+                raise ValueError(f"{name!r} is below {parent!r}, which is itself a leaf")
         if last in node:
             raise ValueError(f"{name!r} is given twice, or is also the prefix of another name")
         node[last] = leaf
@@ -38,10 +38,10 @@ def unflatten_names(flat: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
 
 
 def count_params(tree: PyTree) -> int:
-    """Number of elements in all leaves (arrays or `ShapeDtypeStruct`s)."""
+    """Returns the number of elements in all leaves (arrays or `ShapeDtypeStruct`s)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all leaves (arrays or `ShapeDtypeStruct`s), before any sharding."""
+    """Returns the bytes of all leaves (arrays or `ShapeDtypeStruct`s), before any sharding."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

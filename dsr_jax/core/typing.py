@@ -1,4 +1,4 @@
-"""Names for the types that cross package borders."""
+"""Names of types that several packages use."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

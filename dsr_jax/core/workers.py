@@ -1,4 +1,4 @@
-"""Worker processes that do not outlive the process that started them."""
+"""Worker processes that exit with the process that started them."""
 
 import multiprocessing
 import os
@@ -7,10 +7,10 @@ from multiprocessing.process import BaseProcess
 
 
 def end_with_parent(*_: int) -> None:
-    """Makes this worker process end as soon as its parent has ended, even by SIGKILL.
+    """Makes this worker process exit as soon as its parent has ended, even by SIGKILL.
 
-    For `initializer` of a pool, or `worker_init_fn` of Grain, whose arguments are not used. The
-    watching thread waits on a pipe that the operating system closes, and costs nothing.
+    To be passed as `initializer` of a pool or `worker_init_fn` of Grain, whose arguments are
+    ignored. The thread waits on a pipe that the operating system closes, and takes no CPU time.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

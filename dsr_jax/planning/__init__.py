@@ -1,1 +1,1 @@
-"""Programs compiled for devices that are not there: memory, cost, least time, sweeps, reports."""
+"""Ahead-of-time compilation for absent devices: memory, cost, time bounds, sweeps, reports."""

@@ -1,7 +1,7 @@
 """Parser for the text of a compiled XLA program: instructions, loops and their trip counts.
 
-XLA's own cost analysis counts the body of a loop once, and so a scanned depth as one block. Here
-every computation is multiplied by the trip counts of the loops around it.
+XLA's own cost analysis counts the body of a loop once, and so all scanned blocks as one. Trip
+counts allow a cost model to multiply each computation by the loops around it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Array:
     """Shape of one array.
 
     Attributes:
-      dtype: XLA's name.
-      shape: Sizes.
-      in_hbm: False if the compiler keeps it in the chip's fast memory.
+      dtype: XLA's name of the dtype.
+      shape: Sizes of the dimensions.
+      in_hbm: False if the compiler keeps the array in the chip's fast memory.
       padded: Sizes rounded up to the TPU's tiles; None without tiles.
     """
 
@@ -57,11 +57,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: Its name.
+      name: Name of the instruction.
       opcode: XLA's opcode.
-      arrays: Shapes of its result, one per element of a tuple.
-      operands: Names of its operands, in order.
-      attributes: The rest of the line.
+      arrays: Shapes of the result, one per element of a tuple.
+      operands: Names of the operands, in order.
+      attributes: Rest of the line.
       is_root: Whether it is the computation's result.
     """
 
@@ -88,20 +88,20 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Its origin in the traced program, "" if unknown."""
+        """Origin in the traced program; "" if unknown."""
         return self.attribute(r'op_name="([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Computation:
-    """A named list of instructions."""
+    """Named list of instructions."""
 
     name: str
     instructions: Mapping[str, Instruction]
 
     @property
     def root(self) -> Instruction:
-        """The instruction that gives its result."""
+        """Instruction whose result is that of the computation."""
         return next(i for i in reversed(list(self)) if i.is_root)
 
     def __iter__(self) -> Iterator[Instruction]:
@@ -131,12 +131,12 @@ class Computation:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled module.
+    """Compiled XLA program.
 
     Attributes:
-      entry: The entry computation.
-      computations: All of them by name.
-      slices: Number of TPU slices that it runs on.
+      entry: Entry computation.
+      computations: All computations by name.
+      slices: Number of TPU slices that the program runs on.
     """
 
     entry: Computation
@@ -146,7 +146,7 @@ class Program:
     def trips(self, loop: Instruction) -> int | None:
         """Returns the trip count of a `while` that counts from 0 in equal steps to a constant.
 
-        None for any other condition, as in an adaptive solver.
+        Returns None for any other condition, such as that of an adaptive solver.
         """
         condition = self.computations[loop.called("condition")[0]]
         root, counters = condition.root, [i for i in condition if i.opcode == "get-tuple-element"]
@@ -193,7 +193,7 @@ def _instruction(line: str) -> Instruction:
     inside, attributes = rest[len(opcode) + 1 : last - 1], rest[last:].removeprefix(", ")
     operands = tuple(_NAME.findall(inside))
     if not operands:
-        attributes = f"{inside}, {attributes}"  # Of parameters and constants.
+        attributes = f"{inside}, {attributes}"  # Numbers of parameters, values of constants.
     return Instruction(
         left.removeprefix("ROOT ").removeprefix("%"),
         opcode,

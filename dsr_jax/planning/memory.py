@@ -1,4 +1,4 @@
-"""Memory of a compiled program by purpose, and advice for one that does not fit."""
+"""Memory of a compiled program by purpose, and advice for programs that do not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def bytes_per_chip(tree: PyTree) -> int:
-    """Returns the bytes of one device's shards of abstract arrays with shardings."""
+    """Returns the bytes of one device's shards, for abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -31,7 +31,7 @@ def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
 
     Args:
       analysis: `compiled.memory_analysis()`.
-      arguments: Bytes of its arguments by name; what the compiler adds to them is padding.
+      arguments: Bytes of the arguments by name; the compiler's total minus these is padding.
     """
     padding = analysis.argument_size_in_bytes - sum(arguments.values())
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -46,7 +46,7 @@ def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
 
 
 def out_of_memory(message: str, argument_bytes: int) -> tuple[int, int] | None:
-    """Returns (bytes needed, bytes available) from XLA's out-of-memory message, None for others.
+    """Returns (bytes needed, bytes available) from XLA's out-of-memory message, else None.
 
     The compiler reports the total, or, if it gives up earlier, the temporaries alone.
 
@@ -70,12 +70,12 @@ def out_of_memory(message: str, argument_bytes: int) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the memory of a training step depends on.
+    """Quantities that determine the memory of a training step.
 
     Attributes:
-      mesh: Devices along data, fsdp and tensor.
+      mesh: Number of devices along data, fsdp and tensor.
       width: Hidden size of the model, which FSDP splits.
-      remat: config.model.remat.
+      remat: Value of config.model.remat.
       batch_per_chip: Images per chip, over all micro-batches.
       accumulate: Micro-batches; 0 in a sampler.
       state_bytes: Bytes of parameters, EMA weights and optimizer state on one device.
@@ -92,10 +92,10 @@ class Layout:
 
 
 def advice(layout: Layout, needed: int, limit: int, temporaries: int) -> list[str]:
-    """Returns changes that bring `needed` bytes down to `limit`, the cheapest in time first.
+    """Returns config changes that reduce `needed` bytes to `limit`, the cheapest in time first.
 
     Args:
-      layout: What the memory depends on.
+      layout: Quantities that determine the memory.
       needed: Bytes needed on one chip.
       limit: Bytes available.
       temporaries: Bytes of activations and temporaries among those needed.
@@ -132,7 +132,7 @@ def advice(layout: Layout, needed: int, limit: int, temporaries: int) -> list[st
 
 
 def _smaller_micro_batches(layout: Layout, needed: int, limit: int, temporaries: int) -> str:
-    """Returns advice on micro-batches, in proportion to which temporaries shrink."""
+    """Returns advice on micro-batches, with temporaries proportional to their size."""
     images = layout.batch_per_chip
     counts = [
         layout.accumulate * factor
@@ -149,7 +149,7 @@ def _smaller_micro_batches(layout: Layout, needed: int, limit: int, temporaries:
 
 
 def _outcome(size: int, limit: int) -> str:
-    """Returns whether a change is enough by estimate, as the end of a line of advice."""
+    """Returns the end of a line of advice: whether the change is estimated to be enough."""
     enough = "enough" if size <= limit else "not enough by itself"
     return f"; {enough}: about {_gib(size)} of {_gib(limit)} in all"
 

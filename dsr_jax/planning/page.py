@@ -1,4 +1,4 @@
-"""The report of `planning.report` as one self-contained HTML page."""
+"""HTML page of a `planning.report` report, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px soli
 
 
 def make_page(report: Report) -> str:
-    """Returns the page as HTML."""
+    """Returns the report as an HTML page."""
     title = f"{report['what']} of {report['config']} on {report['topology']}"
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
     outcome = "It fits." if report["fits"] else '<b class="bad">It does not fit.</b>'

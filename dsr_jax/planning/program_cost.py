@@ -21,13 +21,13 @@ REST = "the rest"
 
 @dataclass(frozen=True)
 class Collective:
-    """Communication of one kind and size.
+    """Collective operation of one kind and size.
 
     Attributes:
       kind: One of COLLECTIVES.
-      group: Number of participating devices.
+      group: Number of participating devices, or of slices for network "DCN".
       bytes: Size of the whole array that is gathered, reduced or sent, on one device.
-      network: "ICI" within a TPU slice; "DCN" between slices, where the group counts slices.
+      network: "ICI" within a TPU slice, "DCN" between slices.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that each device sends in a ring."""
+        """Bytes that each device sends, with a ring algorithm."""
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
         share = (self.group - 1) / max(self.group, 1)
@@ -51,7 +51,7 @@ class Cost:
     Attributes:
       flops: FLOPs of matmuls and convolutions.
       hbm_bytes: Bytes read from and written to main memory by the instructions.
-      collectives: Number of runs of each collective.
+      collectives: Number of executions of each collective.
       unknown_loops: Loops of unknown trip count, counted once.
     """
 
@@ -61,7 +61,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
-        """Adds `times` the cost of another part."""
+        """Adds another part's cost, multiplied by `times`."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         for collective, count in other.collectives.items():
@@ -88,12 +88,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Part:
-    """A scanned stack of layers, or the rest of the program.
+    """Scanned stack of layers, or the rest of the program.
 
     Attributes:
-      name: As in "forward blocks_reg".
-      trips: Trip count.
-      cost: Cost of all trips together.
+      name: Name such as "forward blocks_reg".
+      trips: Trip count of the loop.
+      cost: Total cost of all trips.
     """
 
     name: str
@@ -102,11 +102,11 @@ class Part:
 
 
 def split_program(program: Program) -> list[Part]:
-    """Splits a program into its scanned stacks, in order, and the rest."""
+    """Splits a program into its scanned stacks, in program order, and the rest."""
     found, rest = [], Cost()
     for instruction in program.entry:
         cost = _cost(program, program.entry, instruction)
-        # The compiler adds loops of its own, over the shards of a matmul.
+        # The compiler adds its own loops over the shards of a matmul.
         if instruction.opcode == "while" and instruction.op_name.endswith("/while"):
             name = _scan_name(program, instruction)
             found.append(Part(name, program.trips(instruction) or 1, cost))
@@ -139,7 +139,7 @@ def _scan_name(program: Program, loop: Instruction) -> str:
 
 
 def _cost(program: Program, computation: Computation, instruction: Instruction) -> Cost:
-    """Returns the cost of an instruction of `computation`, with everything that it calls."""
+    """Returns the cost of an instruction of `computation`, including computations it calls."""
     cost = Cost(hbm_bytes=_hbm_bytes(program, computation, instruction))
     if instruction.opcode == "while":
         trips = program.trips(instruction)
@@ -180,15 +180,15 @@ def _collective(
     if instruction.opcode == "send" and instruction.attribute(_TRANSFER):
         return _between_slices(program, computation, instruction)
     kind = instruction.opcode.removesuffix("-start")
-    # A collective that overlaps with several fusions is written in each of them.
+    # A collective that overlaps with several fusions appears in each of them.
     piece = instruction.attribute(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
     if kind not in COLLECTIVES or piece not in ("", "-1"):
         return None
     operands = sum(array.bytes for array in _operands(computation, instruction))
     results = sum(array.bytes for array in instruction.arrays)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        results -= operands  # Its result includes the operands.
-    # TPU programs write a reduce-scatter as an all-reduce of which each device takes its slice.
+        results -= operands  # The result includes the operands.
+    # In TPU programs a reduce-scatter is an all-reduce of which each device takes its slice.
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     size = results if kind == "all-gather" else operands
@@ -201,9 +201,9 @@ _TRANSFER = r'_xla_megascale_transfer_type="(\w+)"'
 def _between_slices(
     program: Program, computation: Computation, instruction: Instruction
 ) -> Collective:
-    """Returns a transfer to the host, whose runtime exchanges data with other slices.
+    """Returns the collective of a transfer to the host, whose runtime connects the slices.
 
-    The compiler names the slices if all participate; for groups of slices, all are assumed.
+    The compiler lists the slices if all participate; otherwise all are assumed to.
     """
     kind = instruction.attribute(_TRANSFER).lower().replace("_", "-")
     named = instruction.attribute(r'_xla_megascale_target="\{([\d,]+)\}')
@@ -213,10 +213,10 @@ def _between_slices(
 
 
 def _group_size(instruction: Instruction) -> int:
-    """Returns the number of devices that communicate, from any of XLA's notations.
+    """Returns the number of communicating devices, from any of XLA's notations.
 
     Raises:
-      ValueError: For another notation.
+      ValueError: If the notation is unknown.
     """
     if pairs := instruction.attribute(r"source_target_pairs=\{(.*?)\}\}"):
         return pairs.count("{")
@@ -229,7 +229,9 @@ def _group_size(instruction: Instruction) -> int:
     axes = instruction.attribute(r"replica_groups=mesh\[.*?\][^{]*\{(.*?)\}")
     chosen = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
     if not chosen:
-        raise ValueError(f"groups of {instruction.name}: {instruction.attributes[:200]}")
+        raise ValueError(
+            f"unknown notation of groups in {instruction.name}: {instruction.attributes[:200]}"
+        )
     return math.prod(int(part or sizes[axis]) for axis, part in chosen)
 
 
@@ -261,7 +263,7 @@ _SPLASH_MATMULS = {"fwd": 2, "dkv": 5}
 
 
 def _attention_flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs of a splash kernel, opaque to the compiler, including padding."""
+    """Returns the FLOPs of a splash kernel, which XLA does not count, including padding."""
     kernel = re.match(r"splash_mha_(fwd|dkv)", instruction.name)
     if kernel is None:
         return 0
@@ -271,10 +273,10 @@ def _attention_flops(computation: Computation, instruction: Instruction) -> floa
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns FLOPs as XLA counts them: padding and gaps between dilated inputs cost nothing.
+    """Returns the FLOPs of a convolution as XLA counts them.
 
-    This matters on TPUs, whose compiler writes a batched matmul as a convolution over the batch
-    with windows that each contain one input.
+    Padding and gaps between dilated inputs cost nothing. This matters on TPUs, whose compiler turns
+    a batched matmul into a convolution over the batch with windows that each contain one input.
     """
     lhs, rhs = _operands(computation, instruction)[:2]
     labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)")
@@ -305,7 +307,7 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "iota", "opt-barrier"),
 }
-"""Instructions without memory traffic of their own."""
+"""Opcodes of instructions without memory traffic of their own."""
 
 
 def _hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
@@ -330,7 +332,7 @@ def _hbm_bytes(program: Program, computation: Computation, instruction: Instruct
 
 
 def _fusion_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Counts the slices that a fusion reads and the parts that it updates in place."""
+    """Returns the bytes of a fusion: only slices that it reads, only parts updated in place."""
     fused = program.computations[instruction.called("calls")[0]]
     moved = 0.0
     for parameter, name in zip(fused.parameters(), instruction.operands, strict=False):

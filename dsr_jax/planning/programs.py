@@ -34,16 +34,16 @@ from dsr_jax.telemetry import flops
 
 @dataclass(frozen=True)
 class AotProgram:
-    """A program that can be compiled without its devices.
+    """Program that can be compiled without its devices.
 
     Attributes:
       what: Name of the program.
-      lower: Traces and lowers it.
+      lower: Function that traces and lowers it.
       arguments: Abstract arguments, by purpose.
-      images: Images per call, over all chips.
-      steps: Calls in the whole job.
+      images: Number of images per call, over all chips.
+      steps: Number of calls in the whole job.
       model_flops: Model FLOPs per call, as counted for MFU; None if unknown.
-      layout: What its memory depends on.
+      layout: Quantities that determine its memory.
     """
 
     what: str
@@ -100,7 +100,7 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
 
 
 def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> AotProgram:
-    """The program of `python -m dsr_jax.sample` for one batch; arguments as `train_step`'s."""
+    """Returns the program of `python -m dsr_jax.sample` for one batch; Args as in `train_step`."""
     rules = build.make_rules(config)
     space, variables = abstract_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
@@ -147,14 +147,14 @@ def compile_report(
     subject: Mapping[str, Any],
     keep_text: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Compiles one program of a config and returns its report, also if it does not fit.
+    """Compiles one program of a config and returns its report, even if it does not fit.
 
     Args:
       config: Experiment config.
-      topology: The chips.
-      program: A key of PROGRAMS.
+      topology: Chips to compile for.
+      program: Key of PROGRAMS.
       subject: First fields of the report: the config's name and the command.
-      keep_text: Receives the text of the compiled program.
+      keep_text: Function that stores the text of the compiled program.
 
     Raises:
       DsrError: If libtpu is not installed, or the config does not fit the mesh.

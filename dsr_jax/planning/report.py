@@ -1,4 +1,4 @@
-"""The report on a compiled program, its memory and its least time, as JSON values and as text."""
+"""Report on a compiled program, its memory and its time bound, as JSON values and as text."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dsr_jax.planning.roofline import METHOD, part_times
 
 GIB = 2**30
 _MAX_COLLECTIVES = 12
-"""Lines of collectives in the text."""
+"""Number of collectives listed in the text, per network."""
 
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiler's results for a program.
+    """Compiler's results for a program.
 
     Attributes:
       memory: Bytes on one chip, by purpose.
-      needed: Their sum, or the compiler's own figure if they do not fit.
+      needed: Sum of `memory`, or the compiler's own figure if the program does not fit.
       limit: Bytes available on one chip.
       seconds: Time of tracing and compiling.
-      parts: Cost by part of the program; empty if the compiler gave up.
-      advice: Changes that would make it fit.
+      parts: Cost by part of the program; empty if the compiler failed.
+      advice: Config changes that would make the program fit.
     """
 
     memory: Mapping[str, int]
@@ -55,11 +55,11 @@ def make_report(
     """Returns the report as JSON values.
 
     Args:
-      subject: Fields that name what was compiled.
-      topology: The chips.
-      compiled: The compiler's results.
-      images: Images per step, over all chips.
-      steps: Steps of the whole run.
+      subject: First fields of the report, which identify the program.
+      topology: Chips that the program was compiled for.
+      compiled: Compiler's results.
+      images: Number of images per step, over all chips.
+      steps: Number of steps of the whole run.
       model_flops: Model FLOPs per step without recomputation, over all chips; None if unknown.
     """
     report = {
@@ -169,7 +169,7 @@ def slices_text(report: Report) -> str:
 
 
 def resources(report: Report) -> tuple[str, ...]:
-    """Returns the resources that can bound a part, as in the keys "compute_seconds" and so on."""
+    """Returns the names of the resources that can bound a part; keys are f"{name}_seconds"."""
     return ("compute", "hbm", "ici", "dcn") if report["slices"] > 1 else ("compute", "hbm", "ici")
 
 

@@ -1,4 +1,4 @@
-"""Roofline: the least time of a compiled program, from FLOPs, memory traffic and communication."""
+"""Roofline model: lower bounds of a program's time, from FLOPs, memory traffic, communication."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ METHOD = (
 
 @dataclass(frozen=True)
 class PartTime:
-    """Least times of a part, in seconds.
+    """Lower bounds of a part's time, in seconds.
 
     Attributes:
-      part: The part.
+      part: Part of the program.
       compute: Time of its matmuls.
       hbm: Time of its memory traffic.
       ici: Time of its communication within a slice.
@@ -40,17 +40,17 @@ class PartTime:
 
     @property
     def seconds(self) -> float:
-        """The longest of them: at best they overlap."""
+        """Maximum of the four times, which overlap at best."""
         return max(self.compute, self.hbm, self.ici, self.dcn)
 
     @property
     def bound(self) -> str:
-        """Name of the longest."""
+        """Name of the longest of the four times."""
         return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
 
 
 def part_times(parts: Sequence[Part], chip: Chip) -> list[PartTime]:
-    """Returns the times of a program's parts on a chip."""
+    """Returns the time bounds of a program's parts on a chip."""
     return [
         PartTime(
             part,

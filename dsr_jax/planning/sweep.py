@@ -1,4 +1,4 @@
-"""Sweep over layouts of a config: compiles each without the devices, and ranks them."""
+"""Sweep over layouts of a config: compiles each without its devices, and ranks them."""
 
 import itertools
 import math
@@ -13,26 +13,26 @@ from dsr_jax.planning.programs import compile_report
 from dsr_jax.planning.report import Report
 
 _MIN_FSDP = 4
-"""Smallest FSDP size that is tried besides 1."""
+"""Smallest FSDP size to try, apart from 1."""
 
 _REMAT = ("none", "dots", "full")
-"""From most memory and least compute to the opposite."""
+"""Policies from most memory and least compute to least memory and most compute."""
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 
 _FEW_IMAGES = 8
-"""Images per chip below which `tensor` of 2 is tried."""
+"""Number of images per chip below which `tensor` of 2 is tried."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One layout.
+    """Layout to try.
 
     Attributes:
-      fsdp: Chips that share one state; the others hold replicas.
+      fsdp: Number of chips over which one state is sharded; other chips have replicas.
       remat: Rematerialization policy.
-      accumulate: Micro-batches per step.
-      tensor: Chips that share the heads and hidden units.
+      accumulate: Number of micro-batches per step.
+      tensor: Number of chips over which heads and hidden units are sharded.
     """
 
     fsdp: int
@@ -41,9 +41,9 @@ class Trial:
     tensor: int = 1
 
     def dominates(self, other: "Trial") -> bool:
-        """Whether it is `other` with fewer micro-batches, and so at least as fast.
+        """Whether it is `other` with as many or fewer micro-batches, and so at least as fast.
 
-        Remat policies have no such order: reading saved activations takes time, too.
+        Remat policies are not ordered by speed, since reading saved activations also takes time.
         """
         return replace(other, accumulate=self.accumulate) == self and (
             self.accumulate <= other.accumulate
@@ -79,24 +79,25 @@ def trials(
     """Yields layouts in the order in which to try them, the cheapest in time first.
 
     Args:
-      config: The config.
-      topology: The slice.
-      fsdp: Sizes to try; () for all that divide the chips and the width.
+      config: Experiment config.
+      topology: Chips to compile for.
+      fsdp: Sizes to try; () for all that divide the number of chips and the width.
       remat: Policies to try; () for all.
-      accumulate: Numbers of micro-batches to try; () for 1, 2, 4 and 8 as far as the batch goes.
-      tensor: Sizes to try; () for 1, and 2 if chips have few images and heads are even.
+      accumulate: Numbers of micro-batches to try; () for those of 1, 2, 4 and 8 that divide the
+        images per chip.
+      tensor: Sizes to try; () for 1, and also 2 if chips have few images and heads are even.
 
     Raises:
-      MeshError: If the batch does not divide over the chips.
+      MeshError: If the number of chips does not divide the global batch.
     """
     chips, batch = topology.num_chips, config.data.global_batch
     if batch % chips:
         nearest = max(1, round(batch / chips)) * chips
         raise MeshError(
-            f"global batch {batch} does not divide over {chips} chips",
+            f"config.data.global_batch={batch} is not a multiple of {chips} chips",
             f"use --config.data.global_batch={nearest}",
         )
-    # FSDP stays within a slice, where links are fast.
+    # FSDP stays within a slice, which has fast links.
     own = chips // topology.slices
     sizes = [n for n in range(1, own + 1) if own % n == config.model.hidden_size % n == 0]
     worthwhile = [n for n in sizes if n == 1 or n >= _MIN_FSDP]
@@ -104,7 +105,7 @@ def trials(
     shared = (1, 2) if batch // chips < _FEW_IMAGES and config.model.num_heads % 2 == 0 else (1,)
     choices = (fsdp or worthwhile, tensor or shared, remat or _REMAT, accumulate or counts)
     for shards, parts, policy, count in itertools.product(*choices):
-        # A size that the user asked for is tried in any case: the mesh's error explains it.
+        # A size that the user gave is always tried: if it does not fit, the mesh's error explains.
         if tensor or parts == 1 or own % (shards * parts) == 0:
             yield Trial(shards, policy, count, parts)
 
@@ -116,16 +117,16 @@ def sweep(
     chosen: Iterable[Trial],
     note: Callable[[str], None],
 ) -> list[Report]:
-    """Compiles each layout and returns their reports, the fastest that fits first.
+    """Compiles each layout and returns the reports, the fastest layout that fits first.
 
-    Where a layout fits, the same with more micro-batches is skipped.
+    If a layout fits, the same layout with more micro-batches is skipped.
 
     Args:
-      config: The config.
-      topology: The slice.
-      subject: See `programs.compile_report`.
-      chosen: Layouts, from `trials`.
-      note: Prints a line.
+      config: Experiment config.
+      topology: Chips to compile for.
+      subject: First fields of each report; see `programs.compile_report`.
+      chosen: Layouts from `trials`.
+      note: Function that prints a line.
     """
     reports: list[Report] = []
     fitting: list[Trial] = []
@@ -142,7 +143,7 @@ def sweep(
 
 
 def line(report: Report) -> str:
-    """Returns one layout as a line of text."""
+    """Returns the line of text about one layout."""
     gib = report["hbm_bytes_per_chip"] / 2**30
     seconds = report["step_seconds_estimate"]
     speed = f"{seconds:8.3f} s, MFU {report['mfu_bound']:6.1%}" if seconds else "    does not fit"

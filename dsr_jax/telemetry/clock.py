@@ -1,4 +1,4 @@
-"""How long a training step takes, without compilation and pauses."""
+"""Time of training steps, without compilation and pauses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Timing:
     """Speed over the steps since the last lap.
 
     Attributes:
-      step_seconds: Mean time of a step, pauses excluded.
-      images_per_second: Over all devices.
-      eta_seconds: Time to the end of the run, at its mean speed so far, pauses included.
+      step_seconds: Mean time of a step, without pauses.
+      images_per_second: Throughput over all devices.
+      eta_seconds: Time to the end of the run, at its mean speed so far including pauses.
     """
 
     step_seconds: float
@@ -28,15 +28,15 @@ class Timing:
 
 
 class StepClock:
-    """Measures steps between laps.
+    """Clock that measures the time of steps between laps.
 
-    Dispatch is asynchronous: a lap means something only after the step's results have been waited
-    for or fetched. Call `lap` once after the first step, which compiles, and then at log points.
+    Dispatch is asynchronous, so that a lap is valid only after the step's results were waited for
+    or fetched. Call `lap` once after the first step, which compiles, and then at log points.
 
     Args:
       images_per_step: Global batch size.
       total_steps: Step at which the run ends.
-      now: Seconds on a clock that never goes back.
+      now: Monotonic clock, in seconds.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class StepClock:
         self._paused = 0.0
 
     def lap(self, step: int) -> Timing | None:
-        """Ends the lap at `step` steps done.
+        """Ends a lap after `step` steps.
 
         Returns:
-          The lap's timing; None on the first call, which starts the clock, and where no step was
-          done since the last.
+          Timing of the lap; None on the first call, which starts the clock, and if no step was done
+          since the last call.
         """
         now = self._now()
         if self._first is None:
@@ -78,11 +78,11 @@ class StepClock:
 
     @contextlib.contextmanager
     def pause(self, wait_for: PyTree = None) -> Iterator[None]:
-        """Leaves the time of the block (a checkpoint, samples) out of the lap.
+        """Excludes the time of the block, such as a checkpoint, from the lap.
 
         Args:
-          wait_for: Results of the last step; waited for first, since the steps still running on the
-            device belong to the lap and not to the pause.
+          wait_for: Results of the last step, waited for before the pause starts, since steps that
+            are still running on the device belong to the lap.
         """
         jax.block_until_ready(wait_for)
         start = self._now()

@@ -1,6 +1,6 @@
 """FLOPs of a training step, and model FLOPs utilization (MFU).
 
-The FLOPs of a network's forward pass are its own `forward_flops` (`models.denoiser.Denoiser`).
+A network counts the FLOPs of its forward pass in `forward_flops` (`models.denoiser.Denoiser`).
 """
 
 from collections.abc import Mapping
@@ -27,18 +27,18 @@ PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
         "NVIDIA H200": 989e12,
     }
 )
-"""Dense bfloat16 FLOP/s of one device, by a prefix of JAX's `device_kind`. The first match
-counts, so longer prefixes come first. Source: the vendors' data sheets."""
+"""Dense bfloat16 FLOP/s of one device, by a prefix of JAX's `device_kind`. The first match is used,
+so longer prefixes come first. Source: the vendors' data sheets."""
 
 
 def train_step_flops(forward_flops: int, batch: int, *, recompute: bool = False) -> int:
     """Returns the FLOPs of one training step: the backward pass costs two forward passes.
 
     Args:
-      forward_flops: Of one sample.
-      batch: Samples per step.
-      recompute: Counts the forward pass that full rematerialization repeats. MFU is defined
-        without it: recomputation is work of the hardware, not of the model.
+      forward_flops: FLOPs of the forward pass of one sample.
+      batch: Number of samples per step.
+      recompute: Whether to count the forward pass that full rematerialization repeats. MFU is
+        defined without it: recomputation is work of the hardware, not of the model.
     """
     return (4 if recompute else 3) * forward_flops * batch
 
@@ -52,13 +52,13 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(step_flops: float, step_seconds: float, num_devices: int, device_kind: str) -> float | None:
-    """Returns model FLOPs utilization: fraction of the devices' bfloat16 peak, 0 to 1.
+    """Returns model FLOPs utilization: the fraction of the devices' bfloat16 peak, 0 to 1.
 
     Args:
-      step_flops: `train_step_flops` without recomputation, over the global batch.
-      step_seconds: Duration of a step.
-      num_devices: Devices that run the step.
-      device_kind: Their `jax.Device.device_kind`.
+      step_flops: `train_step_flops` of the global batch, without recomputation.
+      step_seconds: Duration of a step in seconds.
+      num_devices: Number of devices that run the step.
+      device_kind: `jax.Device.device_kind` of the devices.
 
     Returns:
       The fraction, or None if the device's peak is unknown, as on a CPU.

@@ -1,4 +1,4 @@
-"""Traces a window of training steps with JAX's profiler."""
+"""Profiling of a window of training steps with JAX's profiler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import jax
 
@@ -15,20 +14,20 @@ from dsr_jax.parallel.processes import is_process_zero
 
 
 class ProfileWindow:
-    """Traces steps start .. start + num_steps - 1 into `workdir/profile`; a context manager.
+    """Context manager that traces steps start .. start + num_steps - 1 into `workdir/profile`.
 
         with ProfileWindow(workdir, start=10, num_steps=3) as profile:
             for step in range(first, last):
                 with profile.step(step, wait_for=metrics):
                     state, metrics = train_step(state, batch)
 
-    A run that resumes inside the window traces what is left of it. Leaving the outer block, also by
-    an error, ends a trace that is still running. Read it with XProf or https://ui.perfetto.dev.
+    A run that resumes within the window traces the rest of it. Leaving the outer block, also by an
+    error, ends a trace that is still running. View it with XProf or https://ui.perfetto.dev.
 
     Args:
-      workdir: The run's folder.
-      start: First step, counted from the beginning of training.
-      num_steps: Steps; 0 traces nothing.
+      workdir: Folder of the run.
+      start: First step to trace, counted from the beginning of training.
+      num_steps: Number of steps; 0 traces nothing.
       process_zero: Whether this is process 0, which traces; None asks JAX.
     """
 
@@ -50,9 +49,9 @@ class ProfileWindow:
         """Wraps the dispatch of one step; starts and ends the trace at the window's borders.
 
         Args:
-          step: Number of the step about to be done.
-          wait_for: Results of the step before; waited for at the borders, so that the trace holds
-            exactly its own steps.
+          step: Number of the step.
+          wait_for: Results of the previous step, waited for at the window's borders, so that the
+            trace contains exactly the window's steps.
         """
         if (step in self._window) != self._active:
             jax.block_until_ready(wait_for)
@@ -76,10 +75,5 @@ class ProfileWindow:
     def __enter__(self) -> ProfileWindow:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
