@@ -23,5 +23,5 @@ def test_objects_are_found_in_the_working_directory(tmp_path, monkeypatch) -> No
 def test_errors_name_the_key_the_module_and_what_there_is() -> None:
     with pytest.raises(ConfigError, match="config.x='no_such_module:f'.*\n.*PYTHONPATH"):
         load_object("config.x", "no_such_module:f")
-    with pytest.raises(ConfigError, match="math has no 'tau2'\n.*tau"):
+    with pytest.raises(ConfigError, match="module 'math' has no 'tau2'\n.*tau"):
         load_object("config.x", "math:tau2")
