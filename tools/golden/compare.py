@@ -25,6 +25,9 @@ TOLERANCES: Mapping[str, float] = {
     "stress_params": 1e-3,
     # Given by the encoder specification (section 15).
     "encoder": 2e-4,
+    # The hidden units that a case lists, which are no token: where GELU has closed all of them,
+    # their norm is nothing but rounding.
+    "units": 2e-4,
     # Likewise, for latents one of whose variances is zero: they are magnified 316 times.
     "roundtrip": 2e-3,
     # Truncation to bytes: rounding may move a pixel to an adjacent gray level.

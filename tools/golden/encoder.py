@@ -182,7 +182,7 @@ def _with_neurons(
         for name, array in arrays.items():
             key = f"{prefix}{name}_layer{block}"
             if key in io:
-                checks.append(Check(key, array, io[key], "encoder"))
+                checks.append(Check(key, array, io[key], "units"))
     return checks
 
 

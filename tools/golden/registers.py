@@ -72,11 +72,16 @@ def run_discovery(case: Case) -> list[Check]:
 
 
 def _scores(name: str, scores: np.ndarray, io: Mapping[str, np.ndarray]) -> list[Check]:
-    """Compares the table, and the scores in the order of the ranking, where ties may swap units."""
+    """Compares the table, its sorted scores, and ours of the units in the original's ranking.
+
+    The last instead of the units themselves, since ties may swap units.
+    """
     ranked = np.array([scores[pair] for pair in rank_neurons(scores)])
+    units = io[f"{name}_rank_layer"], io[f"{name}_rank_neuron"]
     return [
         Check(f"{name}_scores", scores, io[f"{name}_scores"], "encoder"),
         Check(f"{name}_rank_score", ranked, io[f"{name}_rank_score"], "encoder"),
+        Check(f"{name}_rank units", scores[units], io[f"{name}_rank_score"], "encoder"),
     ]
 
 
