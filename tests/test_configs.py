@@ -85,7 +85,7 @@ TRACED = [
         ("digits.py:family=unet", "lightningdit, ditdh, sit, jit"),
     ],
 )
-def test_an_unknown_size_is_told_with_the_choices(argument: str, choices: str) -> None:
+def test_an_unknown_size_is_rejected_with_the_choices(argument: str, choices: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configs.load(f"{ROOT}/configs/{argument}")
     key, _, value = argument.partition(":")[2].partition("=")
@@ -134,11 +134,11 @@ def test_the_state_a_step_and_samples_have_their_shapes(path: Path, argument: st
     assert shapes(after) == shapes(abstract)
     assert metrics["loss"].shape == () and metrics["finite"].dtype == bool
 
-    draw = build.make_sampler(config, model, space, mesh, rules)
+    sampler = build.make_sampler(config, model, space, mesh, rules)
     weights = abstract.params if config.sample.ema == "none" else abstract.ema[config.sample.ema]
     count = -(-config.sample.batch // mesh.size) * mesh.size
     indices, labels = np.arange(count, dtype=np.uint32), np.zeros(count, np.int32)
-    samples = jax.eval_shape(lambda *given: draw(*given, indices, labels), weights, variables)
+    samples = jax.eval_shape(lambda *given: sampler(*given, indices, labels), weights, variables)
     size = batch["image"].shape[1:]
     assert samples.images.shape == (count, *size) and samples.images.dtype == np.uint8
 

@@ -108,7 +108,7 @@ def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
     assert not list(folder.glob("*.json"))
 
 
-def test_what_files_tell_is_checked_before_the_network_runs(pictures, monkeypatch):
+def test_file_metadata_is_checked_before_the_network_runs(pictures, monkeypatch):
     folder, inception = pictures
 
     def run(*args, **kwargs):

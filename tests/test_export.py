@@ -151,7 +151,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_keeps_the_tree_and_says_whence_it_came(run: Path, tmp_path: Path) -> None:
+def test_a_folder_keeps_the_tree_and_records_its_source(run: Path, tmp_path: Path) -> None:
     export.main([f"--workdir={run}", f"--out={tmp_path / 'folder'}", "--ema=none"])
     params, record = load_converted(tmp_path / "folder")
     model, _, _, _ = load_denoiser(run)
@@ -163,7 +163,7 @@ def test_a_folder_keeps_the_tree_and_says_whence_it_came(run: Path, tmp_path: Pa
     assert all(np.array_equal(got[name], want[name] + 1) for name in want)
 
 
-def test_what_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
+def test_missing_entries_are_rejected(run: Path, tmp_path: Path) -> None:
     out = f"--out={tmp_path / 'x.safetensors'}"
     with pytest.raises(ConfigError, match="holds no run"):
         export.main([f"--workdir={tmp_path}", out])

@@ -83,10 +83,10 @@ def test_a_run_starts_from_an_exported_folder(run: Path, tmp_path: Path) -> None
 
 def test_describe_and_the_planned_program_of_an_outside_denoiser(modules: Path) -> None:
     config = configs.load(str(modules / "my_denoiser_config.py"), SMALL)
-    card = describe(config)
-    assert card["network"]["name"] == "my_denoiser:ConvNet"
-    assert card["network"]["register_flops"] == 0
-    assert card["network"]["forward_flops"] == flops_of_program(config)
+    summary = describe(config)
+    assert summary["network"]["name"] == "my_denoiser:ConvNet"
+    assert summary["network"]["register_flops"] == 0
+    assert summary["network"]["forward_flops"] == flops_of_program(config)
 
 
 def flops_of_program(config: configs.ConfigDict) -> int:

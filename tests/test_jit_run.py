@@ -67,7 +67,7 @@ def test_a_run_trains_all_but_the_position_tables(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_pieces_draws_the_same_dropout(whole: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_dropout(whole: Path, tmp_path: Path) -> None:
     assert start(tmp_path, "--config.train.stop_after_steps=3") == 0
     assert start(tmp_path) == 0
     want, got = final_state(whole), final_state(tmp_path)
@@ -104,7 +104,7 @@ def losses(steps: int, *overrides: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_step_drops_out_if_the_config_says_so() -> None:
+def test_a_step_has_dropout_if_the_config_enables_it() -> None:
     kept, dropped = losses(2, "--config.model.dropout=0"), losses(2)
     assert all(abs(one - other) > 1e-3 for one, other in zip(kept, dropped, strict=True))
 
@@ -115,7 +115,7 @@ def test_micro_batches_drop_what_the_whole_batch_drops() -> None:
 
 
 @pytest.mark.slow
-def test_samples_are_drawn_by_jits_solver_without_dropout(whole: Path, tmp_path: Path) -> None:
+def test_sampling_uses_jits_solver_without_dropout(whole: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         sample.main(
             [f"--workdir={whole}", f"--out={tmp_path}", f"--name={name}", "--num-samples=10"]

@@ -65,7 +65,9 @@ def test_a_run_leaves_numbers_and_decoded_pictures(whole: Path) -> None:
     assert {"encoder", "decoder", "statistics", "registers"} == set(variables)
 
 
-def test_a_run_in_pieces_equals_the_whole_bit_for_bit(whole: Path, overrides, tmp_path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
+    whole: Path, overrides, tmp_path
+) -> None:
     assert start(tmp_path, *overrides, "--config.train.stop_after_steps=3") == 0
     assert start(tmp_path, *overrides) == 0
     want, got = final_state(whole), final_state(tmp_path)

@@ -117,7 +117,7 @@ def test_the_summary_holds_scores_beside_those_of_real_images(whole: Path) -> No
     assert summary["frechet_distance"] > 3 * summary["frechet_distance_real"] > 0
 
 
-def test_a_run_in_pieces_equals_the_whole_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     """Also where a piece ends between two checkpoints and inside a log window."""
     assert start(tmp_path, "--config.train.stop_after_steps=3") == 0
     assert list_steps(tmp_path / "checkpoints") == [3]
@@ -150,7 +150,7 @@ def test_a_complete_run_is_left_as_it_is(whole: Path, capsys: pytest.CaptureFixt
     assert "the run is complete" in capsys.readouterr().err
 
 
-def test_a_changed_setting_is_told_and_recorded(
+def test_a_changed_setting_is_logged_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for steps in (2, 4):

@@ -139,7 +139,7 @@ def test_the_summary_names_a_decoder_that_a_space_reads(
 
 
 @pytest.mark.slow
-def test_a_run_in_pieces_equals_the_whole_bit_for_bit(
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
     whole: Path, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     """The piece ends with the discriminator begun, inside a log window."""
@@ -250,7 +250,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_denoiser_commands_say_what_is_trained_here(whole: Path, tmp_path: Path) -> None:
+def test_denoiser_commands_report_a_decoders_run(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no denoiser is trained.*\n.*train_decoder"):
         train.main([CONFIG, f"--workdir={tmp_path / 'new'}"])
     with pytest.raises(ConfigError, match="no denoiser is trained"):

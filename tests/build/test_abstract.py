@@ -38,7 +38,7 @@ def test_shapes_are_those_of_the_arrays() -> None:
     assert space == real_space and shapes(variables) == shapes(real)
 
 
-def test_absent_files_are_said_and_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_absent_files_are_logged_and_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     space, variables = abstract_space(load(*ABSENT))
     assert space.latent_shape == (16, 16, 768)
     assert set(variables) == {"encoder", "decoder", "statistics", "registers"}

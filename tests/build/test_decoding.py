@@ -22,7 +22,7 @@ def test_images_are_those_of_the_whole_space(tmp_path) -> None:
     np.testing.assert_array_equal(space.decode(decoding, latents), whole.decode(variables, latents))
 
 
-def test_an_absent_encoder_is_known_by_its_name_or_refused(tmp_path) -> None:
+def test_an_absent_encoder_is_recognized_by_name_or_rejected(tmp_path) -> None:
     config = configs.load("configs/digits.py", save_rae(tmp_path))
     shutil.rmtree(tmp_path / "encoder")
     with pytest.raises(ConfigError, match="encoder=.*does not exist, and 0 encoders"):

@@ -47,7 +47,7 @@ def arguments(source, out, *more):
     return ["lightningdit", f"--source={source}", f"--out={out}", "--register-start=1", *more]
 
 
-def test_record_says_what_was_converted(model, source, converted):
+def test_record_describes_the_conversion(model, source, converted):
     _, record = load_converted(converted)
     assert record["family"] == "lightningdit" and record["entry"] is None
     assert record["source"] == "ep-1.safetensors"

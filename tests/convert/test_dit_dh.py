@@ -89,7 +89,7 @@ def test_original_state_dicts_come_back(case, given):
         np.testing.assert_array_equal(value, state[name], err_msg=name)
 
 
-def test_blocks_land_in_the_part_they_belong_to():
+def test_blocks_are_assigned_to_the_encoder_or_the_head():
     model = DiTDH(**SIZES, num_registers=4, register_start=1)
     state = make_state(model)
     params = torch_to_flax(state, dit_dh_rules(model))

@@ -157,7 +157,7 @@ def test_values_that_hub_files_leave_out_are_those_of_transformers() -> None:
         assert config_from_hub({"model_type": kind}) == config_from_hub(whole), kind
 
 
-def test_presets_are_what_their_hub_configs_say() -> None:
+def test_presets_equal_their_hub_configs() -> None:
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
     vision |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
     so400m = config_from_hub({"model_type": "siglip", "vision_config": vision})
@@ -167,7 +167,9 @@ def test_presets_are_what_their_hub_configs_say() -> None:
     assert config_from_hub({"model_type": "vit_mae"}) == ViTConfig(**ENCODERS["mae-base"])
 
 
-def test_a_hub_id_without_a_network_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_without_network_access_shows_how_to_fetch_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     require("huggingface_hub", "hub")
     import huggingface_hub
 

@@ -118,7 +118,7 @@ def test_counters_of_batches_are_dropped_and_the_rest_is_strict(tmp_path):
         read_inception(tmp_path / "other.safetensors")
 
 
-def test_missing_weights_say_where_they_are_found(tmp_path):
+def test_missing_weights_are_reported_with_their_source(tmp_path):
     for call in (
         lambda: load_inception(tmp_path / "none"),
         lambda: read_inception(tmp_path / "none.pth"),

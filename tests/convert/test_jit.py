@@ -85,13 +85,13 @@ def test_original_state_dict_comes_back() -> None:
         np.testing.assert_array_equal(value, state[name], err_msg=name)
 
 
-def test_rope_tables_of_earlier_exports_are_read_over() -> None:
+def test_rope_tables_of_earlier_exports_are_ignored() -> None:
     model = JiT(**SIZES)
     tables = {f"feat_rope.freqs_{part}": np.ones((4, 8), np.float32) for part in ("cos", "sin")}
     torch_to_flax(make_state(model) | tables, jit_rules(model))
 
 
-def test_blocks_land_in_the_stack_that_sees_their_tokens() -> None:
+def test_blocks_are_assigned_to_the_stack_with_their_tokens() -> None:
     model = JiT(**SIZES, num_registers=4, register_start=2)
     state = make_state(model)
     params = torch_to_flax(state, jit_rules(model))
@@ -143,7 +143,7 @@ def test_what_a_file_does_not_hold_is_asked_for(flags: dict, given: dict, patter
         infer_model(make_state(JiT(**SIZES, **flags)), **given)
 
 
-def test_released_sizes_tell_their_start() -> None:
+def test_released_sizes_determine_the_first_block_with_registers() -> None:
     state = {
         "pos_embed": np.empty((1, 256, 1280)),
         "x_embedder.proj1.weight": np.empty((256, 3, 16, 16)),

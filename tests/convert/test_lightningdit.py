@@ -98,7 +98,7 @@ def test_rope_tables_without_torch_are_one_unit_off_at_most(monkeypatch):
         np.testing.assert_allclose(table, with_torch[name], rtol=0, atol=2e-7)
 
 
-def test_gate_and_heads_land_where_the_model_reads_them():
+def test_gate_and_heads_are_stored_where_the_model_reads_them():
     model = LightningDiT(**SIZES)
     state = make_state(model)
     block = torch_to_flax(state, lightningdit_rules(model))["blocks"]

@@ -57,7 +57,7 @@ def test_snapshot_folder_in_one_file_or_in_parts(tmp_path):
         read_state(parts)
 
 
-def test_snapshot_folder_that_does_not_say_which_file(tmp_path):
+def test_snapshot_folder_with_several_candidate_files(tmp_path):
     with pytest.raises(ConversionError, match=f"{tmp_path} holds no .safetensors or .bin file"):
         read_state(tmp_path)
     for name in ("one", "two"):
@@ -77,7 +77,7 @@ def test_entry_of_a_torch_file(torch, tmp_path):
             read_state(path, entry)
 
 
-def test_a_command_line_beside_the_weights_is_read_over(torch, tmp_path):
+def test_a_command_line_next_to_the_weights_is_ignored(torch, tmp_path):
     arguments = argparse.Namespace(model="SiT-XL/2", epochs=1400)
     torch.save({"ema": tensors(torch), "args": arguments}, tmp_path / "0400000.pt")
     check_equal(read_state(tmp_path / "0400000.pt"))

@@ -45,7 +45,7 @@ def test_what_is_not_recognized_passes() -> None:
     check_family(["a.weight", "my_x_embedder.proj.weight"], "sit", "x.pt")
 
 
-def test_a_whole_autoencoder_is_of_both_its_families() -> None:
+def test_an_autoencoder_is_recognized_as_both_of_its_families() -> None:
     whole = ["encoder.embeddings.patch_embedding.weight", "decoder.trainable_cls_token"]
     assert set(recognize(whole)) == {"decoder", "siglip2"}
     for family in ("decoder", "siglip2"):

@@ -65,7 +65,7 @@ def run(model: DiffusionTransformer, params: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_registers_behind_a_closed_gate_change_nothing(name: str) -> None:
+def test_registers_with_a_closed_gate_change_nothing(name: str) -> None:
     model = MODELS[name]
     params = random_params(model)
     before = run(model, params)
@@ -94,7 +94,7 @@ def is_gate(path: tuple[Any, ...]) -> bool:
 
 @pytest.mark.parametrize("name", ["lightningdit", "ditdh", "jit-classes-later"])
 @pytest.mark.parametrize("gate", [False, True])
-def test_taking_them_away_gives_the_first_network_back(name: str, gate: bool) -> None:
+def test_removing_registers_restores_the_first_network(name: str, gate: bool) -> None:
     model = MODELS[name]
     params = random_params(model)
     changed, more = add_registers(model, params, 4, 2, gate=gate)
@@ -105,7 +105,7 @@ def test_taking_them_away_gives_the_first_network_back(name: str, gate: bool) ->
     assert all(np.array_equal(want[key], got[key]) for key in want)
 
 
-def test_layers_go_where_their_block_is() -> None:
+def test_layers_move_with_their_block() -> None:
     model = MODELS["ditdh"]
     params = random_params(model)
     changed, more = add_registers(model, params, 4, 2)
@@ -120,7 +120,7 @@ def test_layers_go_where_their_block_is() -> None:
     assert changed.register_start == 2
 
 
-def test_tokens_start_as_the_originals_or_smaller() -> None:
+def test_tokens_are_initialized_like_the_originals_or_smaller() -> None:
     """Source: spec denoiser 1.10: N(0, 1), and the sine-cosine table of their grid."""
     model = LightningDiT(**{**SIZES, "hidden_size": 512})
     params = random_params(model)
@@ -155,7 +155,7 @@ def test_a_closed_gate_learns_and_then_the_registers() -> None:
     assert np.abs(second["register_tokens"]).max() > 1e-7
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_changes_are_rejected() -> None:
     model = MODELS["lightningdit"]
     params = random_params(model)
     with pytest.raises(ConversionError, match="no registers"):

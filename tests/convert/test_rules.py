@@ -62,7 +62,7 @@ def test_layouts_are_inverted(layout, source, target):
     np.testing.assert_array_equal(layout.to_torch(y), x)
 
 
-def test_layouts_place_every_number():
+def test_layouts_assign_every_value():
     weight = np.arange(24).reshape(6, 4)  # [3 parts x 2 channels, inputs]
     assert linear(outputs=(3, 2)).to_flax(weight)[1, 2, 0] == weight[2 * 2 + 0, 1]
     assert linear(inputs=(2, 2)).to_flax(weight)[1, 0, 5] == weight[5, 2]

@@ -115,7 +115,7 @@ def test_released_sizes() -> None:
     assert infer_config(stand_in) == VAEConfig()
 
 
-def test_a_bare_file_tells_all_but_the_groups(tmp_path: Path) -> None:
+def test_a_bare_file_determines_all_sizes_but_the_groups(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "vae.safetensors")
     assert read_vae(tmp_path / "vae.safetensors", num_groups=4).config == CONFIG
     three = dataclasses.replace(CONFIG, widths=(4, 8, 8), layers_per_block=2)

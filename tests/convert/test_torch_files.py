@@ -85,7 +85,7 @@ def test_another_pickle_protocol_is_a_refusal_with_a_reason(tmp_path: Path) -> N
         ("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 123\n", "git-lfs"),
     ],
 )
-def test_failed_downloads_are_called_what_they_are(
+def test_failed_downloads_are_reported_as_such(
     text: str, name: str, suffix: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"weights{suffix}"

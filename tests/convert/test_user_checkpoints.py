@@ -137,7 +137,7 @@ def test_training_heads_are_dropped_by_the_flag_that_the_error_names(
         (np.nan, ml_dtypes.bfloat16, r"1 of \d+ numbers \(bfloat16\)", "earlier checkpoint"),
     ],
 )
-def test_numbers_that_would_be_wrong_are_refused(
+def test_invalid_values_are_rejected(
     value: float, dtype: type, problem: str, remedy: str, tmp_path: Path
 ) -> None:
     name = "blocks.1.mlp.fc1.weight"

@@ -44,7 +44,7 @@ def test_rgb_is_unchanged_and_alpha_is_dropped() -> None:
         np.testing.assert_array_equal(pixels(encode(Image.fromarray(array))), rgb)
 
 
-def test_grey_is_repeated_or_kept() -> None:
+def test_grayscale_is_repeated_or_kept() -> None:
     grey = colors()[..., 0]
     for mode in ("L", "LA"):
         content = encode(Image.fromarray(grey).convert(mode))

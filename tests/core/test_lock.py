@@ -58,13 +58,13 @@ def test_a_living_owner_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_number_that_was_given_out_again_is_no_owner(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
     write_lock(tmp_path, pid=os.getpid(), started="1")
     with FolderLock(tmp_path):
         pass
 
 
-def test_an_owner_on_another_machine_lives_while_it_touches_its_lock(tmp_path: Path) -> None:
+def test_an_owner_on_another_machine_is_alive_while_it_touches_its_lock(tmp_path: Path) -> None:
     path = write_lock(tmp_path, machine="another", pid=7)
     said: list[str] = []
 
@@ -78,7 +78,7 @@ def test_an_owner_on_another_machine_lives_while_it_touches_its_lock(tmp_path: P
     assert len(said) == 1 and "process 7 on elsewhere" in said[0] and "waiting up to" in said[0]
 
 
-def test_an_owner_on_another_machine_that_is_silent_is_dead(tmp_path: Path) -> None:
+def test_an_owner_on_another_machine_without_heartbeat_is_dead(tmp_path: Path) -> None:
     path = write_lock(tmp_path, machine="another", pid=7)
     os.utime(path, (time.time() - 100, time.time() - 100))
     with FolderLock(tmp_path, stale_seconds=30.0):
@@ -137,7 +137,7 @@ def test_many_at_once_have_one_owner_at_a_time(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_owner_whose_lock_was_taken_is_told_and_leaves_the_other_alone(tmp_path: Path) -> None:
+def test_an_owner_whose_lock_was_taken_is_notified_and_keeps_the_new_lock(tmp_path: Path) -> None:
     lost: list[LockError] = []
     lock = FolderLock(tmp_path, lost=lost.append, touch_seconds=0.05)
     lock.acquire()

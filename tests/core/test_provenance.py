@@ -64,7 +64,7 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_checkout_has_its_commit_and_says_what_was_changed(checkout: Path, other: Path) -> None:
+def test_a_checkout_has_its_commit_and_is_dirty_after_changes(checkout: Path, other: Path) -> None:
     head = git(checkout, "rev-parse", "HEAD")
     git(checkout, "tag", "--annotate", "v1", "--message=v1")
     assert revision(checkout) == head

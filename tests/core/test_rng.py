@@ -19,7 +19,7 @@ def test_rows_depend_on_their_own_index_only() -> None:
 
 
 def test_seed_stream_step_and_index_all_matter() -> None:
-    draws = {
+    samples = {
         tuple(np.asarray(rng.uniform_per_sample(rng.sample_keys(key, np.array([index])))))
         for key in (
             rng.stream_key(0, "noise", 0),
@@ -29,7 +29,7 @@ def test_seed_stream_step_and_index_all_matter() -> None:
         )
         for index in (0, 1)
     }
-    assert len(draws) == 8
+    assert len(samples) == 8
 
 
 def test_step_may_be_traced() -> None:
@@ -39,8 +39,8 @@ def test_step_may_be_traced() -> None:
 
 def test_normals_are_standard() -> None:
     keys = rng.sample_keys(rng.stream_key(0, "noise"), np.arange(512))
-    draws = np.asarray(rng.normal_per_sample(keys, (64,)))
-    assert abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.02
+    samples = np.asarray(rng.normal_per_sample(keys, (64,)))
+    assert abs(samples.mean()) < 0.02 and abs(samples.std() - 1) < 0.02
 
 
 NUMBERS = """

@@ -74,7 +74,7 @@ def test_labels_are_dropped_by_their_own_number() -> None:
 
 
 @pytest.mark.parametrize("interval", [(0.6, 0.6), (0.9, 0.1), (0.9,), (0.1, 0.5, 0.9)])
-def test_what_is_no_interval_is_refused(interval: tuple[float, ...]) -> None:
+def test_invalid_intervals_are_rejected(interval: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"sample.interval=\(0.*\n.*LOW,HIGH"):
         guidance.strength_in(2.0, interval)
 

@@ -83,7 +83,7 @@ def test_dopri5_ends_where_the_velocity_is_not_finite(norm: str) -> None:
     assert np.isnan(everywhere).all()
 
 
-def test_dopri5_does_not_step_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dopri5_has_a_limit_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsr_jax.diffusion.solvers.MAX_ATTEMPTS", 3)
     grid = jnp.array([1.0, 0.0])
     assert np.isnan(sample_ode(velocity, start(), grid, "dopri5", rtol=1e-6, atol=1e-7)).all()

@@ -43,7 +43,7 @@ def test_the_wanted_rows_of_each_batch(images):
     assert last.shape == (0, *IMAGES.shape[1:])
 
 
-def test_digests_tell_contents_and_names_apart(tmp_path):
+def test_digests_distinguish_contents_and_names(tmp_path):
     digest = ImageFiles(write_pngs(tmp_path / "a")).digest()
     assert ImageFiles(write_pngs(tmp_path / "b")).describe()["digest"] == digest
     changed = IMAGES.copy()
@@ -92,7 +92,7 @@ def test_subfolders_are_part_of_the_set(tmp_path):
         open_images(tmp_path)
 
 
-def test_sources_are_taken_whole_or_spread():
+def test_sources_are_taken_whole_or_at_even_intervals():
     source = make_source("synthetic", image_size=8, channels=3)
     some = SourceImages(source, 5)
     step = len(source) // 5

@@ -24,7 +24,7 @@ def test_chunks_in_file_order_with_a_short_last_one(batch):
     assert score.score() == pytest.approx(np.mean(want), rel=1e-12)
 
 
-def test_a_pass_goes_on_where_it_was():
+def test_a_pass_continues_where_it_stopped():
     whole, half = InceptionScore(6, 10), InceptionScore(6, 10)
     whole.update(LOGITS[:13])
     half.update(LOGITS[:13])

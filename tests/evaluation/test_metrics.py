@@ -63,7 +63,7 @@ def test_names_and_their_order():
         find_metrics([])
 
 
-def test_what_is_no_metric_is_refused(own):
+def test_invalid_metrics_are_rejected(own):
     with pytest.raises(EvaluationError, match="'own_metric:Unlike' is not a metric"):
         find_metrics(["own_metric:Unlike"])
     with pytest.raises(ConfigError, match="'no_such_module' cannot be imported"):

@@ -56,7 +56,7 @@ def test_class_tokens_are_those_of_pytorch(folders):
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_grey_images_count_as_colour(folders):
+def test_grayscale_images_are_treated_as_color(folders):
     config, params, record = load_class_encoder(folders / "converted")
     network = dinov2_features(config, params, record)
     grey = IMAGES[..., :1]

@@ -36,7 +36,7 @@ def test_means_over_all_pairs(sets, tmp_path):
     assert found["lpips"] == pytest.approx(want, rel=1e-4) and want > 0
 
 
-def test_a_stopped_pass_goes_on(sets, tmp_path, monkeypatch):
+def test_a_stopped_pass_continues(sets, tmp_path, monkeypatch):
     monkeypatch.setattr("dsr_jax.evaluation.pairs._SAVE_EVERY", 8)
     scorer = PairScorer(make_mesh(MeshShape()), 8)
     want = scorer.score(*sets, tmp_path / "whole", {})

@@ -103,7 +103,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("after", [8, 24, 40])
-def test_a_stopped_pass_goes_on(samples, tmp_path, after):
+def test_a_stopped_pass_continues(samples, tmp_path, after):
     whole = update(samples)
     settings = {"folder": tmp_path / "parts", "identity": {"digest": "a"}, "save_every": 16}
     with pytest.raises(Killed):
@@ -160,7 +160,7 @@ def test_a_pass_of_something_else_is_not_continued(samples, tmp_path):
         update(samples, identity={"weights": "a"}, **{**settings, "names": ["is"]})
 
 
-def test_images_that_cannot_be_meant(tmp_path):
+def test_implausible_images_are_rejected(tmp_path):
     images = IMAGES.copy()
     images[19] = 7
     np.savez(tmp_path / "constant.npz", images)

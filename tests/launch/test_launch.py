@@ -263,7 +263,7 @@ def test_local_processes_end_with_the_first_that_fails() -> None:
     assert done.returncode == 7
 
 
-def test_local_processes_know_who_they_are() -> None:
+def test_local_processes_have_their_index_and_count() -> None:
     commands = printed("local.sh", "--processes=2", "--port=5", "--cpu-devices=4", "--", "a b", "c")
     assert [command[-2:] for command in commands] == [["a b", "c"]] * 2
     for rank, command in enumerate(commands):

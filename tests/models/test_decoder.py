@@ -79,7 +79,7 @@ def test_bfloat16_and_remat_stay_near_and_equal() -> None:
     np.testing.assert_allclose(gradient("full"), gradient("none"), rtol=1e-4, atol=1e-4)
 
 
-def test_a_fresh_decoder_starts_as_the_original() -> None:
+def test_a_new_decoder_is_initialized_like_the_original() -> None:
     """Uniform up to 1 / sqrt(inputs), biases too; sines and cosines; a class token of zeros."""
     config = dataclasses.replace(DECODER, hidden_size=64, mlp_dim=100)
     params = nn.unbox(jax.jit(ViTDecoder(config).init)(jax.random.key(0), tokens()))["params"]

@@ -111,6 +111,6 @@ def test_each_map_has_a_head_of_its_own(arrays: Any) -> None:
     )
 
 
-def test_grey_images_are_refused(arrays: Any) -> None:
+def test_grayscale_images_are_rejected(arrays: Any) -> None:
     with pytest.raises(ConfigError, match="RGB"):
         DISCRIMINATOR.features(arrays[0], jnp.zeros((1, 16, 16, 1)))

@@ -132,7 +132,7 @@ def test_head_has_registers_of_its_own_from_its_first_block_on() -> None:
     assert np.abs(one["dec_blocks"][0, :, 4:] - two["dec_blocks"][0, :, 4:]).max() > 1e-3
 
 
-def test_head_without_attention_sees_each_place_alone() -> None:
+def test_head_without_attention_sees_each_position_alone() -> None:
     """Conditions are of each token: only attention can carry them to another place."""
     model = DiTDH(**TINY, **REGISTERS)
     params = random_params(model)

@@ -17,7 +17,7 @@ def layer(index: int, keys: jax.Array = KEYS, rate: float = 0.3):
     return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
-def test_the_rates_share_is_zero_and_the_mean_stays():
+def test_the_rates_fraction_is_zero_and_the_mean_stays():
     dropped = layer(0)(ONES, MLP_HIDDEN)
     assert set(np.unique(dropped).round(5)) == {0.0, np.float32(1 / 0.7).round(5)}
     assert np.mean(dropped == 0) == pytest.approx(0.3, abs=0.03)
@@ -33,14 +33,14 @@ def test_narrow_types_stay_narrow():
     assert layer(0)(ONES.astype(jnp.bfloat16), MLP_HIDDEN).dtype == jnp.bfloat16
 
 
-def test_samples_layers_and_places_have_draws_of_their_own():
+def test_dropout_differs_by_sample_layer_and_position():
     one = layer(0)(ONES, MLP_HIDDEN)
     assert (one[0] != one[1]).any()
     assert (one != layer(1)(ONES, MLP_HIDDEN)).any()
     assert (one != layer(0)(ONES, ATTENTION_OUTPUT)).any()
 
 
-def test_a_samples_draws_do_not_depend_on_its_batch():
+def test_dropout_of_a_sample_does_not_depend_on_its_batch():
     whole = layer(2)(ONES, MLP_HIDDEN)
     np.testing.assert_array_equal(layer(2, KEYS[1:3])(ONES[:2], MLP_HIDDEN), whole[1:3])
 
@@ -62,7 +62,7 @@ def test_the_middle_half_is_rounded_as_the_original_rounds_it(depth, dropping):
     np.testing.assert_allclose(rates, want, rtol=1e-6)
 
 
-def test_a_cut_keeps_the_layers_draws():
+def test_splitting_a_stack_keeps_the_dropout_of_its_layers():
     stack = make_dropout(KEYS, middle_half(8, 0.5))
     tail = stack.layers(3, 8)
     np.testing.assert_array_equal(tail.rate, stack.rate[3:])

@@ -24,7 +24,7 @@ def test_shrinking_does_not_smooth():
     assert (np.asarray(resize_bilinear(stripes)) == 255).all()
 
 
-def test_range_and_grey():
+def test_range_and_grayscale():
     levels = np.array([0, 128, 255], np.uint8).reshape(3, 1, 1, 1)
     given = np.asarray(prepare(jnp.asarray(levels)))
     assert given.shape == (3, 299, 299, 3)

@@ -112,7 +112,7 @@ def test_output_is_zero_at_the_official_start() -> None:
     assert 0.01 < flat["in_context_posemb"].std() < 0.03
 
 
-def test_class_tokens_join_with_the_label_and_change_the_function() -> None:
+def test_class_tokens_depend_on_the_label_and_change_the_function() -> None:
     model = JiT(**TINY)
     params = random_params(model)
     moved = params | {"in_context_posemb": params["in_context_posemb"] + 1.0}
@@ -124,7 +124,7 @@ def test_class_tokens_join_with_the_label_and_change_the_function() -> None:
     assert one["final_tokens"].shape == (2, 16, 12)
 
 
-def test_class_tokens_are_the_labels_embedding_plus_a_place() -> None:
+def test_class_tokens_are_the_labels_embedding_plus_a_position() -> None:
     """With zero modulation every block is the identity, and shows the inserted tokens."""
     model = JiT(**TINY)
     params = random_params(model)
@@ -137,7 +137,7 @@ def test_class_tokens_are_the_labels_embedding_plus_a_place() -> None:
     np.testing.assert_allclose(inserted, want, rtol=1e-6)
 
 
-def test_registers_join_beside_the_class_tokens_at_their_own_block() -> None:
+def test_registers_are_inserted_next_to_the_class_tokens_at_their_own_block() -> None:
     model = JiT(**TINY, **REGISTERS)
     params = random_params(model)
     one = layers(model, params)
@@ -187,7 +187,7 @@ def test_dropout_belongs_to_samples() -> None:
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient_and_draws_the_same() -> None:
+def test_remat_changes_neither_gradient_nor_dropout() -> None:
     def gradients(policy: str) -> dict:
         model = JiT(**TINY, dropout=0.5, remat=policy)
         return jax.jit(

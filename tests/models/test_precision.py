@@ -7,7 +7,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.models.precision import FLOAT32_OPS, Precision
 
 
-def test_products_are_cast_and_islands_widened() -> None:
+def test_matmuls_are_cast_and_float32_ops_widened() -> None:
     policy = Precision("bfloat16")
     assert policy.to_compute(jnp.ones(2)).dtype == jnp.bfloat16
     for name in FLOAT32_OPS:

@@ -97,7 +97,7 @@ def test_sinusoids_are_of_time_itself_with_cosines_first() -> None:
     np.testing.assert_allclose(features, np.hstack([np.cos(angles), np.sin(angles)]), atol=1e-6)
 
 
-def test_who_uses_the_network_sees_time_from_data_to_noise() -> None:
+def test_callers_of_the_network_use_time_from_data_to_noise() -> None:
     model = SiT(**TINY)
     params, (x, t, y) = random_params(model), inputs()
     own = jax.jit(model.apply)({"params": params}, x, 1 - t, y)
@@ -106,7 +106,7 @@ def test_who_uses_the_network_sees_time_from_data_to_noise() -> None:
         np.testing.assert_allclose(translated, sign * own, atol=1e-5)
 
 
-def test_registers_join_at_their_block_and_change_the_function() -> None:
+def test_registers_are_inserted_at_their_block_and_change_the_function() -> None:
     model = SiT(**TINY, **REGISTERS)
     params = random_params(model)
     assert params["blocks_pre"]["adaLN"]["kernel"].shape[0] == 1

@@ -74,7 +74,7 @@ def test_halving_pads_behind_only() -> None:
     np.testing.assert_array_equal(got, want)
 
 
-def test_groups_are_neighbouring_channels() -> None:
+def test_groups_are_adjacent_channels() -> None:
     x = np.random.default_rng(1).normal(size=(2, 3, 5, 6)).astype(np.float32)
     params = {"scale": np.ones(6, np.float32), "bias": np.arange(6, dtype=np.float32)}
     got = np.asarray(GroupNorm(2).apply({"params": params}, x))

@@ -97,7 +97,7 @@ def test_two_processes_score_as_one_does(folder: Path, scores: dict[str, float])
     assert not list(folder.glob("two.json.parts*"))
 
 
-def test_what_two_killed_processes_began_goes_on(folder: Path, scores: dict[str, float]) -> None:
+def test_a_pass_of_two_killed_processes_continues(folder: Path, scores: dict[str, float]) -> None:
     out = folder / "killed.json"
     progress = folder / "killed.json.parts" / "samples" / "progress.npz"
     processes, began = evaluate(folder, 2, out), time.monotonic()

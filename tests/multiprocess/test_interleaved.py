@@ -183,12 +183,12 @@ def test_train_decoder(rae: tuple[str, ...], tmp_path: Path) -> None:
 def test_find_registers(tmp_path: Path) -> None:
     require("matplotlib", "plots")
     skimage = require("skimage", "test")
-    photos = Path(skimage.__file__).parent / "data"
-    plant_registers.main(["--root", str(photos), "--out", str(tmp_path / "planted")])
+    images = Path(skimage.__file__).parent / "data"
+    plant_registers.main(["--root", str(images), "--out", str(tmp_path / "planted")])
     rounds = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        words = [str(tmp_path / "planted"), "--root", str(photos), "--image-size", "64"]
+        words = [str(tmp_path / "planted"), "--root", str(images), "--image-size", "64"]
         words += ["--top-k", "6", "--batch", "8", "--on-corrupt", "skip", "--out", str(out)]
         run(count, "tools.find_registers", *words)
         assert (out / "report.html").exists()

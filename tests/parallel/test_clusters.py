@@ -103,7 +103,7 @@ def metadata() -> Iterator[dict[str, str]]:
         ("GkeTpuCluster", MULTISLICE, 4, 3),
     ],
 )
-def test_what_variables_tell_is_what_jax_joins(
+def test_environment_variables_agree_with_jaxs_detection(
     monkeypatch: pytest.MonkeyPatch,
     metadata: dict[str, str],
     name: str,
@@ -136,7 +136,7 @@ def test_tpu_machines_find_each_other_through_the_metadata_server(
     assert what_jax_joins() == (8, 6)
 
 
-def test_a_single_tpu_machine_joins_nobody(
+def test_a_single_tpu_machine_runs_alone(
     monkeypatch: pytest.MonkeyPatch, metadata: dict[str, str]
 ) -> None:
     """Else two commands on it would ask for the same port."""
@@ -251,7 +251,7 @@ def test_a_pod_without_the_client_runs_alone_if_it_is_of_no_job(
     ],
     ids=str,
 )
-def test_one_of_several_that_cannot_join_ends(
+def test_a_process_that_cannot_join_its_job_ends(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: str, remedy: str
 ) -> None:
     monkeypatch.setattr(clusters, "can_ask_mpi", lambda: False)
@@ -286,7 +286,7 @@ def test_launchers_within_each_other_are_refused(monkeypatch: pytest.MonkeyPatch
     processes.start_processes()
 
 
-def test_what_jax_cannot_join_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_jax_cannot_join_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(**_: object) -> None:
         raise RuntimeError("DEADLINE_EXCEEDED: nobody there")
 

@@ -42,7 +42,7 @@ def seen(*heartbeats: Any, silent: float = 0.0) -> list[PeerState]:
     ]
 
 
-def test_silence_counts_from_the_last_new_sign() -> None:
+def test_the_time_limit_counts_from_the_last_new_heartbeat() -> None:
     store, clock = Dictionary(), [0.0]
     one, two = (Peers(store, i, 2, 10.0, now=lambda: clock[0]) for i in (0, 1))
     two.exchange(Heartbeat(1, "b", step=7))
@@ -90,14 +90,14 @@ def test_an_error_goes_before_silence_and_a_good_end_is_not_missed() -> None:
         ([(5, "in step")], "the run does not move\n"),
     ],
 )
-def test_a_hang_names_who_is_behind(places: Any, head: str) -> None:
+def test_a_hang_names_the_process_that_is_behind(places: Any, head: str) -> None:
     states = seen(*({"step": s, "phase": p, "seconds": 9.0} for s, p in places))
     text = describe_hang(states, 5.0)
     assert head in text
     assert f"process 0 (host0): at step {places[0][0]}, {places[0][1]} for 9 s" in text
 
 
-def test_a_silent_process_is_named_before_one_behind() -> None:
+def test_a_process_without_heartbeat_is_named_before_one_behind() -> None:
     states = [*seen({"step": 4}), PeerState(Heartbeat(1, "host1", step=5), 8.0)]
     assert "no heartbeat from process 1 (host1)" in describe_hang(states, 5.0)
 

@@ -49,12 +49,12 @@ def test_slices_of_a_kind_stand_by_size() -> None:
 @pytest.mark.parametrize(
     ("name", "named"), [("v3:2x2", "v5e:16x16"), ("v5e:3x3", "4x4"), ("", "v4")]
 )
-def test_what_there_is_not_is_refused_with_what_there_is(name: str, named: str) -> None:
+def test_unknown_slices_are_rejected_with_the_choices(name: str, named: str) -> None:
     with pytest.raises(MeshError, match=named):
         find_topology(name)
 
 
-def test_peaks_are_found_by_the_devices_names() -> None:
+def test_peaks_are_found_by_device_kind() -> None:
     for chip in CHIPS.values():
         assert peak_flops(chip.device_kind) == chip.peak_flops
         assert peak_flops(f"TPU {chip.generation}") == chip.peak_flops

@@ -61,7 +61,7 @@ def test_limits_by_phase(phase: str, compiling: bool, limit: float) -> None:
     assert Limits(step=1.0, pause=2.0, save=0.0).of(phase, compiling) == limit
 
 
-def test_a_hang_is_reported_with_the_place_of_the_main_thread(tmp_path: Path) -> None:
+def test_a_hang_is_reported_with_the_main_threads_stack(tmp_path: Path) -> None:
     end = Recorder()
 
     def stand_still() -> None:
@@ -110,7 +110,7 @@ def test_the_error_of_another_process_ends_this_one() -> None:
         assert end.problem() == "process 0 (a) ended: DataError: no file"
 
 
-def test_the_silence_of_another_process_ends_this_one() -> None:
+def test_a_lost_heartbeat_of_another_process_ends_this_one() -> None:
     store, end = Dictionary(), Recorder()
     with Watch(peers=others(store), end=end):
         assert "process 0 (unknown host) is lost: no heartbeat for" in end.problem()
@@ -135,7 +135,7 @@ def test_an_own_error_reaches_the_others_and_is_shown() -> None:
     assert "ConfigError: config.x=1" in store.values["dsr_jax/heartbeats/1"]
 
 
-def test_a_broken_collective_is_explained_by_who_is_missing() -> None:
+def test_a_failed_collective_reports_the_missing_process() -> None:
     store, end = Dictionary(), Recorder()
     with pytest.raises(Ended), Watch(peers=others(store, lost_seconds=4.0), end=end):
         raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")

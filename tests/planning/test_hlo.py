@@ -28,7 +28,7 @@ def test_instructions_have_shapes_operands_and_attributes() -> None:
     assert [user.name for user in layer.users("shard")] == ["all-gather.1"]
 
 
-def test_memory_spaces_other_than_hbm_are_told() -> None:
+def test_memory_spaces_other_than_hbm_are_distinguished() -> None:
     layer = parse(TEXT).computations["fused_layer"]
     x, weights = layer.instructions["param_2"].arrays[0], layer.instructions["param_0"].arrays[0]
     assert (x.in_hbm, x.bytes) == (False, 16 * 8 * 4)
@@ -59,7 +59,7 @@ def test_trips_are_the_limit_over_the_step() -> None:
     assert (program.trips(outer), program.trips(inner)) == (3, 4)
 
 
-def test_a_loop_that_stops_by_itself_has_no_trips() -> None:
+def test_a_loop_with_a_data_dependent_end_has_no_trip_count() -> None:
     stopping = TEXT.replace("compare(%layer, %depth), direction=LT", "custom-call(%layer)")
     program = parse(stopping)
     assert program.trips(program.entry.instructions["while.2"]) is None

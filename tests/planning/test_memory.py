@@ -29,7 +29,7 @@ LAYOUT = Layout(
 )
 
 
-def test_a_chip_holds_its_shard() -> None:
+def test_bytes_per_chip_are_those_of_a_shard() -> None:
     mesh = make_mesh(MeshShape(data=1, fsdp=8))
     split = NamedSharding(mesh, PartitionSpec("fsdp"))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -40,7 +40,7 @@ def test_a_chip_holds_its_shard() -> None:
     assert bytes_per_chip(tree) == 2 * 4 * 4 + 3 * 2
 
 
-def test_parts_add_up_to_what_the_compiler_says() -> None:
+def test_parts_add_up_to_the_compilers_total() -> None:
     analysis = SimpleNamespace(
         argument_size_in_bytes=110,
         output_size_in_bytes=95,
@@ -70,7 +70,9 @@ def test_parts_add_up_to_what_the_compiler_says() -> None:
         ),
     ],
 )
-def test_both_of_the_compilers_complaints_are_understood(message: str, needed: float) -> None:
+def test_both_of_the_compilers_out_of_memory_messages_are_parsed(
+    message: str, needed: float
+) -> None:
     assert out_of_memory(message, 2 * GIB) == (int(needed * GIB), int(15.75 * GIB))
 
 

@@ -115,7 +115,7 @@ def test_all_notations_of_groups(groups: str, size: int) -> None:
     assert found.group == size
 
 
-def test_a_notation_that_is_not_known_is_no_group_of_one() -> None:
+def test_an_unknown_notation_of_groups_is_an_error() -> None:
     program = parse(TEXT.replace("replica_groups=[2,4]<=[8]", "replica_groups=everyone"))
     with pytest.raises(ValueError, match="everyone"):
         split_program(program)
@@ -146,7 +146,7 @@ def test_padding_and_holes_cost_nothing(convolution: str, products: int) -> None
 
 
 @pytest.mark.parametrize(("kernel", "products"), [("fwd_no_residuals", 2), ("dkv_segmented", 5)])
-def test_splash_kernels_count_their_products(kernel: str, products: int) -> None:
+def test_splash_kernels_count_their_matmuls(kernel: str, products: int) -> None:
     text = (
         "ENTRY %main (q: bf16[2,4,384,72], k: bf16[2,4,256,72]) -> bf16[2,4,384,72] {\n"
         "  %table = s8[1,1,1]{2,1,0} constant({...})\n"
@@ -160,7 +160,7 @@ def test_splash_kernels_count_their_products(kernel: str, products: int) -> None
     assert cost.flops == products * 2 * (2 * 4) * 384 * 256 * 72
 
 
-def test_products_agree_with_xla_where_nothing_is_scanned() -> None:
+def test_matmuls_agree_with_xla_where_nothing_is_scanned() -> None:
     def loss(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.einsum("bli,io->blo", x, w) @ w.T)
 

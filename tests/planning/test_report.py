@@ -77,12 +77,12 @@ def test_what_did_not_compile_has_no_speed() -> None:
     assert "does not fit" in make_page(found)
 
 
-def test_the_text_tells_the_figures() -> None:
+def test_the_text_has_the_figures() -> None:
     text = format_report(report())
     assert "fits" in text and "MFU at most 33.3%" in text and "240 x all-gather" in text
 
 
-def test_the_page_is_whole_and_loads_nothing() -> None:
+def test_the_page_is_self_contained() -> None:
     class Tags(HTMLParser):
         open: list[str] = []
 

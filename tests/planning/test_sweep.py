@@ -33,7 +33,9 @@ def test_fsdp_divides_width_and_chips() -> None:
 @pytest.mark.parametrize(
     ("batch", "heads", "sizes"), [(1024, 16, {1, 2}), (2048, 16, {1}), (1024, 9, {1})]
 )
-def test_two_chips_share_images_where_a_chip_has_few(batch: int, heads: int, sizes: set) -> None:
+def test_tensor_of_two_is_tried_where_a_chip_has_few_images(
+    batch: int, heads: int, sizes: set
+) -> None:
     config = load(batch=batch)
     config.model.num_heads = heads
     found = list(trials(config, V5E, remat=("none",)))

@@ -42,7 +42,7 @@ PLANTED: Neurons = {1: [17, 80], 2: [5, 99, 120], 3: [31]}
 
 
 @pytest.fixture(scope="session")
-def photos() -> np.ndarray:
+def images() -> np.ndarray:
     """Crops of scikit-learn's two photographs, uint8 [N, 64, 64, 3]."""
     require("sklearn", "test")
     from sklearn.datasets import load_sample_images
@@ -59,8 +59,8 @@ def photos() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def pixels(photos: np.ndarray) -> np.ndarray:
-    return (photos.astype(np.float32) / 255 - 0.5) / 0.5
+def pixels(images: np.ndarray) -> np.ndarray:
+    return (images.astype(np.float32) / 255 - 0.5) / 0.5
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,9 @@ def as_sets(neurons: Neurons) -> dict[int, set[int]]:
     return {block: set(units) for block, units in neurons.items()}
 
 
-def test_finds_exactly_what_was_planted_and_cures_it(found: SearchResult, planted: Any) -> None:
+def test_finds_exactly_the_planted_neurons_and_removes_their_outliers(
+    found: SearchResult, planted: Any
+) -> None:
     assert as_sets(found.neurons) == as_sets(PLANTED)
     (only,) = found.rounds
     np.testing.assert_array_equal(only.norms > only.threshold, planted.outliers)
@@ -106,10 +108,10 @@ def test_finds_exactly_what_was_planted_and_cures_it(found: SearchResult, plante
 def test_batches_and_devices_do_not_change_the_scores(
     found: SearchResult, planted: Any, pixels: np.ndarray
 ) -> None:
-    spread = search(planted.params, pixels, devices=8)
-    np.testing.assert_allclose(spread.rounds[0].scores, found.rounds[0].scores, rtol=1e-4)
-    assert spread.rounds[0].counted == found.rounds[0].counted
-    assert as_sets(spread.neurons) == as_sets(found.neurons)
+    sharded = search(planted.params, pixels, devices=8)
+    np.testing.assert_allclose(sharded.rounds[0].scores, found.rounds[0].scores, rtol=1e-4)
+    assert sharded.rounds[0].counted == found.rounds[0].counted
+    assert as_sets(sharded.neurons) == as_sets(found.neurons)
 
 
 def test_a_second_round_finds_what_the_first_was_not_allowed_to_take(
@@ -123,7 +125,9 @@ def test_a_second_round_finds_what_the_first_was_not_allowed_to_take(
     assert not (result.rounds[1].norms_after > result.rounds[0].threshold).any()
 
 
-def test_without_outliers_it_says_so_and_what_to_try(plain: Any, pixels: np.ndarray) -> None:
+def test_an_encoder_without_outliers_is_an_error_with_advice(
+    plain: Any, pixels: np.ndarray
+) -> None:
     with pytest.raises(NoOutliersError, match="quantiles of the norms") as caught:
         search(plain, pixels)
     assert "one population" in str(caught.value)
@@ -164,10 +168,10 @@ def test_choice_respects_blocks_and_exclusions() -> None:
 
 
 def test_the_report_shows_numbers_and_pictures(
-    found: SearchResult, photos: np.ndarray, tmp_path: Path
+    found: SearchResult, images: np.ndarray, tmp_path: Path
 ) -> None:
     require("matplotlib", "plots")
-    write_report(tmp_path, found, lambda index: photos[index], {"encoder": "planted"})
+    write_report(tmp_path, found, lambda index: images[index], {"encoder": "planted"})
     record = read_json(tmp_path / "report.json")
     (only,) = record["rounds"]
     assert only["outlier_patches_before"] > 0 == only["outlier_patches_after"]

@@ -47,7 +47,7 @@ def test_grid_places_images_row_by_row():
         image_grid(images[:0])
 
 
-def test_png_grid_enlarges_small_images_by_nearest_neighbour(tmp_path):
+def test_png_grid_enlarges_small_images_by_nearest_neighbor(tmp_path):
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1)).astype(np.uint8)
     save_png_grid(tmp_path / "grid.png", pixels, columns=3)

@@ -50,7 +50,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert published.items() <= fields.items()
 
 
-def test_statistics_normalise_latents_and_are_taken_back_by_decode() -> None:
+def test_statistics_normalize_latents_and_decode_inverts_them() -> None:
     raw, normed = encode(), encode(given=variables(statistics=statistics()))
     mean, var = statistics()["mean"], statistics()["var"]
     np.testing.assert_allclose(normed, (raw - mean) / np.sqrt(var + 1e-5), atol=1e-5)
@@ -78,8 +78,8 @@ def test_noise_belongs_to_the_sample_whatever_its_batch() -> None:
     alone = encode(images=IMAGES[2:3], keys=keys(2))
     np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
     added = together - encode()
-    spread = added.std(axis=(1, 2, 3))
-    assert (spread < 0.9).all() and np.ptp(spread) > 0.05  # a level of its own for each sample
+    std = added.std(axis=(1, 2, 3))
+    assert (std < 0.9).all() and np.ptp(std) > 0.05  # a level of its own for each sample
     assert len({row.tobytes() for row in added}) == 4
 
 

@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_says_it_all() -> None:
+def test_a_log_line_has_all_metrics() -> None:
     stream = io.StringIO()
     with Progress(1000, stream=stream) as progress:
         progress.update(50, loss=0.51234, timing=TIMING, mfu=0.4231)
@@ -58,7 +58,7 @@ def test_one_bar_on_a_terminal() -> None:
     assert text.count("\n") == 2  # the message and the end of the one bar
 
 
-def test_other_processes_are_silent() -> None:
+def test_other_processes_log_nothing() -> None:
     for stream in (io.StringIO(), Terminal()):
         with Progress(10, stream=stream, process_zero=False) as progress:
             progress.update(1, loss=0.5)
@@ -85,7 +85,7 @@ def test_announce_prints_elapsed_seconds_until_the_end() -> None:
     assert re.fullmatch(r"compiling it: done in [0-9]+\.[0-9] s", lines[-1])
 
 
-def test_announce_is_silent_about_what_is_quick() -> None:
+def test_announce_logs_nothing_about_fast_work() -> None:
     stream = io.StringIO()
     with announce("adding", only_if_slow=True, every=600, stream=stream):
         pass

@@ -103,8 +103,8 @@ def test_a_decoder_starts_from_nothing() -> None:
 
 def test_ablating_gives_the_runs_own_weights(runs: Path) -> None:
     params, record = load_converted(runs / "again")
-    _, averages, _, _ = load_denoiser(runs / "base")
-    want, got = flatten_names(averages), flatten_names(params)
+    _, ema, _, _ = load_denoiser(runs / "base")
+    want, got = flatten_names(ema), flatten_names(params)
     assert set(want) == set(got) and all(np.array_equal(want[key], got[key]) for key in want)
     assert record["retrofit"]["registers"] == [4, 0] and record["source"] == "base, step 1"
     _, gated = load_converted(runs / "gated")
@@ -118,7 +118,7 @@ def test_losses_are_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert float(before) == pytest.approx(float(after), rel=1e-5) and float(before) > 0
 
 
-def test_what_cannot_be_is_refused(runs: Path, tmp_path: Path) -> None:
+def test_impossible_changes_are_rejected(runs: Path, tmp_path: Path) -> None:
     out, source = f"--out={tmp_path / 'out'}", f"--workdir={runs / 'base'}"
     with pytest.raises(ConfigError, match=r"depth 3\n.*give --start"):
         main([source, out])

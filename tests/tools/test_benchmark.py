@@ -65,7 +65,7 @@ def test_perturbed_weight_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_optimiser_of_other_rate_is_refused() -> None:
+def test_optimizer_with_another_rate_is_rejected() -> None:
     ours = _tiny()
     trainer = benchmark_sides.make_trainer(ours, benchmark_sides.make_torch_reference(ours))
     trainer.optimizer.param_groups[0]["lr"] *= 10

@@ -34,7 +34,7 @@ def runs(**distances: float) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_a_claim_needs_more_than_the_spread() -> None:
+def test_a_claim_needs_more_than_two_standard_errors() -> None:
     assert comparison([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]).startswith("holds")
     assert comparison([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]).startswith("the opposite")
     assert comparison([1.0, 3.0], [2.0, 2.1]).startswith("no clear difference")

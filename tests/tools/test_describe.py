@@ -15,7 +15,7 @@ FILES = sorted(CONFIGS.glob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_config_has_a_card_without_an_array(path: Path) -> None:
+def test_every_config_has_a_summary_without_an_array(path: Path) -> None:
     config = configs.load(str(path))
     if config.space.encoder.startswith("runs/"):
         config = configs.load(f"{path}:runlocal")  # A run's own encoder has no name to go by.
@@ -24,9 +24,9 @@ def test_every_config_has_a_card_without_an_array(path: Path) -> None:
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 2**20
     assert sum(summary["parts"].values()) == summary["parameters"] > 0
     state = summary["state"]
-    averages = len(config.ema.decays)
+    copies = len(config.ema.decays)
     assert state["params"]["bytes"] == 4 * summary["parameters"]
-    assert state["ema"]["bytes"] == averages * state["params"]["bytes"]
+    assert state["ema"]["bytes"] == copies * state["params"]["bytes"]
     assert state["opt_state"]["bytes"] >= state["params"]["bytes"]
     assert all(row["bytes"] == row["bytes_per_chip"] for row in state.values())
     text = format_summary("title", summary)

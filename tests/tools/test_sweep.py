@@ -38,11 +38,11 @@ def test_all_combinations_but_intervals_without_guidance():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Runs the tool; returns what was drawn."""
+    """Runs the tool; returns what was sampled."""
     np.savez(tmp_path / "ref.npz", REAL)
-    drawn = []
+    sampled = []
 
-    def draw(argv):
+    def fake_sample(argv):
         args = dict(zip(argv[::2], argv[1::2], strict=True))
         out, scale = tmp_path / "sweep" / args["--name"], float(args["--guidance"])
         out.parent.mkdir(exist_ok=True)
@@ -50,21 +50,21 @@ def command(tmp_path, monkeypatch):
         np.savez(out.parent / f"{args['--name']}.npz", noise.astype(np.uint8))
         record = {"recipe": {"step": 20, "sampler": {"guidance": scale, "uint8": "truncate"}}}
         write_json(out.parent / f"{args['--name']}.json", record)
-        drawn.append(scale)
+        sampled.append(scale)
 
     def make_scorer(reference, inception, dinov2, batch):
         return Scorer(StandIn(), open_reference(reference))
 
-    monkeypatch.setattr(sweep.sample, "main", draw)
+    monkeypatch.setattr(sweep.sample, "main", fake_sample)
     monkeypatch.setattr(sweep, "make_scorer", make_scorer)
     monkeypatch.setattr(sweep, "list_steps", lambda folder: [20])
 
     def run(*guidance, count=20):
-        drawn.clear()
+        sampled.clear()
         files = ["--reference", str(tmp_path / "ref.npz"), "--inception", "x", "--workdir", "run"]
         where = ["--out", str(tmp_path / "sweep"), "--num-samples", str(count)]
         sweep.main([*files, *where, "--metrics", "fid,is", "--guidance", *map(str, guidance)])
-        return list(drawn)
+        return list(sampled)
 
     return run
 

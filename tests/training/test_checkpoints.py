@@ -70,7 +70,7 @@ def test_restores_onto_another_mesh(saved: Any, shape: MeshShape) -> None:
 
 
 @pytest.mark.parametrize("ema", [None, "0.9"])
-def test_parameters_or_an_average_are_restored_alone(saved: Any, ema: str | None) -> None:
+def test_parameters_or_ema_weights_are_restored_alone(saved: Any, ema: str | None) -> None:
     run, arrays = saved
     params, meta = restore_params(run.workdir / "checkpoints", run.abstract.params, ema=ema)
     prefix = "params/" if ema is None else f"ema/{ema}/"
@@ -250,7 +250,7 @@ def test_flipped_bits_in_arrays_are_found_by_checksum(saved: Any, copy: Path) ->
     assert any("the checksum of" in message for message in messages)
 
 
-def test_checksums_depend_on_value_and_place_but_not_on_mesh(saved: Any) -> None:
+def test_checksums_depend_on_value_and_position_but_not_on_mesh(saved: Any) -> None:
     run = saved[0]
     rows = np.arange(48, dtype=np.float32).reshape(8, 6)
     trees = [rows, rows[:, ::-1], rows[::-1], rows.T.copy(), rows + 1]
@@ -325,7 +325,7 @@ def test_moments_are_found_where_older_checkpoints_have_them(saved: Any, tmp_pat
         equal(checkpoints.restore(run.abstract)[0], flat(state))
 
 
-def test_another_training_state_is_told_from_another_architecture(saved: Any) -> None:
+def test_another_training_state_is_distinguished_from_another_architecture(saved: Any) -> None:
     run = saved[0]
     other = run.abstract.replace(opt_state=())
     with run.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:

@@ -186,14 +186,14 @@ def test_random_inputs_belong_to_samples_and_the_step() -> None:
     assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-5)
 
 
-def test_the_average_follows_the_decoder() -> None:
+def test_ema_weights_follow_the_decoder() -> None:
     (after, _), start = run(1)[0], state()
     for name, value in flatten_names(after.ema["0.5"]).items():
         old, new = flatten_names(start.params)[name], flatten_names(after.params)[name]
         np.testing.assert_allclose(value, 0.5 * (old + new), rtol=1e-5, atol=1e-7)
 
 
-def test_a_discriminator_without_numbers_is_told() -> None:
+def test_a_non_finite_discriminator_is_reported() -> None:
     before = state()
     broken = dataclasses.replace(
         before,

@@ -21,14 +21,14 @@ def test_uniforms_in_the_middle_change_nothing() -> None:
     np.testing.assert_allclose(augment(images(), MIDDLE), images(), atol=1e-6)
 
 
-def test_the_largest_draw_moves_by_an_eighth_and_lets_zeros_in() -> None:
+def test_the_largest_translation_is_an_eighth_and_pads_with_zeros() -> None:
     x, largest = images(), jnp.array([0.999])
     moved = translate(x, largest, jnp.array([0.0]))
     np.testing.assert_array_equal(moved[:, :14, 2:], x[:, 2:, :14])
     assert not moved[:, 14:].any() and not moved[:, :, :2].any()
 
 
-def test_colours() -> None:
+def test_colors() -> None:
     x, half = images(), jnp.array([0.5])
     brighter = change_colours(x, jnp.array([0.75]), half, half)
     np.testing.assert_allclose(brighter, x + 0.25, atol=1e-5)

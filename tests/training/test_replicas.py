@@ -48,7 +48,7 @@ def verify(step: int, tree: Any, samples: Any) -> None:
     check.verify(step, np.asarray(check.start(step, tree, samples)))
 
 
-def test_equal_copies_pass() -> None:
+def test_equal_replicas_pass() -> None:
     verify(4, state(), batch(3))
     verify(4, state(), {})
 

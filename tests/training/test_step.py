@@ -145,7 +145,7 @@ def test_masked_tokens_have_no_loss_and_the_others_more() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_label_dropout_is_a_share(share: float) -> None:
+def test_label_dropout_is_a_fraction(share: float) -> None:
     metrics = compiled(label_dropout=share)(initial(), batch())[1]
     assert metrics["dropped_labels"] == share
     with pytest.raises(ConfigError, match="label_dropout=1.5"):
@@ -170,7 +170,7 @@ def test_a_bad_number_is_flagged(value: float) -> None:
     assert not compiled()(state, batch())[1]["finite"]
 
 
-def test_averages_follow_from_the_first_step() -> None:
+def test_ema_weights_follow_from_the_first_step() -> None:
     state = initial(decays=(0.9, 0.0))
     start = jax.tree.map(np.asarray, state.params)
     step = compiled()
@@ -185,7 +185,7 @@ def test_averages_follow_from_the_first_step() -> None:
     assert update_ema({}, start) == {}
 
 
-def test_averages_are_copies_that_may_be_donated() -> None:
+def test_ema_weights_are_copies_that_may_be_donated() -> None:
     state = initial(decays=(0.9, 0.99))
     new, _ = jax.jit(train_step(), donate_argnums=0, compiler_options=FAST_COMPILE)(state, batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
