@@ -56,7 +56,7 @@ def encode(args: argparse.Namespace, config: configs.ConfigDict) -> None:
 
 
 def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.ConfigDict:
-    """Returns the config of what is to be encoded, without normalisation, decoder and noise.
+    """Returns the config of what is to be encoded, without normalization, decoder and noise.
 
     Raises:
       ConfigError: If keys or values cannot be, or the space has no encoder.

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         default=SAVE_EVERY,
         help="images between two savings of an unfinished pass",
     )
-    add("--allow-constant", action="store_true", help="score images of a single colour, too")
+    add("--allow-constant", action="store_true", help="score images of a single color, too")
     add(
         "--classifier",
         "--judge",

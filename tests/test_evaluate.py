@@ -49,18 +49,18 @@ def test_what_cannot_be_scored_ends_with_a_reason(tmp_path, heldout):
     images, labels = heldout
     np.savez(tmp_path / "nolabels.npz", images)
     np.savez(tmp_path / "dark.npz", images // 128, labels=labels)
-    np.savez(tmp_path / "colour.npz", images.repeat(3, axis=-1)[:, :7, :7], labels=labels)
+    np.savez(tmp_path / "color.npz", images.repeat(3, axis=-1)[:, :7, :7], labels=labels)
     np.savez(tmp_path / "letters.npz", images, labels=labels + 5)
     for name, reason in {
         "nolabels": "holds no labels",
         "dark": "no value above 1",
-        "letters": r"labelled \[10, 11, 12, 13, 14\]",
+        "letters": r"labeled \[10, 11, 12, 13, 14\]",
         "none": "not found",
     }.items():
         with pytest.raises(EvaluationError, match=reason):
             evaluate.main([str(tmp_path / f"{name}.npz")])
     with pytest.raises(DataError, match="cannot become 7 pixels"):
-        evaluate.main([str(tmp_path / "colour.npz")])
+        evaluate.main([str(tmp_path / "color.npz")])
     assert not list(tmp_path.glob("*.json"))
 
 

@@ -36,10 +36,10 @@ def random_params(module: nn.Module, sample: jax.Array, seed: int = 0) -> Any:
     abstract = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), sample))["params"]
     random = np.random.default_rng(seed)
 
-    def sample(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def random_leaf(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         return (0.3 * random.standard_normal(leaf.shape)).astype(np.float32)
 
-    return jax.tree.map(sample, abstract)
+    return jax.tree.map(random_leaf, abstract)
 
 
 def encoder_params(config: ViTConfig = ENCODER) -> Any:

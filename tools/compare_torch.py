@@ -73,9 +73,9 @@ def compare(snapshot: Path, pixels: np.ndarray) -> list[Difference]:
         (f"block {i}", a, b) for i, (a, b) in enumerate(zip(ours.outputs, theirs, strict=True))
     ]
     patches = theirs[-1][:, config.num_prefix :]
-    centred = patches - patches.mean(axis=-1, keepdims=True)
-    variance = np.square(centred).mean(axis=-1, keepdims=True)
-    layers.append(("tokens", ours.tokens, centred / np.sqrt(variance + config.layer_norm_eps)))
+    centered = patches - patches.mean(axis=-1, keepdims=True)
+    variance = np.square(centered).mean(axis=-1, keepdims=True)
+    layers.append(("tokens", ours.tokens, centered / np.sqrt(variance + config.layer_norm_eps)))
     return [_difference(layer, np.asarray(a), b) for layer, a, b in layers]
 
 

@@ -25,7 +25,7 @@ class SourceOptions:
 
     Attributes:
       image_size: Side of the square images.
-      channels: 1 for grey, 3 for RGB; toy data sets take any number.
+      channels: 1 for gray, 3 for RGB; toy data sets take any number.
       root: Folder of the files, if any.
       split: Part of the data set, for example "train".
       num_classes: Rows of the model's label table; None where labels are of no use.
@@ -58,7 +58,7 @@ class SourceOptions:
             raise DataError(f"data source {source!r} needs a folder", "set config.data.root")
         return self.root
 
-    def require_grey_or_rgb(self, source: str) -> None:
+    def require_gray_or_rgb(self, source: str) -> None:
         """Checks the number of channels.
 
         Raises:

@@ -40,7 +40,7 @@ class ImageFolder:
     """
 
     def __init__(self, options: SourceOptions) -> None:
-        options.require_grey_or_rgb("folder")
+        options.require_gray_or_rgb("folder")
         self._root = _resolve(Path(options.require_root("folder")), options.split)
         self._fit = fit_name(options.fit)
         self.name = f"folder {self._root}"

@@ -23,7 +23,7 @@ def decode_image(
       data: The file's content, in any format that Pillow reads.
       origin: What to call the file in an error: its path.
       image_size: Side of the result.
-      channels: 3 for RGB, 1 for grey.
+      channels: 3 for RGB, 1 for gray.
       fit: A name in FITS.
 
     Returns:

@@ -36,7 +36,7 @@ class ArrayRecords:
     """
 
     def __init__(self, options: SourceOptions) -> None:
-        options.require_grey_or_rgb("arrayrecord")
+        options.require_gray_or_rgb("arrayrecord")
         root, pattern = Path(options.require_root("arrayrecord")), f"{options.split}-*.array_record"
         files = _shard_files(root, pattern)
         packed = read_packed_classes(root / f"{options.split}.json")
@@ -241,7 +241,7 @@ class Tfds:
     """
 
     def __init__(self, options: SourceOptions) -> None:
-        options.require_grey_or_rgb("tfds")
+        options.require_gray_or_rgb("tfds")
         dataset = options.dataset
         try:
             import tensorflow_datasets as tfds

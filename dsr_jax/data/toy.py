@@ -13,7 +13,7 @@ SHAPES_SEED = 2_024
 
 
 class Digits:
-    """Scikit-learn's 1,797 handwritten digits, 8 x 8 scans with 17 grey levels.
+    """Scikit-learn's 1,797 handwritten digits, 8 x 8 scans with 17 gray levels.
 
     Args:
       options: `image_size` is a multiple of 8, pixels are repeated; `channels` is 1, or 3 equal
@@ -27,7 +27,7 @@ class Digits:
     num_classes = 10
 
     def __init__(self, options: SourceOptions) -> None:
-        options.require_grey_or_rgb(self.name)
+        options.require_gray_or_rgb(self.name)
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -41,11 +41,11 @@ class Digits:
             )
         images, labels = load_digits(return_X_y=True)
         indices = split_indices(len(images), options.split, self.name)
-        grey = np.round(images[indices] * (255 / 16)).astype(np.uint8)
-        grey = grey.reshape(-1, DIGITS_SIZE, DIGITS_SIZE)
+        gray = np.round(images[indices] * (255 / 16)).astype(np.uint8)
+        gray = gray.reshape(-1, DIGITS_SIZE, DIGITS_SIZE)
         scale = options.image_size // DIGITS_SIZE
-        grey = grey.repeat(scale, axis=1).repeat(scale, axis=2)
-        self._images = np.repeat(grey[..., None], options.channels, axis=-1)
+        gray = gray.repeat(scale, axis=1).repeat(scale, axis=2)
+        self._images = np.repeat(gray[..., None], options.channels, axis=-1)
         self._labels = labels[indices].astype(np.int32)
         self.class_names = [str(digit) for digit in range(self.num_classes)]
         self.class_counts = np.bincount(self._labels, minlength=self.num_classes).tolist()

@@ -11,7 +11,7 @@ import numpy as np
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 
-LabelledImages = tuple[np.ndarray, np.ndarray]
+LabeledImages = tuple[np.ndarray, np.ndarray]
 """Images [N, H, W, C], uint8, and their classes [N]."""
 
 
@@ -75,7 +75,7 @@ def _check_counts(images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def classifier_scores(
-    images: np.ndarray, labels: np.ndarray, train: LabelledImages, heldout: LabelledImages
+    images: np.ndarray, labels: np.ndarray, train: LabeledImages, heldout: LabeledImages
 ) -> dict[str, Any]:
     """Scores samples with a classifier trained on `train`.
 
@@ -97,7 +97,7 @@ def classifier_scores(
     unknown = np.setdiff1d(labels, train[1])
     if len(unknown):
         raise EvaluationError(
-            f"samples are labelled {unknown.tolist()}, as no image of the data set is",
+            f"samples are labeled {unknown.tolist()}, as no image of the data set is",
             "score samples of the data set that the classifier was trained on",
         )
     classifier = PixelClassifier(*train)

@@ -16,8 +16,8 @@ POSITION_THRESHOLD = 0.1
 
 Objects = Mapping[str, Sequence[int]]
 """Indices of the boxes that count, by class, best first."""
-Colours = Callable[[str, Sequence[int]], Sequence[str]]
-"""`(class, indices of its boxes) -> the colour of each`."""
+Colors = Callable[[str, Sequence[int]], Sequence[str]]
+"""`(class, indices of its boxes) -> the color of each`."""
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -62,20 +62,20 @@ def keep_boxes(boxes: Sequence[Sequence[float]], threshold: float) -> list[int]:
 
 
 def is_correct(
-    prompt: Mapping[str, Any], detections: Mapping[str, Sequence[Sequence[float]]], colours: Colours
+    prompt: Mapping[str, Any], detections: Mapping[str, Sequence[Sequence[float]]], colors: Colors
 ) -> bool:
     """Returns whether an image shows what its prompt asks for.
 
     Args:
       prompt: A line of evaluation_metadata.jsonl: `tag`, `include`, perhaps `exclude`.
       detections: Boxes x1, y1, x2, y2, score by class, before any threshold.
-      colours: Names the colours of boxes.
+      colors: Names the colors of boxes.
     """
     threshold = COUNTING_THRESHOLD if prompt["tag"] == "counting" else THRESHOLD
     objects = {name: keep_boxes(boxes, threshold) for name, boxes in detections.items()}
     groups: list[list[Sequence[float]] | None] = []
     for wanted in prompt.get("include", ()):
-        groups.append(_find(wanted, groups, objects, detections, colours))
+        groups.append(_find(wanted, groups, objects, detections, colors))
     surplus = any(
         len(objects.get(unwanted["class"], ())) >= unwanted["count"]
         for unwanted in prompt.get("exclude", ())
@@ -88,14 +88,14 @@ def _find(
     groups: Sequence[list[Sequence[float]] | None],
     objects: Objects,
     detections: Mapping[str, Sequence[Sequence[float]]],
-    colours: Colours,
+    colors: Colors,
 ) -> list[Sequence[float]] | None:
     """Returns the boxes that fulfil one condition of a prompt, None if there are none."""
     name, count = wanted["class"], wanted["count"]
     numbers = list(objects.get(name, ()))[:count]
     if len(numbers) < count:
         return None
-    if "color" in wanted and list(colours(name, numbers)).count(wanted["color"]) < count:
+    if "color" in wanted and list(colors(name, numbers)).count(wanted["color"]) < count:
         return None
     boxes = [detections[name][number] for number in numbers]
     if "position" in wanted:
@@ -108,7 +108,7 @@ def _find(
     return boxes
 
 
-def summarise(
+def summarize(
     tags: Sequence[str], prompts: Sequence[Any], correct: Sequence[bool]
 ) -> dict[str, Any]:
     """Scores of a whole set of images.

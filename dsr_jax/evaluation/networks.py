@@ -87,7 +87,7 @@ def dinov2_features(
 
     Images become 224 pixels wide by PyTorch's bicubic interpolation with antialiasing, in float32
     and without rounding or clipping, as in EDM2; dgm-eval rounds to uint8 there. They are then
-    normalised by ImageNet's mean and standard deviation. The position table is resampled as
+    normalized by ImageNet's mean and standard deviation. The position table is resampled as
     torch.hub's DINOv2 does. Source: spec evaluation 6.5.
 
     Args:

@@ -54,7 +54,7 @@ def update_metrics(
         hosts must see it.
       identity: What must be equal for a pass to be continued, besides the extractor's recipe.
       save_every: Images between two savings.
-      allow_constant: Takes images of a single colour, too.
+      allow_constant: Takes images of a single color, too.
       report: Called with images done and in all, on process 0.
 
     Raises:

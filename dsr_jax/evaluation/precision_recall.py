@@ -1,4 +1,4 @@
-"""Improved precision and recall by nearest neighbours, block by block on the device.
+"""Improved precision and recall by nearest neighbors, block by block on the device.
 
 Source: Kynkaanniemi et al. 2019, as the ADM evaluator computes it; spec evaluation 6.3.
 """
@@ -14,7 +14,7 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.typing import Array
 from dsr_jax.evaluation.metric import PooledFeatureMetric
 
-NEIGHBOUR = 3
+NEIGHBOR = 3
 ROWS = 1024
 """Rows of one block; its distances to all others are the largest array."""
 
@@ -50,7 +50,7 @@ def _nearest(distances: Array) -> Array:
     XLA's CPU backend selects only where nothing is fused with it, not even a slice of the result;
     otherwise it sorts whole rows, which takes 70 times as long.
     """
-    return -jax.lax.top_k(-distances, NEIGHBOUR + 1)[0]
+    return -jax.lax.top_k(-distances, NEIGHBOR + 1)[0]
 
 
 @jax.jit
@@ -70,18 +70,18 @@ def _blocks(count: int) -> Iterator[slice]:
         yield slice(first, min(first + ROWS, count))
 
 
-def neighbour_radii(features: Array) -> np.ndarray:
-    """Squared distance of every point [N, D] to its third neighbour [N], float32.
+def neighbor_radii(features: Array) -> np.ndarray:
+    """Squared distance of every point [N, D] to its third neighbor [N], float32.
 
     Raises:
       EvaluationError: If there are too few points.
     """
-    if len(features) <= NEIGHBOUR:
+    if len(features) <= NEIGHBOR:
         raise EvaluationError(
-            f"{len(features)} points have no third neighbour",
+            f"{len(features)} points have no third neighbor",
             "precision and recall need thousands of samples and reference images",
         )
-    # A point is the nearest to itself, so that its third neighbour comes fourth.
+    # A point is the nearest to itself, so that its third neighbor comes fourth.
     found = [
         np.asarray(_nearest(_squared_distances(features[rows], features)))[:, -1]
         for rows in _blocks(len(features))
@@ -105,13 +105,13 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray) -> PrecisionRec
             f"features are {samples.shape} and {reference.shape}",
             "compare features of the same network and layer",
         )
-    centre = np.mean(reference, axis=0, dtype=np.float64)
+    center = np.mean(reference, axis=0, dtype=np.float64)
     ours, theirs = (
-        jnp.asarray(np.asarray(x, np.float32) - centre.astype(np.float32))
+        jnp.asarray(np.asarray(x, np.float32) - center.astype(np.float32))
         for x in (samples, reference)
     )
-    radii = neighbour_radii(ours)
-    reference_radii = jnp.asarray(neighbour_radii(theirs))
+    radii = neighbor_radii(ours)
+    reference_radii = jnp.asarray(neighbor_radii(theirs))
     sample_inside = []
     reference_inside = np.zeros(len(reference), bool)
     for rows in _blocks(len(samples)):
@@ -128,7 +128,7 @@ class PR(PooledFeatureMetric):
     """Precision and recall as the ADM evaluator computes them, with distances in float32."""
 
     name: ClassVar[str] = "pr"
-    min_images: ClassVar[int] = NEIGHBOUR + 1
+    min_images: ClassVar[int] = NEIGHBOR + 1
 
     def compute(self, reference: Self | None) -> dict[str, float]:
         """Returns "precision" and "recall"; errors as in `precision_recall`."""
@@ -137,10 +137,10 @@ class PR(PooledFeatureMetric):
         return {"precision": found.precision, "recall": found.recall}
 
     def recipe(self, reference: Self | None) -> dict[str, Any]:
-        """Returns the number of neighbours and of reference images."""
+        """Returns the number of neighbors and of reference images."""
         assert reference is not None
         settings = {
-            "neighbour": NEIGHBOUR,
+            "neighbour": NEIGHBOR,
             "distances": "float32",
             "reference_images": reference.count,
         }

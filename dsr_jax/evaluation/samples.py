@@ -157,7 +157,7 @@ def read_member(path: Path, key: str) -> np.ndarray:
 
 
 def check_levels(images: np.ndarray, path: Path) -> None:
-    """Checks that images use grey levels beyond 0 and 1.
+    """Checks that images use gray levels beyond 0 and 1.
 
     Raises:
       EvaluationError: If they look like floats in [0, 1] that were cast without scaling.
@@ -225,7 +225,7 @@ def _check_images(path: Path, archive: zipfile.ZipFile) -> tuple[int, int, int, 
     if len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
         raise EvaluationError(
             f"arr_0 of {path} has shape {shape}, expected [N, H, W, 1 or 3] with N > 0",
-            "save images channels last, grey or RGB",
+            "save images channels last, gray or RGB",
         )
     if fortran:
         raise EvaluationError(

@@ -73,7 +73,7 @@ class Scorer:
           metrics: Names in METRICS, or "package.module:Class"; None takes those of the ADM
             evaluator that the reference allows, and lists the others as skipped.
           folder: For what a stopped pass continues from; removed at the end.
-          allow_constant: Takes images of a single colour, too.
+          allow_constant: Takes images of a single color, too.
           save_every: Images between two savings.
 
         Raises:

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads: Heads H; the width must be a multiple.
-      use_qknorm: Normalises q and k per head.
+      use_qknorm: Normalizes q and k per head.
       use_rmsnorm: RMSNorm for q and k, else affine LayerNorm with torch's default epsilon.
       kv_bias: Prepends one learned key and value, not rotated (attn_with_bias).
       gated: Index of the first and number of the tokens whose contribution a learned gate per head

@@ -84,7 +84,7 @@ class Block(nn.Module):
       mlp_ratio: Hidden units of the feed-forward per unit of width.
       use_swiglu: SwiGLU, else an MLP with tanh-GELU.
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.
-      use_qknorm: Normalises q and k.
+      use_qknorm: Normalizes q and k.
       attn_kv_bias: Learned extra key and value.
       gated: Gated tokens, see `models.attention.Attention`.
       attention: Attention kernel.

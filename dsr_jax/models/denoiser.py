@@ -175,7 +175,7 @@ class DiffusionTransformer(Denoiser):
       num_heads: Attention heads H.
       patch_size: Side p of a patch.
       mlp_ratio: Hidden units of the feed-forward per unit of width.
-      use_qknorm: Normalises q and k.
+      use_qknorm: Normalizes q and k.
       use_swiglu: SwiGLU, else an MLP with tanh-GELU.
       use_rope: Rotary position in every block, besides the added sine-cosine table.
       use_rmsnorm: RMSNorm with scale, else LayerNorm without.

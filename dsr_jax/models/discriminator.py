@@ -89,11 +89,11 @@ class TokenNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [B, T, D] to [B, T, D]."""
-        centred = x - jnp.mean(x, axis=1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=1, keepdims=True)
+        centered = x - jnp.mean(x, axis=1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=1, keepdims=True)
         scale = add_param(self, "scale", ones, ("embed",), x.shape[-1:])
         bias = add_param(self, "bias", zeros, ("embed",), x.shape[-1:])
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        return centered * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
 
 
 class Head(nn.Module):

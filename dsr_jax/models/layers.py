@@ -214,9 +214,9 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Normalizes the last dimension of [..., D]."""
         wide = self.precision.to_float32("norm", x)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        y = (centered * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
         if self.affine:
             y = y * add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
             y = y + add_param(self, "bias", zeros, (self.axis,), x.shape[-1:])

@@ -41,7 +41,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return x * cos[:, None] + rotated * sin[:, None]
 
 
-def centred_rope_tables(
+def centered_rope_tables(
     head_dim: int, rows: int, columns: int, theta: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns cosines and sines of a row-major grid with patch centers in (-1, 1) on each axis.

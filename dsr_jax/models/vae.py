@@ -127,10 +127,10 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Normalises groups of channels over the whole image, in float32; learned scale and bias.
+    """Normalizes groups of channels over the whole image, in float32; learned scale and bias.
 
     Attributes:
-      num_groups: Groups of neighbouring channels.
+      num_groups: Groups of neighboring channels.
       epsilon: Added to the variance.
       precision: Dtype policy.
     """
@@ -146,9 +146,9 @@ class GroupNorm(nn.Module):
         grouped = self.precision.to_float32("norm", x).reshape(
             batch, -1, self.num_groups, channels // self.num_groups
         )
-        centred = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        centered = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=(1, 3), keepdims=True)
+        y = (centered * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
         scale = add_param(self, "scale", ones, ("channels",), (channels,))
         return y * scale + add_param(self, "bias", zeros, ("channels",), (channels,))
 

@@ -30,7 +30,7 @@ from dsr_jax.models.layers import (
 )
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.resample import resample
-from dsr_jax.models.rope import centred_rope_tables, rotate_halves
+from dsr_jax.models.rope import centered_rope_tables, rotate_halves
 from dsr_jax.parallel.axes import Constrain
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -400,6 +400,6 @@ class ViT(nn.Module):
         if not config.rope_theta:
             return None
         head_dim = config.hidden_size // config.num_heads
-        cos, sin = centred_rope_tables(head_dim, rows, columns, config.rope_theta)
+        cos, sin = centered_rope_tables(head_dim, rows, columns, config.rope_theta)
         around = ((config.num_prefix, length - config.num_prefix - rows * columns), (0, 0))
         return jnp.pad(cos, around, constant_values=1.0), jnp.pad(sin, around)

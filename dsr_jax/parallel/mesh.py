@@ -20,7 +20,7 @@ class MeshShape:
       data: Replicas of the state, over all slices.
       fsdp: Devices that share a state, over all slices.
       tensor: Devices that share a head or a hidden unit, within a slice.
-      dcn_data: Slices along `data`, which communicate over the data-centre network; at most one of
+      dcn_data: Slices along `data`, which communicate over the data-center network; at most one of
         the two may be -1.
       dcn_fsdp: Slices along `fsdp`.
     """
@@ -92,7 +92,7 @@ def num_slices(devices: Sequence[jax.Device]) -> int:
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh over `devices` (default: all devices of all processes).
 
-    Neighbours along an axis are neighbours in the slice's torus. Several slices are cut along
+    Neighbors along an axis are neighbors in the slice's torus. Several slices are cut along
     `data`, where devices exchange gradients once a step, unless the shape says otherwise.
 
     Axis types are Auto: Linen layers leave the layout of matmuls to the compiler, which an

@@ -2,7 +2,7 @@
 
 Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; link speeds from "How to scale your model"
 (jax-ml.github.io/scaling-book), chapter TPUs; memory as libtpu's compiler reports it. The pages
-give the data-centre network's speed per chip (v5p) or per pod of 256 chips (v5e, v6e); they give
+give the data-center network's speed per chip (v5p) or per pod of 256 chips (v5e, v6e); they give
 none for v4, for which v5p's stands.
 """
 
@@ -34,7 +34,7 @@ class Chip:
       peak_flops: Dense bfloat16 FLOP/s.
       hbm_bandwidth: Bytes/s.
       ici_bandwidth: Bytes/s that it can send along one axis of the torus, in both directions.
-      dcn_bandwidth: Bytes/s that it can send over the data-centre network to other slices.
+      dcn_bandwidth: Bytes/s that it can send over the data-center network to other slices.
       chips_per_host: Chips along each axis that one host holds, in slices of several hosts.
       shapes: Slices that can be had.
     """
@@ -92,7 +92,7 @@ class Topology:
       name: As in "v5e:16x16", or "2xv5e:16x16".
       chip: Its chips.
       shape: Chips along each axis of a slice.
-      slices: How many there are, connected by the data-centre network.
+      slices: How many there are, connected by the data-center network.
     """
 
     name: str

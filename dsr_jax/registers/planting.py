@@ -161,15 +161,15 @@ def _find_trigger(
       Their detector, and the mark of every row [B, S].
     """
     tokens = inputs[:, patches].reshape(-1, inputs.shape[-1])
-    centre = tokens.mean(axis=0)
+    center = tokens.mean(axis=0)
     low_count, high_count = (max(1, round(part * len(tokens))) for part in fraction)
     # The intervention skips the first row, so an outlier there would remain.
-    forbidden = np.delete(inputs, np.arange(inputs.shape[1])[patches][1:], axis=1) - centre
+    forbidden = np.delete(inputs, np.arange(inputs.shape[1])[patches][1:], axis=1) - center
     images = np.repeat(np.arange(len(inputs)), len(tokens) // len(inputs))
-    best, edges, direction = 0.0, (0.0, 0.0), centre
-    for prototype in tokens - centre:
+    best, edges, direction = 0.0, (0.0, 0.0), center
+    for prototype in tokens - center:
         candidate = prototype / np.linalg.norm(prototype)
-        similarity = (tokens - centre) @ candidate
+        similarity = (tokens - center) @ candidate
         order = np.argsort(-similarity)
         if len(np.unique(images[order[:low_count]])) < min(_MIN_IMAGES, len(inputs)):
             continue
@@ -185,10 +185,10 @@ def _find_trigger(
         raise ConfigError(
             "no group of patches differs enough from the others", "calibrate on more varied images"
         )
-    values = (inputs - centre) @ direction
+    values = (inputs - center) @ direction
     outliers = values >= edges[1]
     zero = edges[0] + _MARGIN * (edges[1] - edges[0])
-    offset = float(centre @ direction)
+    offset = float(center @ direction)
     return _detector(direction, zero + offset, values[outliers].mean() + offset), outliers
 
 

@@ -186,7 +186,7 @@ def score_figure(result: SearchResult) -> Figure:
         marked = np.array([pair in chosen for pair in shown])
         ranks = np.arange(1, len(shown) + 1)
         curve, bars = axes[number]
-        curve.plot(ranks, values, ".", color="grey", label="other")
+        curve.plot(ranks, values, ".", color="gray", label="other")
         curve.plot(ranks[marked], values[marked], ".", color="red", label="chosen")
         curve.set(xscale="log", xlabel="rank", ylabel="mean |activation| on outliers")
         curve.set_title(f"round {number + 1}")

@@ -24,7 +24,7 @@ class Trace(NamedTuple):
 def trace_encoder(
     model: ViT, params: Params, pixels: Array, intervention: Intervention | None = None
 ) -> Trace:
-    """Encodes normalised images [B, H, W, 3], with test-time registers if given."""
+    """Encodes normalized images [B, H, W, 3], with test-time registers if given."""
     out, sown = model.apply(
         {"params": params}, pixels, intervention=intervention, mutable=["intermediates"]
     )

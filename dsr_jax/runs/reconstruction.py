@@ -114,7 +114,7 @@ def rfid(
             [metric],
             folder=out / "rfid.parts" / name,
             identity={"images": each.describe(), "recipe": recipe},
-            # An image of a single colour is reconstructed like any other.
+            # An image of a single color is reconstructed like any other.
             allow_constant=True,
             report=PassReport(f"features of {name}"),
         )

@@ -143,7 +143,7 @@ def score_to_file(
       images: The samples.
       metrics: Names, or None for those that the reference allows.
       out: The file; a folder beside it holds what a stopped pass continues from.
-      allow_constant: Takes images of a single colour, too.
+      allow_constant: Takes images of a single color, too.
       save_every: Images between two savings.
 
     Raises:

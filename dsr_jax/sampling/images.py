@@ -20,7 +20,7 @@ def to_uint8(images: Array, mode: str = "truncate") -> Array:
 
     Args:
       images: Float values; values outside [0, 1] are clipped.
-      mode: "truncate" is the official code of RAE and DSR (half a grey level darker on average),
+      mode: "truncate" is the official code of RAE and DSR (half a gray level darker on average),
         "round" takes the nearest level, "sit" is 127.5 x + 128 on [-1, 1], truncated, of SiT and
         DiT (rounds halves up). The choice moves FID, so it is part of the recipe.
 
@@ -76,10 +76,10 @@ def save_png_grid(
 
     Args:
       path: The file.
-      images: Grey (C = 1) or colour (C = 3) images.
+      images: Gray (C = 1) or color (C = 3) images.
       labels: Class numbers [N] to write above the images.
       columns: Images per row.
-      scale: Factor of enlargement by nearest neighbour; by default what brings images to a height
+      scale: Factor of enlargement by nearest neighbor; by default what brings images to a height
         of at least 32 pixels, so that 8x8 digits are visible.
       row_names: Names to write to the left of the rows; () for none.
     """

@@ -23,7 +23,7 @@ def check_loss(name: str) -> None:
 
 
 def discriminator_loss(name: str, real: Array, fake: Array) -> Array:
-    """What the discriminator minimises, a scalar.
+    """What the discriminator minimizes, a scalar.
 
     Args:
       name: "hinge" or "vanilla".
@@ -37,7 +37,7 @@ def discriminator_loss(name: str, real: Array, fake: Array) -> Array:
 
 
 def generator_loss(fake: Array) -> Array:
-    """What the generator minimises, for either loss of the discriminator: minus the mean logit."""
+    """What the generator minimizes, for either loss of the discriminator: minus the mean logit."""
     return -jnp.mean(fake)
 
 
@@ -64,6 +64,6 @@ def to_signed(images: Array) -> Array:
     return 2 * images - 1
 
 
-def quantise(images: Array) -> Array:
+def quantize(images: Array) -> Array:
     """Clips images in [-1, 1] and rounds them to 256 levels, as files would hold them."""
     return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5) / 127.5 - 1

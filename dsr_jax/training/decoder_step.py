@@ -22,7 +22,7 @@ from dsr_jax.training.adversarial import (
     check_loss,
     discriminator_loss,
     generator_loss,
-    quantise,
+    quantize,
     to_signed,
 )
 from dsr_jax.training.decoder_state import DecoderState, DiscriminatorState
@@ -104,7 +104,7 @@ class GeneratorTerms(NamedTuple):
       perceptual: Mean LPIPS.
       gan: Minus the mean logit; 0 where the GAN is off.
       weight: Adaptive weight of `gan`; 0 where the GAN is off.
-      total: What is minimised.
+      total: What is minimized.
     """
 
     images: Array
@@ -119,7 +119,7 @@ class DiscriminatorTerms(NamedTuple):
     """Outcome of the discriminator's passes over one batch.
 
     Attributes:
-      loss: What it minimises.
+      loss: What it minimizes.
       accuracy: Fraction of positions where it prefers the real image.
       spectral: Singular vectors after both passes, the reconstructions' first.
     """
@@ -278,7 +278,7 @@ def update_discriminator(
     decoded = networks.decode(variables, params, networks.encode(variables, images, None))
     seen = [
         augment(x, u, settings.cutout)
-        for x, u in zip((to_signed(images), quantise(to_signed(decoded))), uniforms, strict=True)
+        for x, u in zip((to_signed(images), quantize(to_signed(decoded))), uniforms, strict=True)
     ]
     terms, grads = discriminator_loss_and_grads(
         networks.discriminate, settings, variables, discriminator, *seen

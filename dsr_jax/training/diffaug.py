@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees: shifts, colour, holes.
+"""Differentiable augmentation of what a discriminator sees: shifts, color, holes.
 
 Source: Zhao et al. 2020 (DiffAugment), RAE stage1/disc/diffaug.py; spec encoder 10.
 """
@@ -16,7 +16,7 @@ _SHIFT_SHARE = 8
 
 
 def augment(images: Array, uniforms: Array, cutout: float = 0.0) -> Array:
-    """Moves images, changes their colours, and cuts holes into them.
+    """Moves images, changes their colors, and cuts holes into them.
 
     Args:
       images: [B, H, W, C], around zero.
@@ -27,7 +27,7 @@ def augment(images: Array, uniforms: Array, cutout: float = 0.0) -> Array:
       Images of the same shape; zero where nothing is left.
     """
     out = translate(images, uniforms[:, 0], uniforms[:, 1])
-    out = change_colours(out, uniforms[:, 2], uniforms[:, 3], uniforms[:, 4])
+    out = change_colors(out, uniforms[:, 2], uniforms[:, 3], uniforms[:, 4])
     return cut_out(out, uniforms[:, 5], uniforms[:, 6], cutout) if cutout else out
 
 
@@ -56,7 +56,7 @@ def translate(images: Array, down: Array, right: Array) -> Array:
     return jax.vmap(one)(images, (shifts[0], shifts[1]))
 
 
-def change_colours(images: Array, brightness: Array, saturation: Array, contrast: Array) -> Array:
+def change_colors(images: Array, brightness: Array, saturation: Array, contrast: Array) -> Array:
     """Adds to images [B, H, W, C], spreads channels about their mean, then all about theirs.
 
     Each takes uniforms [B].
@@ -65,8 +65,8 @@ def change_colours(images: Array, brightness: Array, saturation: Array, contrast
         uniform[:, None, None, None] for uniform in (brightness, saturation, contrast)
     )
     images = images + (brightness - 0.5)
-    grey = jnp.mean(images, axis=-1, keepdims=True)
-    images = (images - grey) * (2 * saturation) + grey
+    gray = jnp.mean(images, axis=-1, keepdims=True)
+    images = (images - gray) * (2 * saturation) + gray
     level = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
     return (images - level) * (contrast + 0.5) + level
 

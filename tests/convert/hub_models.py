@@ -29,7 +29,7 @@ DINOV3: dict[str, dict[str, Any]] = {
 
 
 def save_snapshot(kind: str, folder: Path, **sizes: Any) -> None:
-    """Saves a randomly initialised model and its config.json."""
+    """Saves a randomly initialized model and its config.json."""
     import torch
     import transformers
 

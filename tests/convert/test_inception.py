@@ -38,7 +38,7 @@ def field(number, content):
 
 
 def node(name, array, *, splat=False, operation=b"Const", kind=1):
-    """A NodeDef with a constant, as TensorFlow serialises it."""
+    """A NodeDef with a constant, as TensorFlow serializes it."""
     sizes = b"".join(field(2, field(1, size)) for size in array.shape)
     values = struct.pack("<f", array.flat[0]) if splat else array.astype("<f4").tobytes()
     tensor = field(1, kind) + field(2, sizes) + field(5 if splat else 4, values)

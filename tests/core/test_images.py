@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the RGB or grey that Pillow and torchvision make of it."""
+"""Every kind of image file becomes the RGB or gray that Pillow and torchvision make of it."""
 
 import io
 import os
@@ -45,11 +45,11 @@ def test_rgb_is_unchanged_and_alpha_is_dropped() -> None:
 
 
 def test_grayscale_is_repeated_or_kept() -> None:
-    grey = colors()[..., 0]
+    gray = colors()[..., 0]
     for mode in ("L", "LA"):
-        content = encode(Image.fromarray(grey).convert(mode))
-        np.testing.assert_array_equal(pixels(content), grey[..., None].repeat(3, -1))
-        np.testing.assert_array_equal(pixels(content, 1), grey[..., None])
+        content = encode(Image.fromarray(gray).convert(mode))
+        np.testing.assert_array_equal(pixels(content), gray[..., None].repeat(3, -1))
+        np.testing.assert_array_equal(pixels(content, 1), gray[..., None])
     luma = np.asarray(Image.fromarray(colors()).convert("L"))
     np.testing.assert_array_equal(pixels(encode(Image.fromarray(colors())), 1)[..., 0], luma)
 
@@ -62,14 +62,14 @@ def test_one_bit_is_black_and_white() -> None:
 
 
 def test_sixteen_bits_keep_the_high_byte() -> None:
-    grey = np.random.default_rng(0).integers(0, 2**16, (16, 16), dtype=np.uint16)
-    raw = b"P5 16 16 65535\n" + grey.astype(">u2").tobytes()
-    contents = [encode(Image.fromarray(grey), kind) for kind in ("PNG", "TIFF")]
+    gray = np.random.default_rng(0).integers(0, 2**16, (16, 16), dtype=np.uint16)
+    raw = b"P5 16 16 65535\n" + gray.astype(">u2").tobytes()
+    contents = [encode(Image.fromarray(gray), kind) for kind in ("PNG", "TIFF")]
     for content in (*contents, raw):
         for channels in (1, 3):
             found = pixels(content, channels)
             assert found.shape == (16, 16, channels)
-            np.testing.assert_array_equal(found[..., -1], grey >> 8)
+            np.testing.assert_array_equal(found[..., -1], gray >> 8)
 
 
 def test_palettes_with_and_without_transparency() -> None:

@@ -15,7 +15,7 @@ from dsr_jax.data.sources import make_source
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """Two training files of three grey images each, the last damaged; labels 0 .. 5."""
+    """Two training files of three gray images each, the last damaged; labels 0 .. 5."""
     pytest.importorskip("array_record.python.array_record_module")
     contents = []
     for level in range(6):

@@ -16,13 +16,13 @@ from dsr_jax.data.sources import SkipUnreadable, make_source
 
 
 def make_folder(root: Path, counts: dict[str, int]) -> Path:
-    """Writes plain images whose grey level is their number in sorted order times four."""
+    """Writes plain images whose gray level is their number in sorted order times four."""
     level = 0
     for name in sorted(counts):
         (root / name).mkdir(parents=True)
         for number in range(counts[name]):
-            grey = np.full((8, 8, 3), level * 4, np.uint8)
-            Image.fromarray(grey).save(root / name / f"{number:03d}.png")
+            gray = np.full((8, 8, 3), level * 4, np.uint8)
+            Image.fromarray(gray).save(root / name / f"{number:03d}.png")
             level += 1
     return root
 

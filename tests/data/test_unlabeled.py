@@ -17,7 +17,7 @@ def _fill(folder: Path) -> None:
     image = Image.fromarray(pixels)
     (folder / "deep" / "er").mkdir(parents=True)
     image.save(folder / "color.png")
-    image.convert("L").save(folder / "deep" / "grey.png")
+    image.convert("L").save(folder / "deep" / "gray.png")
     image.convert("RGBA").save(folder / "deep" / "alpha.png")
     image.convert("CMYK").save(folder / "deep" / "er" / "cmyk.jpg", quality=95)
     image.convert("P").save(folder / "palette.png")

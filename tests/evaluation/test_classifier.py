@@ -59,7 +59,7 @@ def test_it_refuses_images_of_another_kind():
         classifier.features(images[:, :, :2])
     with pytest.raises(EvaluationError, match="30 images, but 29 labels"):
         classifier.accuracy(images, labels[:-1])
-    with pytest.raises(EvaluationError, match=r"labelled \[3\]"):
+    with pytest.raises(EvaluationError, match=r"labeled \[3\]"):
         classifier_scores(images, labels + 1, (images, labels), (images, labels))
     with pytest.raises(EvaluationError, match="at least two classes"):
         PixelClassifier(images, np.zeros(30, int))

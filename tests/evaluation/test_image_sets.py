@@ -67,16 +67,16 @@ def test_folders_that_cannot_be_scored(tmp_path):
 
 def test_folders_are_decoded_as_in_training(tmp_path):
     (tmp_path / "a").mkdir()
-    grey = np.tile(np.arange(64, dtype=np.uint16) * 4, (64, 1)) * 257
-    palette = Image.fromarray(grey.astype(np.uint8)).convert("RGB").quantize(16)
-    Image.fromarray(grey).save(tmp_path / "a" / "0.png")
-    Image.fromarray(grey >> 8).convert("1").save(tmp_path / "a" / "1.png")
+    gray = np.tile(np.arange(64, dtype=np.uint16) * 4, (64, 1)) * 257
+    palette = Image.fromarray(gray.astype(np.uint8)).convert("RGB").quantize(16)
+    Image.fromarray(gray).save(tmp_path / "a" / "0.png")
+    Image.fromarray(gray >> 8).convert("1").save(tmp_path / "a" / "1.png")
     palette.save(tmp_path / "a" / "2.png", transparency=bytes(range(16)))
     palette.convert("CMYK").save(tmp_path / "a" / "3.tif")
     scored = next(open_images(tmp_path / "a").batches(4))
     source = make_source("folder", image_size=64, channels=3, root=str(tmp_path))
     np.testing.assert_array_equal(scored, [source[i]["image"] for i in range(4)])
-    np.testing.assert_array_equal(scored[0, ..., 0], grey >> 8)
+    np.testing.assert_array_equal(scored[0, ..., 0], gray >> 8)
 
 
 def test_subfolders_are_part_of_the_set(tmp_path):

@@ -59,8 +59,8 @@ def test_class_tokens_are_those_of_pytorch(folders):
 def test_grayscale_images_are_treated_as_color(folders):
     config, params, record = load_class_encoder(folders / "converted")
     network = dinov2_features(config, params, record)
-    grey = IMAGES[..., :1]
-    found, want = (network.apply(params, x) for x in (grey, np.repeat(grey, 3, axis=-1)))
+    gray = IMAGES[..., :1]
+    found, want = (network.apply(params, x) for x in (gray, np.repeat(gray, 3, axis=-1)))
     np.testing.assert_allclose(found["class_token"], want["class_token"], atol=1e-5)
 
 

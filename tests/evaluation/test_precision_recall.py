@@ -50,7 +50,7 @@ def test_a_dropped_mode_lowers_recall_alone():
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(EvaluationError, match="no third neighbour"):
+    with pytest.raises(EvaluationError, match="no third neighbor"):
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
     with pytest.raises(EvaluationError, match="same network"):
         precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))

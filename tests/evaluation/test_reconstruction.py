@@ -10,7 +10,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 17, 3), np.uint8)
 
 
 def direct_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """SSIM of two grey images by a sum over each window."""
+    """SSIM of two gray images by a sum over each window."""
     a, b = (np.pad(x / 255.0, 5, mode="reflect") for x in (a, b))
     taps = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
     window = np.outer(taps, taps) / taps.sum() ** 2
@@ -38,8 +38,8 @@ def test_psnr_of_a_known_error() -> None:
     other = IMAGES // 2
     want = -10 * np.log10(np.square((IMAGES - other.astype(float)) / 255).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(psnr(IMAGES, other), want)
-    black, grey = np.zeros((1, 8, 8, 1), np.uint8), np.full((1, 8, 8, 1), 51, np.uint8)
-    np.testing.assert_allclose(psnr(black, grey), 20 * np.log10(5))
+    black, gray = np.zeros((1, 8, 8, 1), np.uint8), np.full((1, 8, 8, 1), 51, np.uint8)
+    np.testing.assert_allclose(psnr(black, gray), 20 * np.log10(5))
 
 
 def test_ssim_is_the_mean_over_windows_of_the_reflected_image() -> None:

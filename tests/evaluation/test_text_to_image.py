@@ -49,7 +49,7 @@ def test_positions(relation, result):
 
 
 def test_summary():
-    found = geneval.summarise(["a", "a", "b"], [1, 1, 2], [True, False, False])
+    found = geneval.summarize(["a", "a", "b"], [1, 1, 2], [True, False, False])
     assert found["task_scores"] == {"a": 0.5, "b": 0} and found["overall"] == 0.25
     assert found["pct_correct_prompts"] == 0.5 and found["n_images"] == 3
 

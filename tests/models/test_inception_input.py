@@ -14,8 +14,8 @@ def test_pixels_of_the_resize_by_hand():
     # Source places are 0, 0.5, 1 and 1.5; beyond the last pixel there is nothing to mix in.
     np.testing.assert_array_equal(found[:, 0], [0, 10, 20, 20])
     np.testing.assert_array_equal(found[0], [0, 5, 10, 10])
-    centred = np.asarray(resize_bilinear(images, 4, centred=True))[0, ..., 0]
-    np.testing.assert_array_equal(centred[0], [0, 2.5, 7.5, 10])
+    centered = np.asarray(resize_bilinear(images, 4, centered=True))[0, ..., 0]
+    np.testing.assert_array_equal(centered[0], [0, 2.5, 7.5, 10])
 
 
 def test_shrinking_does_not_smooth():

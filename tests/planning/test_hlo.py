@@ -10,7 +10,7 @@ from dsr_jax.planning.hlo import Array, parse
 
 # A program in the words of XLA's TPU compiler, to count by hand. Its entry scans three layers;
 # each gathers its weights [8, 4] over 4 devices, in two pieces, multiplies, and runs a loop of the
-# compiler's own, of 8 / 2 trips, that sends 64 bytes to a neighbour.
+# compiler's own, of 8 / 2 trips, that sends 64 bytes to a neighbor.
 TEXT = Path(__file__).with_name("program.hlo").read_text()
 
 

@@ -11,7 +11,7 @@ from dsr_jax.planning.program_cost import Collective, split_program, total
 
 # A program in the words of XLA's TPU compiler, to count by hand. Its entry scans three layers;
 # each gathers its weights [8, 4] over 4 devices, in two pieces, multiplies, and runs a loop of the
-# compiler's own, of 8 / 2 trips, that sends 64 bytes to a neighbour.
+# compiler's own, of 8 / 2 trips, that sends 64 bytes to a neighbor.
 TEXT = Path(__file__).with_name("program.hlo").read_text()
 
 
@@ -91,7 +91,7 @@ def test_what_hosts_exchange_counts_as_the_slices_network(
 
 def test_a_fusion_reads_what_it_slices_and_nothing_of_fast_memory() -> None:
     scan, _ = split_program(parse(TEXT))
-    # Slices of the weights, the layer's number, the result; counters; the neighbour's block.
+    # Slices of the weights, the layer's number, the result; counters; the neighbor's block.
     tile, number = 8 * 128 * 4, 4
     layer = tile + number + 2 * tile
     counters = 3 * number

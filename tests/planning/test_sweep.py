@@ -59,7 +59,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_what_cannot_be_better_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weak rematerialisation fits with two micro-batches only, full with any number."""
+    """Weak rematerialization fits with two micro-batches only, full with any number."""
     tried: list[Trial] = []
 
     def compiled(config: configs.ConfigDict, *_: Any) -> dict[str, Any]:

@@ -75,9 +75,9 @@ def test_optimizer_with_another_rate_is_rejected() -> None:
 
 def test_differing_samples_are_refused() -> None:
     images = np.random.default_rng(0).integers(1, 255, (2, 16, 16, 8)).astype(np.uint8)
-    neighbour = images.copy()
-    neighbour[0, 0, 0, 0] -= 1
-    benchmark_sides.check_samples(images, neighbour)
+    neighbor = images.copy()
+    neighbor[0, 0, 0, 0] -= 1
+    benchmark_sides.check_samples(images, neighbor)
     for other in (images - 1, np.roll(images, 1)):
         with pytest.raises(NumericsError, match="samples differ"):
             benchmark_sides.check_samples(images, other)

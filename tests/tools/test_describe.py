@@ -24,9 +24,9 @@ def test_every_config_has_a_summary_without_an_array(path: Path) -> None:
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 2**20
     assert sum(summary["parts"].values()) == summary["parameters"] > 0
     state = summary["state"]
-    copies = len(config.ema.decays)
+    num_ema = len(config.ema.decays)
     assert state["params"]["bytes"] == 4 * summary["parameters"]
-    assert state["ema"]["bytes"] == copies * state["params"]["bytes"]
+    assert state["ema"]["bytes"] == num_ema * state["params"]["bytes"]
     assert state["opt_state"]["bytes"] >= state["params"]["bytes"]
     assert all(row["bytes"] == row["bytes_per_chip"] for row in state.values())
     text = format_summary("title", summary)

@@ -11,7 +11,7 @@ from dsr_jax.training.adversarial import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
-    quantise,
+    quantize,
 )
 
 REAL, FAKE = jnp.array([2.0, 0.5, -1.0]), jnp.array([-3.0, 0.5, 0.0])
@@ -35,6 +35,6 @@ def test_the_adaptive_weight_is_limited_and_carries_no_gradient() -> None:
     assert not jax.grad(lambda x: adaptive_weight(x, b, 1e4))(a).any()
 
 
-def test_quantised_images_have_256_levels() -> None:
-    levels = np.unique(quantise(jnp.linspace(-1.2, 1.2, 5000)))
+def test_quantized_images_have_256_levels() -> None:
+    levels = np.unique(quantize(jnp.linspace(-1.2, 1.2, 5000)))
     np.testing.assert_allclose(levels, np.arange(256) / 127.5 - 1, atol=1e-6)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsr_jax.training.diffaug import NUM_UNIFORMS, augment, change_colours, cut_out, translate
+from dsr_jax.training.diffaug import NUM_UNIFORMS, augment, change_colors, cut_out, translate
 
 MIDDLE = jnp.full((1, NUM_UNIFORMS), 0.5)
 
@@ -30,11 +30,11 @@ def test_the_largest_translation_is_an_eighth_and_pads_with_zeros() -> None:
 
 def test_colors() -> None:
     x, half = images(), jnp.array([0.5])
-    brighter = change_colours(x, jnp.array([0.75]), half, half)
+    brighter = change_colors(x, jnp.array([0.75]), half, half)
     np.testing.assert_allclose(brighter, x + 0.25, atol=1e-5)
-    grey = change_colours(x, half, jnp.array([0.0]), half)
-    np.testing.assert_allclose(grey, np.repeat(x.mean(-1, keepdims=True), 3, -1), atol=1e-5)
-    flat = change_colours(x, half, half, jnp.array([0.0]))
+    gray = change_colors(x, half, jnp.array([0.0]), half)
+    np.testing.assert_allclose(gray, np.repeat(x.mean(-1, keepdims=True), 3, -1), atol=1e-5)
+    flat = change_colors(x, half, half, jnp.array([0.0]))
     np.testing.assert_allclose(np.std(flat) / np.std(x), 0.5, rtol=1e-4)
     np.testing.assert_allclose(flat.mean(), x.mean(), atol=1e-6)
 

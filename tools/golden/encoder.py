@@ -11,7 +11,7 @@ from dsr_jax.convert.encoders import config_from_hub, encoder_rules, take_encode
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.intervention import Intervention
-from dsr_jax.models.rope import centred_rope_tables
+from dsr_jax.models.rope import centered_rope_tables
 from dsr_jax.models.vit import EncoderOutput, ViT, ViTConfig, resample_positions
 from dsr_jax.registers.neurons import neurons_to_mask
 from tools.golden.compare import Case, Check, checks_of
@@ -105,7 +105,7 @@ def run_plain(case: Case) -> list[Check]:
             checks.append(Check(key, table, io[key], "encoder"))
     if "rope_cos" in io:
         head_dim = config.hidden_size // config.num_heads
-        cos, sin = centred_rope_tables(head_dim, side, side, config.rope_theta)
+        cos, sin = centered_rope_tables(head_dim, side, side, config.rope_theta)
         checks += [Check("rope_cos", cos, io["rope_cos"], "encoder")]
         checks += [Check("rope_sin", sin, io["rope_sin"], "encoder")]
     if "features_normalize_false" in io:
@@ -153,15 +153,15 @@ def run_registers(case: Case) -> list[Check]:
         checks += _common(f"{name}_{{}}", out, found, io, only_other=True)
         key = f"{name}_last_hidden_with_register"
         if key in io:
-            hidden = _normalised(found["layers"][-1], config.layer_norm_eps)
+            hidden = _normalized(found["layers"][-1], config.layer_norm_eps)
             checks.append(Check(key, hidden, io[key], "encoder"))
     return checks
 
 
-def _normalised(tokens: Array, epsilon: float) -> Array:
+def _normalized(tokens: Array, epsilon: float) -> Array:
     """Returns the final norm of all rows, of which the encoder itself keeps only the patches."""
-    centred = tokens - tokens.mean(axis=-1, keepdims=True)
-    return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + epsilon)
+    centered = tokens - tokens.mean(axis=-1, keepdims=True)
+    return centered / jnp.sqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + epsilon)
 
 
 def _with_neurons(

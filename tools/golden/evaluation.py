@@ -11,7 +11,7 @@ from dsr_jax.evaluation import clip_score, dpg, geneval
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 from dsr_jax.evaluation.inception_score import InceptionScore, score_splits
 from dsr_jax.evaluation.kid import kernel_inception_distance, squared_mmd
-from dsr_jax.evaluation.precision_recall import neighbour_radii, precision_recall
+from dsr_jax.evaluation.precision_recall import neighbor_radii, precision_recall
 from tools.golden.compare import Case, Check
 
 
@@ -81,7 +81,7 @@ def run_precision_recall(case: Case) -> list[Check]:
         for key, features in (("ref", reference), ("sample", samples)):
             # In units of the largest squared norm, since float32 has seven digits.
             scale = np.square(features, dtype=np.float64).sum(axis=1).max()
-            radii = neighbour_radii(jnp.asarray(features - reference.mean(axis=0))) / scale
+            radii = neighbor_radii(jnp.asarray(features - reference.mean(axis=0))) / scale
             expected = io[f"{name}/radii_{key}_sq_f64"] / scale
             checks.append(Check(f"{name} radii {key}", radii, expected, "radii"))
     return checks
@@ -140,7 +140,7 @@ def run_geneval(case: Case) -> list[Check]:
         for image in images
     ]
     tags = [image["metadata"]["tag"] for image in images]
-    summary = geneval.summarise(tags, [image["prompt_index"] for image in images], verdicts)
+    summary = geneval.summarize(tags, [image["prompt_index"] for image in images], verdicts)
     want = case.config["expected_summary"]
     checks = [
         Check("verdicts", verdicts, [image["correct"] for image in images], "exact"),

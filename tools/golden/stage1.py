@@ -29,7 +29,7 @@ from dsr_jax.training.adversarial import (
     accuracy,
     discriminator_loss,
     generator_loss,
-    quantise,
+    quantize,
     to_signed,
 )
 from dsr_jax.training.decoder_state import DecoderState, DiscriminatorState
@@ -81,21 +81,21 @@ def run_discriminator(case: Case) -> list[Check]:
     loss, gradient = jax.jit(
         jax.value_and_grad(lambda x: generator_loss(network(*arrays, x, train=False)[0]))
     )(fake)
-    quantised = quantise(fake)
+    quantized = quantize(fake)
     discriminator = DiscriminatorState(
         step=jnp.zeros((), jnp.int32), params=heads, spectral=spectral, opt_state=()
     )
     terms, grads = jax.jit(
         functools.partial(discriminator_loss_and_grads, network, LossSettings())
-    )(backbone, discriminator, real, quantised)
-    on_fake, between = discriminate(backbone, heads, spectral, quantised, train=True)
+    )(backbone, discriminator, real, quantized)
+    on_fake, between = discriminate(backbone, heads, spectral, quantized, train=True)
     on_real, _ = discriminate(backbone, heads, between, real, train=True)
     found = {
         "eval_logits_fake": discriminate(backbone, heads, spectral, fake, train=False)[0],
         "gen_loss": loss,
         "gen_loss_grad_fake": nchw(gradient),
         "dino_activations": jax.jit(network.features)(backbone, fake).swapaxes(2, 3),
-        "fake_quantised": nchw(quantised),
+        "fake_quantised": nchw(quantized),
         "train_logits_fake": on_fake,
         "train_logits_real": on_real,
         "hinge_d_loss": terms.loss,
