@@ -17,6 +17,7 @@ import numpy as np
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.layers import add_param, ones, zeros
+from dsr_jax.models.tuning import tuning
 
 SPATIAL_CHANNELS = 7
 """Channels of the 17 x 17 map that sFID takes."""
@@ -186,13 +187,12 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") ->
         return jnp.matmul(x, kernel[0, 0], precision=_HIGHEST)
     width = x.shape[2]
     wanted = (width - kernel.shape[1]) // stride + 1 if padding == "VALID" else width
+    padded = padding == "VALID" and tuning().pad_convolutions
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        # XLA's convolution on CPUs takes half the time with some padding, if only a column that is
-        # removed again.
-        ((0, 0), (0, 1)) if padding == "VALID" else padding,
+        ((0, 0), (0, 1)) if padded else padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=_HIGHEST,
     )[:, :, :wanted]

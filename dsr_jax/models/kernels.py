@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.segments import Segments, pad_lengths
+from dsr_jax.models.tuning import target_platform, tuning
 from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
 
 ATTENTION_RESIDUALS = "attention_residuals"
@@ -42,7 +43,9 @@ _Kept = tuple[Array, Array, Array, Segments | None, Array, Array]
 
 def _einsum_forward(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, _Kept]:
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
-    rows = math.ceil(q.shape[2] / math.ceil(q.shape[2] / _ROWS))
+    # Blocks of equal size.
+    most = tuning().query_rows or q.shape[2]
+    rows = math.ceil(q.shape[2] / math.ceil(q.shape[2] / most))
     blocks = []
     for start in range(0, q.shape[2], rows):
         chosen = slice(start, start + rows)
@@ -52,13 +55,6 @@ def _einsum_forward(q: Array, k: Array, v: Array, segments: Segments | None) -> 
     out = checkpoint_name(out, ATTENTION_RESIDUALS)
     log_sum = checkpoint_name(log_sum, ATTENTION_RESIDUALS)
     return out.transpose(0, 2, 1, 3), (q, k, v, segments, out, log_sum)
-
-
-_ROWS = 256
-"""Number of queries up to which XLA fuses both matmuls and the softmax into one loop on a CPU.
-
-One query more doubles the time; two halves take a third more.
-"""
 
 
 def _einsum_rows(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, Array]:
@@ -146,15 +142,6 @@ def _attend_splash(
         out_specs=spec,
         check_vma=False,
     )(q, k, v, segments)
-
-
-def target_platform() -> str:
-    """Returns the platform of the traced program: that of `jax.set_mesh`, else of this process.
-
-    They differ if a CPU compiles ahead of time for other devices.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 _HALF = (jnp.bfloat16, jnp.float16)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.precision import Precision
+from dsr_jax.models.tuning import tuning
 
 Initializer = Callable[..., Array]
 
@@ -132,9 +133,7 @@ class Dense(nn.Module):
 class SplitDense(nn.Module):
     """Several linear layers of one input that share a fused kernel, as q, k and v do.
 
-    Each output is a matmul of its own. One matmul followed by slices gives the same numbers, but
-    its backward pass first concatenates the gradients of the outputs, which costs a quarter of the
-    feed-forward layer's time on XLA's CPU backend.
+    One matmul or one for each output, as `models.tuning` chooses: the numbers are the same.
 
     Attributes:
       count: Number of outputs.
@@ -163,6 +162,9 @@ class SplitDense(nn.Module):
         bias = None
         if self.use_bias:
             bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
+        if not tuning().separate_outputs:
+            fused = linear(x, kernel, bias, 1, self.precision)
+            return tuple(jnp.moveaxis(fused, -len(shape), 0))
         return tuple(
             linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
             for i in range(self.count)

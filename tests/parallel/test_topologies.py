@@ -3,7 +3,7 @@
 import pytest
 
 from dsr_jax.core.errors import MeshError
-from dsr_jax.models.kernels import target_platform
+from dsr_jax.models.tuning import target_platform
 from dsr_jax.parallel import topologies
 from dsr_jax.parallel.mesh import MeshShape, make_mesh, num_slices
 from dsr_jax.parallel.topologies import CHIPS, compile_only_devices, find_topology

@@ -1,0 +1,53 @@
+"""Choices by platform that change the speed of a program and not its results, all in one place.
+
+The figures behind those for CPUs are in docs/performance.md; those for GPUs are not measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choices for one platform.
+
+    Attributes:
+      query_rows: Queries per block of einsum attention; 0 for all at once. XLA's CPU backend fuses
+        both matmuls and the softmax into one loop up to 256 queries: one more doubles the time,
+        two halves take a third more.
+      pad_convolutions: Computes one column more than a convolution without padding needs, and
+        drops it: XLA's CPU convolutions take half the time with some padding.
+      separate_outputs: Computes the outputs of a fused kernel (q, k and v) by a matmul each. In the
+        backward pass of a single matmul XLA's CPU backend first concatenates the gradients of the
+        outputs, a quarter of a feed-forward layer's time. Plans for TPUs are made with it, too.
+    """
+
+    query_rows: int
+    pad_convolutions: bool
+    separate_outputs: bool
+
+
+TUNING: Mapping[str, Tuning] = MappingProxyType(
+    {
+        "cpu": Tuning(query_rows=256, pad_convolutions=True, separate_outputs=True),
+        "gpu": Tuning(query_rows=0, pad_convolutions=False, separate_outputs=False),
+        "tpu": Tuning(query_rows=0, pad_convolutions=False, separate_outputs=True),
+    }
+)
+
+
+def target_platform() -> str:
+    """Returns the platform of the traced program: that of `jax.set_mesh`, else of this process.
+
+    They differ if a CPU compiles ahead of time for other devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def tuning() -> Tuning:
+    """Returns the choices for the platform of the traced program."""
+    return TUNING.get(target_platform(), TUNING["gpu"])

@@ -1,0 +1,54 @@
+"""The choices of every platform give the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsr_jax.models import inception, kernels, layers
+from dsr_jax.models.inception import convolve
+from dsr_jax.models.kernels import attend
+from dsr_jax.models.layers import SplitDense
+from dsr_jax.models.tuning import TUNING, tuning
+
+PLATFORMS = ("gpu", "tpu")
+
+
+def use(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the modules choose as on another platform."""
+    for module in (inception, kernels, layers):
+        monkeypatch.setattr(module, "tuning", lambda: TUNING[platform])
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_this_process_has_the_choices_of_a_cpu() -> None:
+    assert tuning() is TUNING["cpu"]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_fused_kernels(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = SplitDense(3, (2, 4), ("embed", "heads", None)), normal(2, 5, 8)
+    params = layer.init(jax.random.key(1), x)
+
+    def total(x: jax.Array) -> jax.Array:
+        q, k, v = layer.apply(params, x)
+        return jnp.sum(jnp.sin(q) * k + v**2)
+
+    want, want_grad = jax.value_and_grad(total)(x)
+    use(platform, monkeypatch)
+    got, got_grad = jax.value_and_grad(total)(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(got_grad, want_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_convolutions_and_blocks_of_queries(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, kernel, q = normal(1, 9, 9, 2), normal(3, 3, 2, 4), normal(1, 300, 2, 8)
+    want = convolve(images, kernel, 2, "VALID"), attend(q, q, q, "einsum")
+    use(platform, monkeypatch)
+    got = convolve(images, kernel, 2, "VALID"), attend(q, q, q, "einsum")
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
