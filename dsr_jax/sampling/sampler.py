@@ -134,21 +134,7 @@ def make_device_sampler(
     """
     sampler = find_sampler(settings.method)
     grid = _grid(objective, settings, sampler.stochastic)
-    strength = strength_in(settings.guidance, settings.interval, settings.open_interval)
-
-    def guided(params: Params, guide: Params | None) -> Denoiser:
-        def network(x: Array, t: Array, labels: Array) -> Array:
-            return apply_fn(params, x, t, labels)
-
-        def weaker(x: Array, t: Array, labels: Array) -> Array:
-            assert guide is not None and guide_fn is not None
-            return guide_fn(guide, x, t, labels)
-
-        if settings.guidance == 1:
-            return network
-        if guide_fn is not None:
-            return autoguidance(network, weaker, strength)
-        return classifier_free(network, strength, null_label, settings.guidance_channels or None)
+    guided = _guide(apply_fn, guide_fn, settings, null_label)
 
     @jax.jit
     def sample(
@@ -184,6 +170,29 @@ def make_device_sampler(
         return Samples(pixels, constrain(finite, whole), indices)
 
     return sample
+
+
+def _guide(
+    apply_fn: ApplyFn, guide_fn: ApplyFn | None, settings: SamplerSettings, null_label: int
+) -> Callable[[Params, Params | None], Denoiser]:
+    """Returns a function from parameters, and those of the guide, to the guided denoiser."""
+    strength = strength_in(settings.guidance, settings.interval, settings.open_interval)
+
+    def guided(params: Params, guide: Params | None) -> Denoiser:
+        def network(x: Array, t: Array, labels: Array) -> Array:
+            return apply_fn(params, x, t, labels)
+
+        def weaker(x: Array, t: Array, labels: Array) -> Array:
+            assert guide is not None and guide_fn is not None
+            return guide_fn(guide, x, t, labels)
+
+        if settings.guidance == 1:
+            return network
+        if guide_fn is not None:
+            return autoguidance(network, weaker, strength)
+        return classifier_free(network, strength, null_label, settings.guidance_channels or None)
+
+    return guided
 
 
 def make_sample_fn(
