@@ -257,5 +257,5 @@ def test_a_sampler_from_outside_the_package(tmp_path, monkeypatch):
     assert recipe["method"] == "own_sampler:one_step" and "rtol" in recipe
     with pytest.raises(ConfigError, match="own_sampler:text' is a str"):
         SamplerSettings(method="own_sampler:text")
-    with pytest.raises(ConfigError, match="own_sampler has no 'two_steps'"):
+    with pytest.raises(ConfigError, match="'own_sampler' has no 'two_steps'"):
         SamplerSettings(method="own_sampler:two_steps")
