@@ -140,7 +140,7 @@ def make_labels(
 
     Args:
       args: The command line.
-      config: The config.
+      config: Experiment config.
       data: The run's classes, where they are known.
 
     Raises:

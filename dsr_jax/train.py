@@ -85,7 +85,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
 def _run_summary(
     config: ConfigDict, model: Denoiser, params: Params, data: DataDescription, mesh: Mesh
 ) -> str:
-    """What is about to run, in two lines."""
+    """Returns the run summary, in two lines."""
     rows, trained = model.num_classes, len(trained_labels(data, model.num_classes))
     classes = (
         f"{rows} classes" if trained == rows else f"{trained} classes of a label table of {rows}"

@@ -83,7 +83,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
 def _run_summary(
     config: ConfigDict, parts: DecoderParts, state: DecoderState, data: DataDescription, mesh: Mesh
 ) -> str:
-    """What is about to run, in a few lines."""
+    """Returns the run summary, in a few lines."""
     sizes, gan = parts.decoder.config, config.gan
     losses = ["L1"]
     if parts.lpips is not None:

@@ -39,7 +39,7 @@ def abstract_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputS
     folder's (`converted/siglip2-base` by siglip2-base-patch16-256), neurons by the published ones.
 
     Args:
-      config: The config.
+      config: Experiment config.
       mesh: Adds the layout of `build.make_space` to the shapes, a copy on each device.
 
     Raises:

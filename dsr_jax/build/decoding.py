@@ -34,8 +34,8 @@ def make_decoding_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[I
     the folder's.
 
     Args:
-      config: The config.
-      mesh: Its devices get a copy of the variables each; None leaves them in host memory.
+      config: Experiment config.
+      mesh: Mesh over which the variables are replicated; None leaves them in host memory.
 
     Raises:
       ConversionError: If the decoder or the statistics are missing, damaged or of another kind.

@@ -110,7 +110,7 @@ def restore_converted(
     Args:
       folder: The converted model.
       model: The config's model.
-      abstract: Its parameters' shapes and shardings.
+      abstract: Shapes and shardings of the parameters.
       adapt: Returns how to adapt the weights that a record describes.
 
     Returns:
@@ -173,7 +173,7 @@ def start_from(
     Args:
       config: The config, whose section `train` says how the weights are adapted.
       model: The config's model.
-      optimizer: Initializes the moments.
+      optimizer: Optimizer, which initializes the moments.
       abstract: The state's shapes and shardings.
       class_names: Class name by label of the training data; empty if unknown.
 

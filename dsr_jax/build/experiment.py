@@ -62,7 +62,7 @@ def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace
     """Returns the input space and its frozen variables.
 
     Args:
-      config: The config.
+      config: Experiment config.
       mesh: Mesh over which the variables are replicated; None leaves them in host memory.
 
     Raises:
@@ -140,7 +140,7 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
     """Opens the data set.
 
     Args:
-      config: The config.
+      config: Experiment config.
       split: Replaces the config's.
       random_crops: Leaves images larger if `global_batches` is to crop them randomly; otherwise
         they have the config's size.
@@ -221,7 +221,7 @@ def make_step(
     """Returns the training step, to be compiled by `jit_step`.
 
     Args:
-      config: The config.
+      config: Experiment config.
       model: The denoiser.
       space: The input space.
       optimizer: The optimizer.
@@ -286,8 +286,8 @@ def jit_step(
       step: The step.
       abstract: Shapes and shardings of the state.
       batch: Sharding of the batch.
-      mesh: The devices.
-      options: From `xla_options`.
+      mesh: Mesh of devices.
+      options: Result of `xla_options`.
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = shardings.replicated(mesh)

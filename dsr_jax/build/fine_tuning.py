@@ -36,7 +36,7 @@ class Adaptation:
       resample_positions: Resamples position tables to the model's grid of patches.
       old_names: Class name by label of the converted model; empty if unknown.
       new_names: Class name by label of the training data; empty if unknown.
-      seed: Of new rows.
+      seed: Seed of new rows.
     """
 
     labels: str = ""

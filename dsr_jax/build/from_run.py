@@ -28,7 +28,7 @@ def load_denoiser(
 
     Args:
       workdir: The run's folder.
-      step: Which checkpoint; None for the newest.
+      step: Step of the checkpoint; None for the newest.
       ema: Decay of the EMA weights, "none" for the raw weights; None for config.sample.ema.
 
     Returns:

@@ -42,10 +42,10 @@ def open_vit(
 
     Args:
       key: The config's key, for messages and as the name of the random stream.
-      name: Its value: a converted folder, or "random:NAME".
+      name: Value of the key: a converted folder, or "random:NAME".
       known: Sizes by NAME.
       load: Reads a folder.
-      seed: Of random weights.
+      seed: Seed of random weights.
 
     Raises:
       ConversionError: If the folder holds no such network.
@@ -63,9 +63,9 @@ def open_encoder(key: str, name: str, seed: int, precision: Precision) -> tuple[
 
     Args:
       key: The config's key, for messages and as the name of the random stream.
-      name: Its value: a converted folder, "random:NAME" with a NAME of
+      name: Value of the key: a converted folder, "random:NAME" with a NAME of
         `models.variants.RANDOM_ENCODERS`, or "random:package.module:Class".
-      seed: Of random weights.
+      seed: Seed of random weights.
       precision: Dtype policy.
 
     Raises:
@@ -105,11 +105,11 @@ def open_decoder(
 
     Args:
       key: The config's key, for messages and as the name of the random stream.
-      name: Its value: a converted folder, or "random:NAME".
+      name: Value of the key: a converted folder, or "random:NAME".
       channels: Channels C of the latents.
       grid: Side of the latents, for random ones.
       image_size: Side of the images, for random ones.
-      seed: Of random weights.
+      seed: Seed of random weights.
 
     Raises:
       ConversionError: If the folder holds no decoder.

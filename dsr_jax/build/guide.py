@@ -34,10 +34,10 @@ class Guide:
     """A guide before its weights are read.
 
     Attributes:
-      folder: Of a run, or of a converted denoiser.
+      folder: Folder of a run or of a converted denoiser.
       model: The network.
       abstract: Shapes and shardings of its parameters.
-      ema: Of a run, the decay that it samples with, "none" for the parameters; None for a
+      ema: EMA decay that a run samples with, "none" for the parameters; None for a
         converted folder.
     """
 

@@ -106,7 +106,7 @@ def check_images(config: ConfigDict, key: str, origin: str) -> None:
     Args:
       config: The whole config.
       key: Key of `config.space` that names its folder.
-      origin: What writes such a folder, for the message.
+      origin: Command that writes such a folder, for the message.
 
     Raises:
       ConfigError: Naming the key and a value that would do.

@@ -20,7 +20,7 @@ def make_vae(config: ConfigDict, mesh: Mesh | None = None) -> tuple[VAE, PyTree]
 
     Args:
       config: The whole config.
-      mesh: Its devices get a copy of the parameters each; None leaves them in host memory.
+      mesh: Mesh over which the parameters are replicated; None leaves them in host memory.
 
     Raises:
       ConversionError: If the folder is missing, damaged or of another kind.
@@ -48,8 +48,8 @@ def vae_space(
 
     Args:
       config: The whole config.
-      sizes: Of the autoencoder.
-      normalization: Of its latents; None for the config's scale and shift alone.
+      sizes: Sizes of the autoencoder.
+      normalization: Normalization of its latents; None for the config's scale and shift alone.
     """
     if normalization is None:
         normalization = LatentNormalization(config.space.scale, config.space.shift)

@@ -44,7 +44,7 @@ def use_rae(config: ConfigDict, encoder: str, test_time_registers: bool) -> None
     numbers for each encoder, although So400M's latents are larger.
 
     Args:
-      config: The config.
+      config: Experiment config.
       encoder: A name in RAE_ENCODERS.
       test_time_registers: Uses the published register neurons, if there are any. Latents then
         have other statistics, but the same decoder.

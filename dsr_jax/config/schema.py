@@ -28,8 +28,8 @@ class Key(NamedTuple):
     """One key of the config.
 
     Attributes:
-      default: Its default, whose type is enforced.
-      meaning: What it sets, in one line.
+      default: Default value, whose type is enforced.
+      meaning: Description in one line.
       change: Whether a run may change it.
     """
 

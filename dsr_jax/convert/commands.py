@@ -18,7 +18,7 @@ class Opened(NamedTuple):
     Attributes:
       path: The file or folder.
       state: Arrays by name.
-      record: What conversion.json holds about it: source, digest, entry, dropped names.
+      record: Its entries of conversion.json: source, digest, entry, dropped names.
     """
 
     path: Path
@@ -30,7 +30,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     """Adds --source, --out, --entry and --drop.
 
     Args:
-      parser: Of one family.
+      parser: Parser of one family's command.
       source: Help of --source.
     """
     parser.add_argument("--source", required=True, help=source)

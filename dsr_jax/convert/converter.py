@@ -26,7 +26,7 @@ class DenoiserConverter:
       infer: Reads a network's sizes from a state dict.
       options: Sizes that `infer` takes, for what a file may not hold.
       help: The kind of denoiser in a few words.
-      prefix: What checkpoints put before every name.
+      prefix: Prefix of every name in checkpoints.
       entries: State dicts of the original's checkpoints.
       obstacle: Returns what of a network the original's class cannot hold; "" for nothing.
       has_registers: The released class has registers; an export with some is pointed out if not.

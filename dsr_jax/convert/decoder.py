@@ -64,7 +64,7 @@ def infer_decoder(state: Mapping[str, np.ndarray], num_heads: int = 0) -> Decode
 
     Args:
       state: Arrays by the original's names.
-      num_heads: Which no shape shows; 0 for that of the released sizes.
+      num_heads: Number of heads, which shapes do not determine; 0 for the released sizes.
 
     Raises:
       ConversionError: If a tensor that a size is read off is missing or of odd shape, or the heads
@@ -102,7 +102,7 @@ def _side(count: int, what: str) -> int:
 
 
 def decoder_rules(config: DecoderConfig) -> RuleSet:
-    """The table of a decoder, for names without prefix."""
+    """Returns the rules of a decoder, for names without prefix."""
     top = [
         *layer_rules("decoder_embed", "embed"),
         *norm_rules("decoder_norm", "norm"),
@@ -123,7 +123,7 @@ def read_decoder(
 
     Args:
       source: The decoder's own file, or a checkpoint of RAE.
-      num_heads: Of decoders of other than the released sizes.
+      num_heads: Number of heads, for decoders of other sizes than the released ones.
       entry: State dict inside a torch file; default "ema", else "model".
 
     Raises:
@@ -158,7 +158,7 @@ def save_decoder(
       folder: A new or empty folder.
       config: Sizes.
       params: The tree.
-      record: What else to write down, such as the source and its digest.
+      record: Further entries of the record, such as the source and its digest.
     """
     sizes = {"family": FAMILY, "model": dataclasses.asdict(config)}
     save_converted(folder, params, {**sizes, **record})

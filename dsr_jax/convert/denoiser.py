@@ -95,7 +95,7 @@ def block_rules(
 
 
 def shapes_of_model(model: DiffusionTransformer) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by Flax path."""
+    """Returns the shape of every parameter, by Flax path."""
     x = jnp.zeros((1, model.input_size, model.input_size, model.in_channels))
     args = x, jnp.zeros(1), jnp.zeros(1, jnp.int32)
     abstract: Any = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *args))
@@ -118,7 +118,7 @@ def rope_constants(
     Args:
       model: The network.
       width: Width of the blocks.
-      heads: Their heads.
+      heads: Attention heads of the blocks.
       rows: For each table how many unrotated rows it begins with.
     """
     if not model.use_rope:
@@ -169,19 +169,19 @@ def check_keys(state: Mapping[str, np.ndarray], model: str, needed: Sequence[str
 
 
 def count_blocks(state: Mapping[str, np.ndarray]) -> int:
-    """Number of blocks, of all widths."""
+    """Returns the number of blocks, of all widths."""
     return 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
 
 
 def infer_registers(
     state: Mapping[str, np.ndarray], tokens: str, register_start: int
 ) -> dict[str, Any]:
-    """Number of registers and their first block, as constructor arguments.
+    """Returns the number of registers and their first block, as constructor arguments.
 
     Args:
       state: Arrays by PyTorch name.
       tokens: Name of the registers' table.
-      register_start: Their first block, which the file does not hold; negative if not given.
+      register_start: First block with registers, which the file lacks; negative if not given.
 
     Raises:
       ConversionError: If there are registers and the block is not given.
@@ -212,7 +212,7 @@ def infer_heads(
 
 
 def infer_ratio(width: int, hidden: int, swiglu: bool) -> float:
-    """A ratio that gives `hidden` units; halves and quarters are tried before odd values.
+    """Returns a ratio that gives `hidden` units, preferably a multiple of a half or a quarter.
 
     Raises:
       ConversionError: If none does.

@@ -49,7 +49,7 @@ _PARTS = ("q", "k", "v")
 
 
 def backbone_rules(config: ViTConfig) -> RuleSet:
-    """The table of a backbone, for q, k and v apart (`split_qkv`)."""
+    """Returns the rules of a backbone with separate q, k and v (`split_qkv`)."""
     top = [
         *layer_rules("patch_embed.proj", "patch_embed", CONV),
         Rule("cls_token", "cls_token"),
@@ -87,7 +87,7 @@ def split_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fuse_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `split_qkv`."""
+    """Fuses q, k and v; the inverse of `split_qkv`."""
     fused = {}
     for name, x in state.items():
         if ".attn.q." in name:
@@ -103,7 +103,7 @@ def infer_backbone(state: Mapping[str, np.ndarray], num_heads: int = 0) -> ViTCo
 
     Args:
       state: Arrays by the original's names.
-      num_heads: Which no shape shows; 0 for that of the released widths.
+      num_heads: Number of heads, which shapes do not determine; 0 for the released widths.
 
     Raises:
       ConversionError: If a tensor that a size is read off is missing or of odd shape, or the heads
@@ -142,7 +142,7 @@ def read_backbone(
 
     Args:
       source: `dino_vit_small_patch8_224.pth` or a file of the same kind.
-      num_heads: Of backbones of other than the released widths.
+      num_heads: Number of heads, for backbones of other widths than the released ones.
       entry: State dict inside the file.
 
     Raises:
@@ -154,7 +154,7 @@ def read_backbone(
 
 
 def export_backbone(params: Params, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's state dict of a converted backbone."""
+    """Returns the original's state dict of a converted backbone."""
     return fuse_qkv(flax_to_torch(params, backbone_rules(config_of_record(record))))
 
 
@@ -174,7 +174,7 @@ def load_backbone(folder: str | Path) -> tuple[ViTConfig, Params]:
 
 
 def heads_rules(discriminator: Discriminator) -> RuleSet:
-    """The table of the heads: parameters and singular vectors of a checkpoint's `disc`.
+    """Returns the rules of the heads: parameters and singular vectors of a checkpoint's `disc`.
 
     Targets begin with "params/" or "spectral/", the two collections.
     """

@@ -13,7 +13,7 @@ from dsr_jax.models.dit_dh import DiTDH
 
 
 def dit_dh_rules(model: DiTDH) -> RuleSet:
-    """The table for a model of these sizes and flags.
+    """Returns the rules of a model with these sizes and flags.
 
     The original numbers the head's blocks on from the encoder's.
     """
@@ -40,7 +40,7 @@ def dit_dh_rules(model: DiTDH) -> RuleSet:
 
 
 def rope_buffers(model: DiTDH) -> dict[str, np.ndarray]:
-    """The constants that the original keeps in its state dict, and needs there to load it."""
+    """Returns the constants that the original stores in its state dict and requires to load it."""
     encoder = model.hidden_size, model.num_heads
     head = model.decoder_hidden_size, model.decoder_num_heads
     return parts.rope_constants(

@@ -168,7 +168,7 @@ def config_from_hub(record: Mapping[str, Any]) -> ViTConfig:
 
 
 def _architecture(family: str, kind: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes the families, by ViTConfig's fields."""
+    """Returns the ViTConfig fields in which the families differ."""
     if family == "siglip":
         return {}
     flags: dict[str, Any] = {"use_cls": True, **IMAGENET_STATISTICS}
@@ -190,7 +190,7 @@ def _architecture(family: str, kind: str, sizes: Mapping[str, Any]) -> dict[str,
 
 
 def pixel_statistics(record: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """The fields of ViTConfig that a snapshot's preprocessor_config.json decides."""
+    """Returns the ViTConfig fields given by a snapshot's preprocessor_config.json."""
     names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
     return {ours: tuple(record[name]) for ours, name in names.items() if record.get(name)}
 
@@ -233,7 +233,7 @@ class Table(NamedTuple):
 
 
 def encoder_rules(config: ViTConfig) -> RuleSet:
-    """The table of an encoder, for names below its prefix."""
+    """Returns the rules of an encoder, for names below its prefix."""
     table = _TABLES[config.family](config)
     unused = _UNUSED[config.family]
     norm = norm_rules("layernorm", "norm") if config.class_output else []
@@ -245,7 +245,7 @@ def encoder_rules(config: ViTConfig) -> RuleSet:
 
 
 def stacked_rules(config: ViTConfig, table: Table) -> list[Rule]:
-    """The rules of the stack `blocks`, with those of attention, which all networks share."""
+    """Returns the rules of the stack `blocks`, including attention, which all networks share."""
     heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     into, bias = linear(outputs=(heads, head_dim)), vector(heads, head_dim)
     block = list(table.block)
@@ -357,7 +357,7 @@ _TABLES = {"siglip": _siglip, "dinov2": _dinov2, "dinov3": _dinov3, "mae": _mae}
 
 
 def layer_rules(source: str, target: str, weight: Layout = LINEAR) -> list[Rule]:
-    """Weight and bias of a linear layer or convolution."""
+    """Returns the rules for weight and bias of a linear layer or convolution."""
     return [
         Rule(f"{source}.weight", f"{target}/kernel", weight),
         Rule(f"{source}.bias", f"{target}/bias"),
@@ -365,5 +365,5 @@ def layer_rules(source: str, target: str, weight: Layout = LINEAR) -> list[Rule]
 
 
 def norm_rules(source: str, target: str) -> list[Rule]:
-    """Scale and bias of a norm."""
+    """Returns the rules for scale and bias of a norm."""
     return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]

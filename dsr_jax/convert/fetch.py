@@ -9,7 +9,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def fetch_snapshot(source: str) -> Path:
-    """A local file or folder as it is; a hub id as the folder of its files in the hub's cache.
+    """Returns a local path unchanged, and for a hub id the folder of its files in the hub's cache.
 
     Raises:
       ConversionError: If it is neither, or the hub cannot be reached.

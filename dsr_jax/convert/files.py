@@ -108,7 +108,7 @@ def check_new_file(out: str | os.PathLike[str]) -> None:
 
 
 def source_record(source: str) -> dict[str, Any]:
-    """What a conversion writes down about its source: name, and digest if it is a file."""
+    """Returns a conversion's record of its source: name, and digest if it is a file."""
     path = Path(source)
     return {
         "source": path.name if path.exists() else source,

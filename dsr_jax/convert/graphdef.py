@@ -65,7 +65,7 @@ def _constants(graph: memoryview) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _tensor_of(entry: memoryview) -> memoryview | None:
-    """The tensor of an attribute called "value", None for other attributes."""
+    """Returns the tensor of an attribute called "value"; None for other attributes."""
     fields = dict(_fields(entry))
     if _text(fields.get(1, memoryview(b""))) != "value" or 2 not in fields:
         return None
@@ -74,7 +74,7 @@ def _tensor_of(entry: memoryview) -> memoryview | None:
 
 
 def _array(name: str, tensor: memoryview | None) -> np.ndarray | None:
-    """The values of a TensorProto, None if they are not float32."""
+    """Returns the values of a TensorProto; None if they are not float32."""
     if tensor is None:
         raise _Malformed(f"constant {name!r} has no value")
     kind, content, single = 0, memoryview(b""), []
@@ -133,7 +133,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, Value]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and the position behind it."""
+    """Returns a varint (seven bits per byte) and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):

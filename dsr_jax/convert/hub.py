@@ -84,7 +84,7 @@ def convert_encoder(args: argparse.Namespace) -> None:
 
 
 def names_of(family: str) -> str:
-    """The command's names of one of our families."""
+    """Returns the command's names of one of our families."""
     return " or ".join(name for name, ours in FAMILIES.items() if ours == family)
 
 

@@ -59,7 +59,7 @@ _LEAVES = ("kernel", "scale", "bias", "mean", "var")
 
 
 def paths(origin: str) -> dict[str, str]:
-    """Every convolution's path in our tree, and its scope in the original's.
+    """Returns every convolution's path in our tree, and its scope in the original.
 
     Args:
       origin: "torch" or "tensorflow".
@@ -77,7 +77,7 @@ def paths(origin: str) -> dict[str, str]:
 
 
 def _numbered(name: str, number: int) -> str:
-    """TensorFlow's way to make names unique."""
+    """Returns a unique name, made as TensorFlow does."""
     return f"{name}_{number}" if number else name
 
 
@@ -102,7 +102,7 @@ def _tensorflow_scopes(branches: Branches) -> dict[str, str]:
 
 
 def inception_rules(network: InceptionV3, origin: str = "torch") -> RuleSet:
-    """The table of one origin's names and layouts, "torch" or "tensorflow"."""
+    """Returns the rules for names and layouts of one origin, "torch" or "tensorflow"."""
     _, classifier = _PARTS[origin]
     rules = conv_rules(paths(origin), origin)
     rules.append(Rule(classifier[0], "fc/kernel", LINEAR if origin == "torch" else SAME))
@@ -176,7 +176,7 @@ def load_inception(folder: str | Path) -> tuple[InceptionV3, Params, dict[str, A
 
 
 def network_of_record(record: Mapping[str, Any]) -> InceptionV3:
-    """The network that a converted folder's record describes."""
+    """Returns the network described by a converted folder's record."""
     return InceptionV3(record["model"]["width_div"], record["model"]["num_classes"])
 
 

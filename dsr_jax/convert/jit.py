@@ -17,7 +17,7 @@ from dsr_jax.models.jit import JIT, JiT
 
 
 def jit_rules(model: JiT) -> RuleSet:
-    """The table for a model of these sizes and flags."""
+    """Returns the rules of a model with these sizes and flags."""
     width = model.hidden_size
     rules = [
         Rule("pos_embed", "pos_embed"),
@@ -87,7 +87,7 @@ def infer_model(
 
 
 def _infer_class_tokens(state: Mapping[str, np.ndarray], start: int) -> dict[str, Any]:
-    """Number of class tokens and their first block, as constructor arguments."""
+    """Returns the number of class tokens and their first block, as constructor arguments."""
     if "in_context_posemb" not in state:
         return {"num_class_tokens": 0, "class_token_start": 0}
     _, count, width = state["in_context_posemb"].shape

@@ -13,7 +13,7 @@ from dsr_jax.models.dit import LightningDiT
 
 
 def lightningdit_rules(model: LightningDiT) -> RuleSet:
-    """The table for a model of these sizes and flags."""
+    """Returns the rules of a model with these sizes and flags."""
     width = model.hidden_size
     rules = [
         Rule("pos_embed", "pos_embed"),
@@ -28,7 +28,7 @@ def lightningdit_rules(model: LightningDiT) -> RuleSet:
 
 
 def rope_buffers(model: LightningDiT) -> dict[str, np.ndarray]:
-    """The constants that the original keeps in its state dict, and needs there to load it."""
+    """Returns the constants that the original stores in its state dict and requires to load it."""
     rows = parts.register_rows(model)
     return parts.rope_constants(model, model.hidden_size, model.num_heads, rows)
 
@@ -59,7 +59,7 @@ def infer_sizes(
 
     Args:
       state: Arrays by PyTorch name.
-      model: What the file should be of, for messages.
+      model: Name of the expected model, for messages.
       num_heads: Attention heads; 0 derives them from the rope table or the q/k norm.
       register_start: First block with registers, which the file does not hold.
 

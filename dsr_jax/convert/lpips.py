@@ -32,7 +32,7 @@ _WHOLE = re.compile(r"net\.slice([1-5])\.(\d+)\.(weight|bias)")
 
 
 def lpips_rules(channels: tuple[int, ...]) -> RuleSet:
-    """The table of both files together: `features.*` of VGG16, `lin*` of the linear layers."""
+    """Returns the rules of both files: `features.*` of VGG16 and `lin*` of the linear layers."""
     rules = [Rule(f"lin{k}.model.1.weight", f"weight{k + 1}") for k in range(len(CONVOLUTIONS))]
     for number, (first, count) in enumerate(zip(_SLICE_STARTS, CONVOLUTIONS, strict=True), start=1):
         for index in range(count):

@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
     Attributes:
       state: Arrays by name, read-only, mapped from the file where its format allows.
-      entry: Which of the file's state dicts it is; None for the only one.
+      entry: Name of the state dict in the file; None for the only one.
     """
 
     state: dict[str, np.ndarray]
@@ -102,9 +102,9 @@ def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int, remedy: str)
 
     Args:
       state: Arrays by name.
-      name: Of the tensor.
-      ndim: How many dimensions it must have.
-      remedy: What to do where it does not.
+      name: Name of the tensor.
+      ndim: Required number of dimensions.
+      remedy: Remedy of the error.
 
     Raises:
       ConversionError: If it is missing or has another number of dimensions.

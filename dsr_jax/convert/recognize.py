@@ -78,7 +78,7 @@ def check_family(names: Iterable[str], family: str, source: str) -> None:
     """Checks that a file is not of another family than the one that was asked for.
 
     Args:
-      names: Of its tensors.
+      names: Names of its tensors.
       family: The command's name.
       source: The file, for the error.
 

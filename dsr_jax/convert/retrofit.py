@@ -40,12 +40,12 @@ def add_registers(
 
     Args:
       model: The network.
-      params: Its parameters.
-      num: How many, a square number.
-      start: First block that sees them.
+      params: Parameters of the network.
+      num: Number of registers, a square.
+      start: First block that gets them.
       scale: Standard deviation of the tokens; the original's is 1.
       gate: Behind a gate that is closed at first, so that the network's output does not change.
-      seed: Of the tokens.
+      seed: Seed of the tokens.
 
     Returns:
       The network with registers, and its parameters.
@@ -75,7 +75,7 @@ def remove_registers(
 
     Args:
       model: The network.
-      params: Its parameters.
+      params: Parameters of the network.
 
     Returns:
       The network without registers, and its parameters.
@@ -94,7 +94,7 @@ def remove_registers(
 def _recut(
     params: Mapping[str, Any], old: DiffusionTransformer, new: DiffusionTransformer
 ) -> dict[str, Any]:
-    """The tree with the depth cut as the new network's; its other parameters as they are."""
+    """Returns the tree with the new network's stacks and otherwise unchanged parameters."""
     stacks = old.stacks()
     names = {stack.name for stack in stacks}
     if absent := sorted(names - set(params)):
@@ -104,7 +104,7 @@ def _recut(
 
 
 def _start(name: str, shape: tuple[int, ...], scale: float, seed: int) -> np.ndarray:
-    """What a parameter of registers is at first."""
+    """Returns the initial value of a parameter of registers."""
     if name.endswith("register_tokens"):
         return scale * np.asarray(jax.random.normal(stream_key(seed, name), shape))
     if name.endswith("register_pos_embed"):

@@ -41,7 +41,7 @@ class Layout:
     split: tuple[tuple[int, ...], ...] = ()
 
     def to_flax(self, x: np.ndarray) -> np.ndarray:
-        """PyTorch's layout to Flax's.
+        """Converts PyTorch's layout to Flax's.
 
         Raises:
           ValueError: If an axis does not split as asked.
@@ -56,7 +56,7 @@ class Layout:
         return x.reshape(shape)
 
     def to_torch(self, x: np.ndarray) -> np.ndarray:
-        """Flax's layout to PyTorch's."""
+        """Converts Flax's layout to PyTorch's."""
         shape: list[int] = []
         rest = list(x.shape)
         axis = 0
@@ -79,12 +79,12 @@ CONV = Layout((2, 3, 1, 0))
 
 
 def linear(inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> Layout:
-    """[out, in] -> [*inputs, *outputs]; () keeps that side as one axis."""
+    """Returns the layout [out, in] -> [*inputs, *outputs]; () keeps that side as one axis."""
     return Layout((1, 0), (tuple(inputs), tuple(outputs)))
 
 
 def vector(*parts: int) -> Layout:
-    """[n] -> [*parts]."""
+    """Returns the layout [n] -> [*parts]."""
     return Layout((), (parts,))
 
 
@@ -96,7 +96,7 @@ class Rule:
       source: PyTorch name, with `{i}` for the layer's number in rules of a stack.
       target: Flax path; below the stack's in rules of a stack.
       layout: Change of layout of one layer.
-      stacks: Where the layers go; () for a tensor outside any stack.
+      stacks: Stacks of the layers; () for a tensor outside any stack.
     """
 
     source: str
@@ -105,7 +105,7 @@ class Rule:
     stacks: tuple[Stack, ...] = ()
 
     def in_stacks(self, stacks: tuple[Stack, ...]) -> "Rule":
-        """The same rule of every layer of stacks, for a rule that begins below a layer's name."""
+        """Returns a rule for all layers of stacks, from a rule for names below a layer's name."""
         return Rule("blocks.{i}." + self.source, self.target, self.layout, stacks)
 
     def pieces(self) -> Iterator[tuple[str, list[str]]]:
@@ -117,7 +117,7 @@ class Rule:
             yield f"{stack.name}/{self.target}", names
 
     def source_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of one source tensor, of a parameter (all layers of a stack) of this shape."""
+        """Returns the shape of one source tensor of a parameter (all layers of a stack)."""
         layer = shape[1:] if self.stacks else shape
         return self.layout.to_torch(np.empty(layer, np.bool_)).shape
 
@@ -257,7 +257,7 @@ def _is_float(dtype: np.dtype) -> bool:
 
 
 def _stored_dtype(x: np.ndarray) -> np.dtype:
-    """Float32 for half-precision floats; others stay."""
+    """Returns float32 for half-precision dtypes, and other dtypes unchanged."""
     return np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
 
 
@@ -318,7 +318,7 @@ def _raise_unless_empty(problem: str, lists: Mapping[str, Sequence[str]], remedy
 
 
 def unstack_layers(tree: Mapping[str, Any], stacks: Sequence[Stack]) -> list[dict[str, Any]]:
-    """Per-layer trees of scanned stacks, in the source's order of layers."""
+    """Returns the per-layer trees of scanned stacks, in the source's order of layers."""
     layers: list[dict[str, Any]] = []
     for stack in stacks:
         flat = flatten_names(tree[stack.name])
@@ -328,7 +328,7 @@ def unstack_layers(tree: Mapping[str, Any], stacks: Sequence[Stack]) -> list[dic
 
 
 def stack_layers(layers: Sequence[Any], stacks: Sequence[Stack]) -> dict[str, Any]:
-    """Scanned stacks of per-layer trees: the inverse of `unstack_layers`, for any cut.
+    """Stacks per-layer trees; the inverse of `unstack_layers`, for any split into stacks.
 
     Raises:
       ConversionError: If the stacks do not cover the layers.

@@ -77,7 +77,7 @@ _LEVELS = {
 
 
 def sdvae_rules(config: VAEConfig) -> RuleSet:
-    """The table of an autoencoder, for today's names."""
+    """Returns the rules of an autoencoder, for today's names."""
     images = jnp.zeros((1, config.factor, config.factor, config.image_channels))
     abstract = nn.unbox(jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images))
     shapes = shapes_of(abstract["params"])
@@ -87,7 +87,7 @@ def sdvae_rules(config: VAEConfig) -> RuleSet:
 
 
 def _source(path: str) -> str:
-    """The original's name of a parameter."""
+    """Returns the original's name of a parameter."""
     parts = []
     for part in path.split("/"):
         kind, _, number = part.rpartition("_")
@@ -198,8 +198,8 @@ class SDVAE:
     Attributes:
       config: Sizes.
       params: The tree.
-      normalization: Between its latents and those that a denoiser sees.
-      style: How its file names and shapes tensors.
+      normalization: Normalization of its latents, before they enter a denoiser.
+      style: Names and shapes of tensors in its file.
     """
 
     config: VAEConfig
@@ -316,8 +316,8 @@ def save_vae(folder: str | Path, vae: SDVAE, record: Mapping[str, Any]) -> None:
 
     Args:
       folder: A new or empty folder.
-      vae: What to write.
-      record: What else to write down, such as the source and its digest.
+      vae: Autoencoder to write.
+      record: Further entries of the record, such as the source and its digest.
     """
     facts = {
         "family": FAMILY,

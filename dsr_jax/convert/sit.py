@@ -13,7 +13,7 @@ from dsr_jax.models.sit import SIT, SiT
 
 
 def sit_rules(model: SiT) -> RuleSet:
-    """The table for a model of these sizes and flags: LightningDiT's without frequencies of time.
+    """Returns the rules of a model: LightningDiT's without frequencies of time.
 
     Without rotary position there is nothing to drop, either.
     """

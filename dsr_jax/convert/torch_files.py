@@ -45,7 +45,7 @@ def save_torch(path: Path, state: Mapping[str, np.ndarray], entries: Sequence[st
     """Writes a state dict as `torch.save` does.
 
     Args:
-      path: The file.
+      path: Path of the file.
       state: Arrays by name.
       entries: Names under which the file holds them; () makes them the whole file.
 
@@ -64,8 +64,8 @@ def import_torch(purpose: str, otherwise: str) -> ModuleType:
     """Imports torch.
 
     Args:
-      purpose: What needs it, for the error.
-      otherwise: What to do without it.
+      purpose: Use of PyTorch, for the error message.
+      otherwise: Remedy without PyTorch.
 
     Raises:
       ConversionError: If it is not installed.
@@ -103,7 +103,7 @@ def to_numpy(name: str, tensor: Any) -> np.ndarray:
 
 
 def _harmless_globals() -> list[Any]:
-    """What training scripts store beside weights and runs no code when it is read.
+    """Returns the globals that training scripts store with weights and that run no code.
 
     SiT and JiT store their command line, others a best score or a random state of NumPy's.
     """
@@ -116,7 +116,7 @@ def _harmless_globals() -> list[Any]:
 
 
 def _refusal(torch: ModuleType, path: Path, error: pickle.UnpicklingError) -> ConversionError:
-    """The error for a file whose pickle holds more than tensors and plain values."""
+    """Returns the error about a file whose pickle contains more than tensors and plain values."""
     message = _TERMINAL_CODE.sub("", str(error))
     try:
         with torch.serialization.safe_globals(_harmless_globals()):

@@ -54,8 +54,8 @@ class DamagedCheckpointError(CheckpointError):
 
     Args:
       step: Step of the checkpoint.
-      problem: As in `DsrError`.
-      remedy: As in `DsrError`.
+      problem: See `DsrError`.
+      remedy: See `DsrError`.
     """
 
     def __init__(self, step: int, problem: str, remedy: str = "") -> None:

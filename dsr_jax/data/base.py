@@ -29,9 +29,9 @@ class SourceOptions:
       root: Folder of the files, if any.
       split: Part of the data set, for example "train".
       num_classes: Rows of the model's label table; None where labels are of no use.
-      fit: How image files are brought to that size, a name in `images.FITS`.
+      fit: Method of resizing image files, a name in `images.FITS`.
       class_map: File that gives class names their labels, see `class_map.read_class_map`.
-      dataset: What follows the colon in the source's name, as in "tfds:cifar10".
+      dataset: Part of the source's name after the colon, as in "tfds:cifar10".
     """
 
     image_size: int

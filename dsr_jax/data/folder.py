@@ -67,7 +67,7 @@ class ImageFolder:
         return len(self._files)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        """Content of the file and label of record `index`.
+        """Returns the file's content and the label of record `index`.
 
         Raises:
           DataError: If the file cannot be read.
@@ -75,7 +75,7 @@ class ImageFolder:
         return read_file(self._root / self._files[index]), int(self._labels[index])
 
     def origin(self, index: int) -> str:
-        """What to call record `index` in an error: its path."""
+        """Returns the path of record `index`, for error messages."""
         return str(self._root / self._files[index])
 
     def __getitem__(self, index: int) -> Record:
@@ -92,7 +92,7 @@ class ImageFolder:
 
 
 def _resolve(root: Path, split: str) -> Path:
-    """The folder that holds the class folders."""
+    """Returns the folder that contains the class folders."""
     if not root.exists():
         parent = next(p for p in root.absolute().parents if p.exists())
         names = ", ".join(sorted(p.name for p in parent.iterdir())[:8]) if parent.is_dir() else ""
@@ -126,5 +126,5 @@ def _check_classes(root: Path, names: list[str]) -> None:
 
 
 def _image_files(root: Path, class_name: str) -> list[str]:
-    """Image files below a class folder, relative to `root`, in the order of their whole paths."""
+    """Lists image files below a class folder, relative to `root`, sorted by path."""
     return sorted(os.path.join(class_name, path) for path in find_image_files(root / class_name))

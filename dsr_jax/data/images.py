@@ -21,7 +21,7 @@ def decode_image(
 
     Args:
       data: The file's content, in any format that Pillow reads.
-      origin: What to call the file in an error: its path.
+      origin: Path of the file, for error messages.
       image_size: Side of the result.
       channels: 3 for RGB, 1 for gray.
       fit: A name in FITS.

@@ -35,7 +35,7 @@ class CachedLatents:
       root: The folder.
 
     Attributes:
-      manifest: What was cached, and how.
+      manifest: Description of the cached data and its settings.
 
     Raises:
       DataError: If the folder holds no cache, or one that is not complete.
@@ -112,7 +112,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 
 
 def _problem_of(manifest: Any) -> str:
-    """What is wrong with a manifest; "" if nothing is."""
+    """Returns a manifest's problem; "" if it is valid."""
     if not isinstance(manifest, dict):
         return "it holds no keys"
     limits = {"shards": MAX_SHARDS, "records": 2**40, "num_classes": 2**31}
@@ -137,7 +137,7 @@ def write_manifest(root: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def shard_path(root: str | Path, shard: int, shards: int) -> Path:
-    """The file of one shard."""
+    """Returns the path of one shard."""
     return Path(root) / f"latents-{shard:05d}-of-{shards:05d}.array_record"
 
 
@@ -145,7 +145,7 @@ def write_shard(path: Path, latents: Iterable[tuple[np.ndarray, int]], dtype: st
     """Writes one shard, which appears under its name only when it is whole.
 
     Args:
-      path: From `shard_path`.
+      path: Result of `shard_path`.
       latents: Latent [h, w, C] and label of each record.
       dtype: A name in DTYPES.
 

@@ -84,7 +84,7 @@ class ArrayRecords:
 
 
 def _shard_files(root: Path, pattern: str) -> list[Path]:
-    """The files of a split, sorted.
+    """Returns the sorted files of a split.
 
     Raises:
       DataError: If there are none, or fewer than their names promise.

@@ -101,7 +101,7 @@ class Shapes:
 
     @staticmethod
     def _mask(form: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Where the form covers the grid, bool [size, size]."""
+        """Returns the mask of a form on the grid, bool [size, size]."""
         radius = rng.uniform(0.15, 0.3)
         if form == 1:
             return np.maximum(abs(x), abs(y)) < radius

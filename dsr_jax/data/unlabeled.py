@@ -80,7 +80,7 @@ class UnlabeledImages:
         return len(self._files)
 
     def path(self, index: int) -> Path:
-        """The file of image `index`."""
+        """Returns the path of image `index`."""
         return self._files[index]
 
     def __getitem__(self, index: int) -> Record:

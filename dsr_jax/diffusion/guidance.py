@@ -115,5 +115,5 @@ def _interleave(first: Array, second: Array) -> Array:
 
 
 def _extrapolate(strong: Array, weak: Array, strength: Array) -> Array:
-    """`weak + strength * (strong - weak)`, for strength [B] or []."""
+    """Returns `weak + strength * (strong - weak)`, for strength [B] or []."""
     return weak + expand(strength, strong) * (strong - weak)

@@ -30,7 +30,7 @@ def flip_time(function: Callable[..., Array], prediction: str = "velocity") -> C
 
     Args:
       function: `(x, t, *args) -> prediction` in one convention.
-      prediction: What it predicts; data, noise and score are the same in both.
+      prediction: Kind of prediction; data, noise and score do not depend on the direction.
 
     Returns:
       The same network in the other convention.

@@ -120,7 +120,7 @@ def time_grid(
     Args:
       num_points: Points n, so n - 1 solver steps.
       path: Name of the path.
-      prediction: What the network predicts; velocity grids end just before the data.
+      prediction: Kind of prediction; velocity grids end just before the data.
       shift: Factor on the odds of t.
       last_step: For SDE samplers: unshifted time at which the grid ends, 0 for the data itself.
       sample_eps: Distance from both ends for noise and score predictions.
@@ -223,7 +223,7 @@ def sample_sde(
       step_noise: Standard normals shaped like the state for step index 0..n-2.
       method: "euler" (Euler-Maruyama) or "heun" (stochastic Heun).
       form: Diffusion coefficient, one of DIFFUSION_FORMS.
-      norm: Its scale.
+      norm: Scale of the diffusion coefficient.
       last_step: One of LAST_STEPS.
       last_step_size: Size of the last step. DSR-compat: it is taken at the unshifted time of that
         value, although a shifted grid ends elsewhere.

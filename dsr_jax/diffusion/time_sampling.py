@@ -120,7 +120,7 @@ def make_time_sampler(
     Args:
       distribution: "uniform" or "logit-normal_MU_SIGMA".
       path: Name of the path.
-      prediction: What the network predicts; decides the support.
+      prediction: Kind of prediction, which determines the support.
       shift: Factor on the odds of t.
       time_range: Lowest and highest time before the shift; () for those of `time_support`.
 

@@ -24,7 +24,7 @@ class PixelClassifier:
 
     Args:
       images: Real training images [N, H, W, C], uint8.
-      labels: Their classes [N].
+      labels: [N] classes of the images.
 
     Raises:
       EvaluationError: If there are fewer than two classes, or counts differ.

@@ -10,24 +10,24 @@ WEIGHT = 2.5
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of corresponding rows [..., D] in float64."""
+    """Returns the cosine similarity of corresponding rows [..., D], in float64."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return (a * b).sum(axis=-1) / norms
 
 
 def clip_score(images: np.ndarray, captions: np.ndarray) -> np.ndarray:
-    """CLIPScore of each image [N, D] and its caption [N, D]: 2.5 times the cosine, at least 0."""
+    """Returns CLIPScore of images [N, D] and captions [N, D]: 2.5 times the cosine, at least 0."""
     return WEIGHT * np.maximum(cosines(images, captions), 0)
 
 
 def ref_clip_score(images: np.ndarray, captions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """RefCLIPScore [N]: harmonic mean with the caption's cosine to its nearest reference.
+    """Returns RefCLIPScore [N]: harmonic mean with the cosine to the caption's nearest reference.
 
     Args:
       images: Embeddings of the images [N, D].
-      captions: Of their captions [N, D].
-      references: Of each one's reference captions [N, R, D].
+      captions: [N, D] embeddings of their captions.
+      references: [N, R, D] embeddings of each image's reference captions.
     """
     score = clip_score(images, captions)
     nearest = np.maximum(cosines(captions[:, None], references).max(axis=1), 0)

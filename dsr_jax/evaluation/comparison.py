@@ -26,9 +26,9 @@ class Scores:
     """One file that python -m dsr_jax.evaluate wrote.
 
     Attributes:
-      name: What to call it in a table.
+      name: Name in tables.
       scores: Numbers by name.
-      recipe: What must be equal for scores to be compared.
+      recipe: Settings that must be equal for scores to be comparable.
       sampling: Step, EMA, guidance and sampler, as far as the samples' record has them.
       packages: Versions that computed the scores.
     """
@@ -72,7 +72,7 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
 
 
 def differences(all_scores: Sequence[Scores]) -> dict[str, list[Any]]:
-    """Recipe entries whose values are not the same everywhere, with each file's value.
+    """Returns the recipe entries that differ between files, with each file's value.
 
     Settings of a metric count only between files that have that metric.
     """

@@ -71,7 +71,7 @@ def score_image(
 
     Args:
       questions: The image's.
-      answers: Of each tile, the answer to each question's text; only "yes" counts.
+      answers: Answer by question text, for each tile; only "yes" counts.
 
     Raises:
       EvaluationError: If a question depends on one that the image lacks.

@@ -25,7 +25,7 @@ class Extractor:
     Attributes:
       batch: Images at a time.
       rows: Rows [n] of a batch that this process's devices hold.
-      widths: Of every feature.
+      widths: Width of every feature.
     """
 
     def __init__(self, networks: Sequence[FeatureNetwork], mesh: Mesh, batch: int = 64) -> None:

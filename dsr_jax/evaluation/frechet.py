@@ -68,7 +68,7 @@ def gaussian_moments(features: np.ndarray) -> Gaussian:
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
-    """A matrix F with F F^T = cov: Cholesky's, or that of the eigenvectors where rank is missing.
+    """Returns F with F F^T = cov, by Cholesky, or by eigenvectors if cov is rank deficient.
 
     Eigenvalues below zero are rounding and count as 0.
     """
@@ -91,7 +91,9 @@ def _check(mean: np.ndarray, cov: np.ndarray, name: str) -> tuple[np.ndarray, np
 def frechet_distance(
     mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray
 ) -> float:
-    """Frechet distance |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) of two Gaussians.
+    """Returns the Frechet distance of two Gaussians.
+
+    It is |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)).
 
     The trace of the root is taken from the symmetric matrix F^T S1 F with S2 = F F^T, which has the
     eigenvalues of S1 S2 and stays real where covariances are rank-deficient; no offset is added to
@@ -99,10 +101,10 @@ def frechet_distance(
     a value of about -1e-14.
 
     Args:
-      mean1: Mean [D] of the samples' features.
-      cov1: Their covariance [D, D].
-      mean2: Mean of the reference's features.
-      cov2: Their covariance.
+      mean1: [D] mean of the samples' features.
+      cov1: [D, D] covariance of the samples' features.
+      mean2: [D] mean of the reference's features.
+      cov2: [D, D] covariance of the reference's features.
 
     Raises:
       EvaluationError: If shapes differ or a value is not finite.

@@ -21,7 +21,7 @@ Colors = Callable[[str, Sequence[int]], Sequence[str]]
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of boxes x1, y1, x2, y2 whose edges are pixels of the box."""
+    """Returns intersection over union of boxes x1, y1, x2, y2, whose edges belong to the box."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)

@@ -41,7 +41,7 @@ class ImageSet(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Where the images are from, with a digest of them, as JSON values."""
+        """Returns the source of the images with their digest, as JSON values."""
         ...
 
 
@@ -122,7 +122,7 @@ class ImageFiles(_ByIndex):
         return pixels
 
     def digest(self) -> str:
-        """SHA-256 of all names and contents, in order."""
+        """Returns the SHA-256 of all names and contents, in order."""
         total = hashlib.sha256()
         for name in self._names:
             content = read_file(self.path / name)
@@ -130,7 +130,7 @@ class ImageFiles(_ByIndex):
         return "sha256:" + total.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Name, digest, and whether lossy files are among them."""
+        """Returns name, digest, and whether some files are lossy."""
         lossy = sorted({Path(name).suffix.lower() for name in self._names} & _LOSSY)
         return {
             "file": self.path.name,
@@ -179,7 +179,7 @@ class SourceImages(_ByIndex):
 
     Args:
       source: Gives {"image": uint8 [H, W, C], ...} by index.
-      count: How many to take, spread evenly over the source; 0 for all.
+      count: Number of images to take, at even intervals; 0 for all.
 
     Raises:
       EvaluationError: If there are not as many.
@@ -200,7 +200,7 @@ class SourceImages(_ByIndex):
         return self._source[int(self._indices[index])]["image"]
 
     def describe(self) -> dict[str, Any]:
-        """The source's name and how many of its images are taken; sources have no digest."""
+        """Returns the source's name and the number of images taken; sources have no digest."""
         return {
             "source": self._source.name,
             "images": len(self._indices),

@@ -68,7 +68,7 @@ class InceptionScore:
         self.count += len(logits)
 
     def chunks(self) -> np.ndarray:
-        """The score of every chunk so far.
+        """Returns the score of every chunk so far.
 
         Raises:
           EvaluationError: If there are no rows.
@@ -82,7 +82,7 @@ class InceptionScore:
         return np.exp(self._negative_entropies / rows - (mean * log_mean).sum(axis=1))
 
     def score(self) -> float:
-        """Mean over the chunks."""
+        """Returns the mean over the chunks."""
         return float(self.chunks().mean())
 
     def state(self) -> dict[str, np.ndarray]:
@@ -101,7 +101,7 @@ class InceptionScore:
 
 
 def score_splits(logits: np.ndarray, edges: Sequence[int]) -> np.ndarray:
-    """The score of each range of rows between consecutive edges, as torch-fidelity divides them."""
+    """Returns the score of each range of rows between consecutive edges, as in torch-fidelity."""
     found = []
     for first, end in zip(edges, edges[1:], strict=False):
         one = InceptionScore(logits.shape[1], end - first)

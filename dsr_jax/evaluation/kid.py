@@ -21,7 +21,7 @@ class KIDResult(NamedTuple):
 
 
 def _kernel(x: np.ndarray, y: np.ndarray, sigma: float | None) -> np.ndarray:
-    """(x.y / D + 1)^3, or the Gaussian kernel of width `sigma`."""
+    """Returns (x.y / D + 1)^3, or the Gaussian kernel of width `sigma`."""
     inner = x @ y.T
     if sigma is None:
         return (inner / x.shape[1] + 1) ** 3
@@ -30,7 +30,7 @@ def _kernel(x: np.ndarray, y: np.ndarray, sigma: float | None) -> np.ndarray:
 
 
 def squared_mmd(x: np.ndarray, y: np.ndarray, sigma: float | None = None) -> float:
-    """Unbiased squared maximum mean discrepancy of x [N, D] and y [M, D], in float64.
+    """Returns the unbiased squared maximum mean discrepancy of x [N, D] and y [M, D], in float64.
 
     Args:
       x: Features.
@@ -54,7 +54,7 @@ def kernel_inception_distance(
     sigma: float | None = None,
     seed: int = SEED,
 ) -> KIDResult:
-    """KID of samples [N, D] against a reference [M, D].
+    """Returns KID of samples [N, D] against a reference [M, D].
 
     Args:
       samples: Features of the samples.
@@ -62,7 +62,7 @@ def kernel_inception_distance(
       subsets: Number of pairs of random subsets.
       subset_size: Rows of each, chosen without replacement.
       sigma: Width of a Gaussian kernel; None for the usual cubic polynomial.
-      seed: Of the random subsets; of each pair first the samples', then the reference's.
+      seed: Seed of the random subsets; for each pair first the samples', then the reference's.
 
     Raises:
       EvaluationError: If widths differ, or a set is smaller than its subsets.

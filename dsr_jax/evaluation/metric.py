@@ -46,7 +46,7 @@ class Metric(abc.ABC):
         """Returns the scores by name.
 
         Args:
-          reference: What the reference gave, None for a metric that needs none.
+          reference: Result of `from_reference`; None for metrics without reference.
         """
 
     def recipe(self, reference: Self | None) -> dict[str, Any]:

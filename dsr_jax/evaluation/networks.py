@@ -27,10 +27,10 @@ class FeatureNetwork:
 
     Attributes:
       outputs: Names of its features.
-      params: Its parameters.
+      params: Parameters of the network.
       apply: `(params, uint8 images [B, H, W, C]) -> features [B, D] by name`.
-      recipe: What must be equal for its features to be compared.
-      record: What its conversion wrote down.
+      recipe: Settings that must be equal for features to be comparable.
+      record: Record of its conversion.
     """
 
     outputs: frozenset[str]
@@ -62,12 +62,12 @@ def inception_features(
     record: Mapping[str, Any] = _UNKNOWN,
     resize: str = "adm",
 ) -> FeatureNetwork:
-    """Inception's "pool", "spatial" and "logits"; see `models.inception.Features`.
+    """Returns Inception's features "pool", "spatial" and "logits" (`models.inception.Features`).
 
     Args:
       network: The network.
-      params: Its parameters.
-      record: What the conversion wrote down, with their digest.
+      params: Parameters of the network.
+      record: Record of the conversion, with the digest of the parameters.
       resize: A name in `models.inception_input.RESIZES`.
     """
 
@@ -83,7 +83,7 @@ def inception_features(
 def dinov2_features(
     config: ViTConfig, params: Params, record: Mapping[str, Any] = _UNKNOWN
 ) -> FeatureNetwork:
-    """DINOv2's "class_token" behind the final norm, as dgm-eval and EDM2 take it.
+    """Returns DINOv2's feature "class_token" after the final norm, as in dgm-eval and EDM2.
 
     Images become 224 pixels wide by PyTorch's bicubic interpolation with antialiasing, in float32
     and without rounding or clipping, as in EDM2; dgm-eval rounds to uint8 there. They are then
@@ -92,8 +92,8 @@ def dinov2_features(
 
     Args:
       config: Sizes of the encoder.
-      params: Its parameters.
-      record: What the conversion wrote down, with their digest.
+      params: Parameters of the network.
+      record: Record of the conversion, with the digest of the parameters.
 
     Raises:
       EvaluationError: If it has no class output or is another encoder.

@@ -41,7 +41,7 @@ class PairScorer:
       mesh: All devices; pairs are split over every axis.
       batch: Pairs at a time, a multiple of the number of devices.
       lpips: Perceptual distance, or None to do without.
-      params: Its parameters.
+      params: Parameters of the network.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PairScorer:
           images: The images.
           outputs: Their reconstructions, in the same order.
           folder: For what a stopped pass continues from; all hosts must see it.
-          identity: What must be equal for a pass to be continued.
+          identity: Settings that must be equal to continue a pass.
           report: Called with pairs done and in all, on process 0.
 
         Raises:

@@ -47,12 +47,12 @@ def update_metrics(
     """Passes all images through the networks once and updates metrics with what they need.
 
     Args:
-      images: What to score.
+      images: Images to score.
       extractor: The networks.
       metrics: New ones, with different names; complete afterwards on process 0, empty on others.
       folder: For what a stopped pass continues from, removed by `forget`; None to keep nothing. All
         hosts must see it.
-      identity: What must be equal for a pass to be continued, besides the extractor's recipe.
+      identity: Settings that must be equal to continue a pass, besides the extractor's recipe.
       save_every: Images between two savings.
       allow_constant: Takes images of a single color, too.
       report: Called with images done and in all, on process 0.
@@ -112,9 +112,9 @@ class _Progress:
     """Updates metrics, and keeps on disk what a stopped pass continues from.
 
     Args:
-      folder: Where; None for nowhere.
+      folder: Folder for the saved state; None to save nothing.
       metrics: The metrics.
-      settings: What must be equal for a pass to be continued.
+      settings: Settings that must be equal to continue a pass.
     """
 
     def __init__(

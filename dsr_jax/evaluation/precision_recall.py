@@ -37,7 +37,7 @@ class PrecisionRecall(NamedTuple):
 
 @jax.jit
 def _squared_distances(rows: Array, columns: Array) -> Array:
-    """Squared Euclidean distances [b, M], at least 0."""
+    """Returns squared Euclidean distances [b, M], at least 0."""
     inner = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.sum(jnp.square(rows), axis=1)[:, None] + jnp.sum(jnp.square(columns), axis=1)
     return jnp.maximum(norms - 2 * inner, 0)
@@ -45,7 +45,7 @@ def _squared_distances(rows: Array, columns: Array) -> Array:
 
 @jax.jit
 def _nearest(distances: Array) -> Array:
-    """The smallest distances of each row [b, 4], ascending.
+    """Returns the smallest distances of each row [b, 4], ascending.
 
     XLA's CPU backend selects only where nothing is fused with it, not even a slice of the result;
     otherwise it sorts whole rows, which takes 70 times as long.
@@ -71,7 +71,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def neighbor_radii(features: Array) -> np.ndarray:
-    """Squared distance of every point [N, D] to its third neighbor [N], float32.
+    """Returns the squared distance of every point [N, D] to its third neighbor [N], float32.
 
     Raises:
       EvaluationError: If there are too few points.
@@ -90,7 +90,7 @@ def neighbor_radii(features: Array) -> np.ndarray:
 
 
 def precision_recall(samples: np.ndarray, reference: np.ndarray) -> PrecisionRecall:
-    """Precision and recall of samples [N, D] against a reference [M, D].
+    """Returns precision and recall of samples [N, D] against a reference [M, D].
 
     Distances are float32; the official ones are float16, whose ties raise both fractions by about
     0.001 to 0.003. Both sets are moved by the reference's mean first, which changes no distance but

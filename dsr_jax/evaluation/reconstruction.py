@@ -14,11 +14,11 @@ _SIGMA, _RADIUS = 1.5, 5
 
 
 def psnr(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB [N], float64.
+    """Returns the peak signal-to-noise ratio of each image in dB [N], float64.
 
     Args:
       reference: uint8 [N, H, W, C].
-      images: Their reconstructions, likewise.
+      images: Reconstructions, in the same format.
 
     Raises:
       EvaluationError: If they are not uint8, or of different shapes.
@@ -29,7 +29,7 @@ def psnr(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Structural similarity of each image [N], float64.
+    """Returns the structural similarity of each image [N], float64.
 
     Gaussian windows of 11 taps; images are reflected beyond their edges, and the map is averaged
     over all pixels and channels. Variants that leave a border of 5 pixels out give other values on
@@ -37,7 +37,7 @@ def ssim(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
 
     Args:
       reference: uint8 [N, H, W, C].
-      images: Their reconstructions, likewise.
+      images: Reconstructions, in the same format.
 
     Raises:
       EvaluationError: If they are not uint8, of different shapes, or smaller than the window.

@@ -25,7 +25,7 @@ class SampleFile:
     """A checked `.npz` of samples; the images stay on disk until asked for.
 
     Attributes:
-      path: The file.
+      path: Path of the file.
       shape: [N, H, W, C] of the images.
       labels: Class of every image [N], int32, or None where the file has none.
     """
@@ -67,12 +67,12 @@ class SampleFile:
         return np.concatenate(list(self.batches(1024)))
 
     def recipe(self) -> dict[str, Any] | None:
-        """The record that the sampling job left beside the file, if it did."""
+        """Returns the record that the sampling job wrote next to the file, or None."""
         path = self.path.with_suffix(".json")
         return read_json(path) if path.is_file() else None
 
     def digest(self) -> str:
-        """SHA-256 of the file."""
+        """Returns the SHA-256 of the file."""
         return file_digest(self.path)
 
     def describe(self) -> dict[str, Any]:
@@ -120,11 +120,11 @@ def open_samples(path: str | os.PathLike[str]) -> SampleFile:
 
 
 def read_names(path: Path, kind: str) -> list[str]:
-    """The keys of an `.npz`.
+    """Returns the keys of an `.npz`.
 
     Args:
-      path: The file.
-      kind: What to call it in an error.
+      path: Path of the file.
+      kind: Name of the kind of file, for error messages.
 
     Raises:
       EvaluationError: If there is no such file, or it is damaged.

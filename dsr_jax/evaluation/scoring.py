@@ -29,10 +29,10 @@ class Result:
 
     Attributes:
       scores: Numbers by name.
-      recipe: What must be equal for scores to be compared.
+      recipe: Settings that must be equal for scores to be comparable.
       skipped: Metrics left out, and why.
-      warnings: What the reader of the scores must know.
-      samples: Where the images are from, with their digest.
+      warnings: Warnings for readers of the scores.
+      samples: Source of the images, with their digest.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Scorer:
 
     Args:
       extractor: The feature networks.
-      reference: What to compare with.
+      reference: Reference to compare with.
       report: Called with what passes through the networks; returns a function that is called with
         images done and in all.
     """

@@ -58,7 +58,7 @@ def modulation(condition: Array, count: int, width: int, precision: Precision) -
     Args:
       condition: [B, D], or [B, L, D] with one condition per token.
       count: Number of vectors.
-      width: Their width.
+      width: Width of the tokens.
       precision: Dtype policy.
 
     Returns:

@@ -94,7 +94,7 @@ class ViTDecoder(nn.Module):
       attention: Attention kernel, see `models.kernels.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
-      remat: What the backward pass recomputes: "none", "full" or "dots".
+      remat: Rematerialization in the backward pass: "none", "full" or "dots".
     """
 
     config: DecoderConfig

@@ -116,7 +116,7 @@ class Denoiser(nn.Module, kw_only=True):
       constrain: Layout of activations.
       reversed_time: Time runs from t = 0, noise, to t = 1, data. `build` translates it to this
         package's convention, t = 0 for data (`diffusion.paths.flip_time`).
-      converter: Where the conversion from and to PyTorch is defined, "package.module:NAME" of a
+      converter: Location of the conversion from and to PyTorch, "package.module:NAME" of a
         `convert.converter.DenoiserConverter`; empty if there is none.
       label_table: Name of the parameter [K + 1, D] whose last row is the null label's; empty if
         there is none.
@@ -184,7 +184,7 @@ class DiffusionTransformer(Denoiser):
       register_gate: A learned gate per block and head, initialized to 0, scales what the registers
         contribute to attention. The paper has none: it is for registers that are added to a trained
         network, whose output is then unchanged at first (`convert.retrofit`).
-      remat: What the backward pass recomputes: "none", "full" or "dots".
+      remat: Rematerialization in the backward pass: "none", "full" or "dots".
       attention: Attention kernel, see `models.kernels.attend`.
       time_features: Sines and cosines that enter the time MLP.
       stack_prefix: Put before the names of the stacks and of the registers' tables.
@@ -253,7 +253,7 @@ class DiffusionTransformer(Denoiser):
         return mlp_width(width, self.mlp_ratio, self.use_swiglu)
 
     def _depth_macs(self, extra_keys: int = 0) -> int:
-        """Multiply-accumulates of all blocks, with the tokens that are inserted on the way."""
+        """Returns the multiply-accumulates of all blocks, including inserted tokens."""
         width, inserted = self.hidden_size, self.insertions()
         return sum(
             block_macs(
@@ -335,7 +335,7 @@ class DiffusionTransformer(Denoiser):
         return tokens
 
     def _gated(self, registers_at: int | None) -> tuple[int, int] | None:
-        """Index of the first gated register and their number, or None if there is no gate."""
+        """Returns index of the first and number of gated registers; None without a gate."""
         if registers_at is None or not self.register_gate:
             return None
         return registers_at, self.num_registers

@@ -14,7 +14,7 @@ class Stack:
     Attributes:
       name: Name, or path, of the stack in the parameter tree.
       first: Index of its first block.
-      end: Index behind its last block.
+      end: Index after its last block.
     """
 
     name: str

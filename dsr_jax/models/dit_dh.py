@@ -41,7 +41,7 @@ class DiTDH(DiffusionTransformer):
     Attributes:
       decoder_hidden_size: Width E of the head.
       decoder_depth: Blocks of the head.
-      decoder_num_heads: Its attention heads.
+      decoder_num_heads: Attention heads of the head's blocks.
       use_pos_embed: Adds the sine-cosine table to the encoder's tokens.
     """
 

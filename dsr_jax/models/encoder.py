@@ -56,7 +56,7 @@ class Encoder(Protocol):
         ...
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's `Module.apply`."""
+        """Applies the network; Linen's `Module.apply`."""
         ...
 
 

@@ -31,10 +31,10 @@ class Conv:
     """Convolution without bias, batch norm, ReLU.
 
     Attributes:
-      name: As in the PyTorch ports.
+      name: Name in the PyTorch ports.
       features: Output channels of the full network.
       kernel: Height and width.
-      stride: In both directions.
+      stride: Stride in both directions.
       padding: "SAME" or "VALID".
     """
 
@@ -59,7 +59,7 @@ Branches = tuple[tuple[Step, ...], ...]
 
 
 def block_a(pool_features: int) -> Branches:
-    """35 x 35 maps."""
+    """Returns the branches of a block on 35 x 35 maps."""
     return (
         (Conv("branch1x1", 64),),
         (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
@@ -73,7 +73,7 @@ def block_a(pool_features: int) -> Branches:
 
 
 def block_b() -> Branches:
-    """35 x 35 to 17 x 17 maps."""
+    """Returns the branches of a block from 35 x 35 to 17 x 17 maps."""
     return (
         (Conv("branch3x3", 384, (3, 3), 2, "VALID"),),
         (
@@ -86,7 +86,7 @@ def block_b() -> Branches:
 
 
 def block_c(width: int) -> Branches:
-    """17 x 17 maps, with 7 x 7 kernels as pairs of rows and columns."""
+    """Returns the branches of a block on 17 x 17 maps, with 7 x 7 kernels as pairs of 1-d ones."""
     return (
         (Conv("branch1x1", 192),),
         (
@@ -106,7 +106,7 @@ def block_c(width: int) -> Branches:
 
 
 def block_d() -> Branches:
-    """17 x 17 to 8 x 8 maps."""
+    """Returns the branches of a block from 17 x 17 to 8 x 8 maps."""
     return (
         (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2, "VALID")),
         (
@@ -120,7 +120,7 @@ def block_d() -> Branches:
 
 
 def block_e(pool: str) -> Branches:
-    """8 x 8 maps; the first block's pool branch is an average pool, the second's a max pool."""
+    """Returns the branches of a block on 8 x 8 maps; the first has mean, the second max pooling."""
 
     def pair(first: str, second: str) -> tuple[Conv, ...]:
         return Conv(first, 384, (1, 3)), Conv(second, 384, (3, 1))
@@ -175,12 +175,12 @@ def convolutions(branch: tuple[Step, ...]) -> Iterator[Conv]:
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") -> Array:
-    """Convolution in true float32 of [B, H, W, C] with a kernel [h, w, C, D].
+    """Convolves [B, H, W, C] with a kernel [h, w, C, D], in true float32.
 
     Args:
       x: Images or maps.
       kernel: The kernel.
-      stride: In both directions.
+      stride: Stride in both directions.
       padding: "SAME" or "VALID".
     """
     if kernel.shape[:2] == (1, 1):

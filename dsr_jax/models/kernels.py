@@ -29,7 +29,7 @@ def _scores(q: Array, k: Array, segments: Segments | None = None) -> Array:
 
 @jax.custom_vjp
 def _attend_einsum(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
-    """Attention whose backward pass recomputes the weights, for platforms without a kernel.
+    """Computes attention without a kernel; the backward pass recomputes the weights.
 
     Differentiating plain softmax attention keeps several [B, H, L, M] arrays; in a scan over
     depth they are written to stacked buffers, which took a sixth of a training step on a CPU.
@@ -58,7 +58,7 @@ def _einsum_forward(q: Array, k: Array, v: Array, segments: Segments | None) -> 
 
 
 def _einsum_rows(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, Array]:
-    """Output [B, H, L, K] and log-sums [B, H, L, 1] of scaled queries [B, H, L, K]."""
+    """Returns output [B, H, L, K] and log-sums [B, H, L, 1] of scaled queries [B, H, L, K]."""
     scores = _scores(q, k, segments)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
@@ -169,7 +169,7 @@ def attend(
     segments: Segments | None = None,
     constrain: Constrain | None = None,
 ) -> Array:
-    """Softmax attention, scores and softmax in float32.
+    """Computes softmax attention, with scores and softmax in float32.
 
     Args:
       q: Queries [B, L, H, K], scaled by 1/sqrt(K) inside.
@@ -180,7 +180,7 @@ def attend(
         heads of at most 128 channels, cudnn on a GPU (if the head size is a multiple of 8) and
         splash on a TPU, where `constrain` has a mesh; xla elsewhere. docs/performance.md has the
         comparison.
-      segments: Which positions attend to which; None for all to all.
+      segments: Segments of positions that attend to each other; None for all to all.
       constrain: Layout of activations, by which splash runs on each device's samples and heads;
         None for a single device.
 

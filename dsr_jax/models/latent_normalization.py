@@ -16,7 +16,7 @@ class LatentNormalization:
     Attributes:
       scale: Factor; the default is that of the SD-VAE.
       shift: Taken from latents before the factor.
-      mean: Of each channel, taken from latents before the factor; () for none.
+      mean: Mean of each channel, subtracted from latents before scaling; () for none.
       std: Standard deviation of each channel, by which latents are divided; () for none.
     """
 

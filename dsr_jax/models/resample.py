@@ -57,7 +57,7 @@ def resample_matrix(size: int, wanted: int, method: str) -> np.ndarray:
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic kernel with parameter `a`."""
+    """Returns Keys' cubic kernel with parameter `a`."""
     x = np.abs(x)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a

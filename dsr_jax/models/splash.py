@@ -25,7 +25,7 @@ def attend_splash(
     residuals: str,
     interpret: bool = False,
 ) -> Array:
-    """Softmax attention of the samples and heads that one device holds.
+    """Computes softmax attention of the samples and heads on one device.
 
     Lengths are padded to multiples of the kernel's blocks; padding is masked out.
 
@@ -33,7 +33,7 @@ def attend_splash(
       q: Queries [B, L, H, K], scaled by 1/sqrt(K) inside.
       k: Keys [B, M, H, K].
       v: Values [B, M, H, K].
-      segments: Which positions attend to which; None for all to all.
+      segments: Segments of positions that attend to each other; None for all to all.
       residuals: Checkpoint name of the residuals that rematerialization may keep.
       interpret: Interprets the kernel, for platforms other than TPUs.
 

@@ -110,7 +110,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Convolves, in the compute dtype."""
+        """Applies the convolution, in the compute dtype."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         fan_in = self.size**2 * x.shape[-1]
         init, axes = flattened(TORCH_DEFAULT.kernel(fan_in), 3), (None, None, "channels", None)

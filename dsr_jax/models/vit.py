@@ -66,7 +66,7 @@ class ViTConfig:
       class_output: Returns the class token after the final norm with its affine parameters.
       torch_init: Initializes projections like PyTorch, for blocks that are trained.
       pixel_mean: Mean of each channel that images are normalized by, for values in [0, 1].
-      pixel_std: Standard deviation likewise.
+      pixel_std: Standard deviation of each channel that images are normalized by.
     """
 
     family: str
@@ -250,7 +250,7 @@ def make_vit_stack(
       attention: Attention kernel.
       precision: Dtype policy.
       constrain: Layout of activations.
-      remat: What the backward pass recomputes: "none", "full" or "dots".
+      remat: Rematerialization in the backward pass: "none", "full" or "dots".
     """
     return make_stack(
         config.depth,

@@ -120,7 +120,7 @@ def check_batch(batch: int, mesh: Mesh, rules: Rules, *, accumulate: int = 1) ->
 
     Args:
       batch: Samples per step.
-      mesh: The devices.
+      mesh: Mesh of devices.
       rules: Rules that map samples to mesh axes.
       accumulate: Micro-batches per step.
 

@@ -95,7 +95,7 @@ def process_rows(sharding: NamedSharding, size: int, process: int | None = None)
     of a batch is decided here and nowhere else.
 
     Args:
-      sharding: Of the batch; only the leading dimension is split.
+      sharding: Sharding of the batch; only the leading dimension is split.
       size: Rows of the global batch.
       process: Index of a process; None for this one.
 
@@ -131,7 +131,7 @@ def host_to_global(
     Args:
       batch: Arrays [n, ...]: the rows `process_rows(sharding, size)` of this process, in that
         order.
-      sharding: Of the batch; only the leading dimension is split.
+      sharding: Sharding of the batch; only the leading dimension is split.
       size: Rows of the global batch.
 
     Returns:
@@ -165,9 +165,9 @@ def check_row_order(found: np.ndarray, wanted: np.ndarray, what: str) -> None:
     """Checks that results came back with the indices of the inputs that they are stored under.
 
     Args:
-      found: Indices [n] that went through the devices beside the inputs.
-      wanted: Indices [n] that the results are about to be stored under.
-      what: What the results are, for the message.
+      found: [n] indices that went through the devices with the inputs.
+      wanted: [n] indices under which the results are to be stored.
+      what: Name of the results, for the message.
 
     Raises:
       MeshError: Naming the first row that belongs to another input.

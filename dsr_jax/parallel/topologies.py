@@ -89,10 +89,10 @@ class Topology:
     """A slice, so many chips of a kind in a grid, or several equal ones.
 
     Attributes:
-      name: As in "v5e:16x16", or "2xv5e:16x16".
+      name: Name such as "v5e:16x16" or "2xv5e:16x16".
       chip: Its chips.
       shape: Chips along each axis of a slice.
-      slices: How many there are, connected by the data-center network.
+      slices: Number of slices, connected by the data-center network.
     """
 
     name: str

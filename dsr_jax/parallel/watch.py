@@ -117,7 +117,7 @@ class Watch:
         Args:
           phase: One of `peers.PHASES`.
           step: Steps done.
-          compiling: In the first step of a start.
+          compiling: Whether this is the first step of a start, which compiles.
         """
         self._phase = (phase, step, time.monotonic(), compiling)
         self._hung = False
@@ -172,7 +172,7 @@ class Watch:
             self._end(error)
 
     def _patience(self, peers: Peers) -> float:
-        """Silence after which a process is lost; shorter once a collective has failed."""
+        """Returns the seconds without heartbeat until a process is lost; fewer after an error."""
         return min(peers.lost_seconds, 4 * peers.interval if self._troubled else float("inf"))
 
     def _exchange(self, peers: Peers) -> None:
@@ -300,7 +300,7 @@ def join_job(lost_seconds: float = LOST_SECONDS) -> Iterator[Watch]:
       lost_seconds: Silence after which a process is lost.
 
     Raises:
-      ClusterError: As `start_processes`.
+      ClusterError: As in `start_processes`.
     """
     start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
     with join_watch(None, Limits(), end_hung=False, lost_seconds=lost_seconds) as watch:

@@ -51,7 +51,7 @@ def outlier_table(result: SearchResult) -> str:
 
 
 def _outliers(found: Round) -> tuple[int, int]:
-    """Outlier patches before and after a round."""
+    """Returns the outlier patches before and after a round."""
     before, after = (found.norms > found.threshold, found.norms_after > found.threshold)
     return int(before.sum()), int(after.sum())
 
@@ -114,7 +114,7 @@ def write_report(
 
     Args:
       folder: Output folder, created if missing.
-      result: What the search found.
+      result: Result of the search.
       picture: Image by index, uint8 [H, W, 3].
       details: Further JSON values: encoder, images, settings, provenance.
     """

@@ -65,7 +65,7 @@ def score_images(activations: Array, outliers: Array, criterion: Criterion) -> A
 
     Args:
       activations: Hidden MLP units after the nonlinearity and the intervention [L, B, T, M].
-      outliers: From `outlier_mask` [B, rows], rows = T, or 1+T with the mean token.
+      outliers: [B, rows] result of `outlier_mask`; rows = T, or 1+T with the mean token.
       criterion: The same that made `outliers`.
 
     Returns:

@@ -106,7 +106,7 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
-      rounds: In order.
+      rounds: Rounds, in order.
       ended: Reason why the search ended.
     """
 
@@ -165,7 +165,7 @@ def find_registers(
 
     Args:
       model: The encoder.
-      params: Its parameters.
+      params: Parameters of the network.
       images: Normalized images.
       settings: See `SearchSettings`.
       mesh: Devices; batches are split over them.
@@ -244,7 +244,7 @@ class _Search:
         return ""
 
     def _left(self, last: Round) -> float | None:
-        """The threshold above which outliers are left after a round, or None."""
+        """Returns the threshold if outliers above it are left after a round, else None."""
         norms = last.norms_after[:, self._spared :]
         if self._settings.threshold is not None:
             return self._settings.threshold if (norms > self._settings.threshold).any() else None
@@ -328,7 +328,7 @@ class _Search:
         return self._settings.num_registers * (appended and self._settings.exclude_registers)
 
     def _intervention(self, neurons: Neurons) -> Intervention | None:
-        """The intervention of a round; none before anything was found."""
+        """Returns the intervention of a round; None before neurons were found."""
         if not neurons:
             return None
         config = self._model.config
@@ -384,6 +384,6 @@ def _of_round(values: Sequence[int], number: int) -> int:
 
 
 def _cosine(a: Array, b: Array) -> Array:
-    """Cosine similarity of vectors [..., D]."""
+    """Returns the cosine similarity of vectors [..., D]."""
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)

@@ -38,11 +38,11 @@ class Reconstructions:
 
     Args:
       config: The run's config.
-      workdir: Its folder.
-      reconstruct: From `build.make_reconstruct`.
+      workdir: Folder of the run.
+      reconstruct: Result of `build.make_reconstruct`.
       variables: Frozen arrays.
       sizes: The decoder's.
-      sharding: Of batches.
+      sharding: Sharding of batches.
 
     Raises:
       DataError: If there are no held-out images.
@@ -116,7 +116,7 @@ class Reconstructions:
         return state.params if name == "none" else state.ema[name]
 
     def _pairs(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out images and their reconstructions, uint8 [N, H, W, 3], on every host."""
+        """Returns held-out images and reconstructions, uint8 [N, H, W, 3], on every host."""
         shards = self._sharding.mesh.size
         batch = -(-min(self.config.sample.batch, max(self._count, 1)) // shards) * shards
         found: list[list[np.ndarray]] = [[], []]

@@ -43,7 +43,7 @@ class EncoderPass:
       count: Images to encode.
       batch: Images at a time.
       steps: Batches in all; what the last holds beyond `count` belongs to the next epoch.
-      recipe: What decides the latents to the bit, as JSON values.
+      recipe: All settings that determine the latents, as JSON values.
       data: Classes and fingerprint of the images.
     """
 
@@ -66,7 +66,7 @@ class EncoderPass:
         """Encodes a batch per step; the host works on one while the devices encode the next.
 
         Args:
-          steps: Which batches.
+          steps: Numbers of the batches.
           keep: Called with the step, the global latents [B, h, w, C] and the batch.
 
         Returns:
@@ -102,7 +102,7 @@ class Waiting:
     """Iterator that measures how long its caller has waited for it.
 
     Args:
-      batches: What it yields.
+      batches: Iterator to measure.
 
     Attributes:
       seconds: Time spent in `batches` so far.
@@ -127,7 +127,7 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
     """Computes mean and variance of the latents and writes them, with their recipe, into `out`.
 
     Args:
-      work: What to encode.
+      work: Data and encoder of the pass.
       out: A new folder, or that of the same pass.
       save_every: Batches between two savings of the sums.
       stop_after: Batches after which to stop, as if interrupted; 0 for none.
@@ -164,9 +164,9 @@ def cache_latents(
     at all, so that the same call continues what was stopped.
 
     Args:
-      work: What to encode: `copies` times the data set.
+      work: Data and encoder of the pass: `copies` times the data set.
       out: A new folder, or that of the same pass.
-      dtype: What to store, a name in `data.latents.DTYPES`.
+      dtype: Stored dtype, a name in `data.latents.DTYPES`.
       copies: Only recorded.
       shard_steps: Batches per shard.
       stop_after: Shards after which to stop, as if interrupted; 0 for none.
@@ -273,7 +273,7 @@ def _refuse_others(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
 
 
 def _recipe(config: ConfigDict, source: str, count: int) -> dict[str, Any]:
-    """What decides the latents to the bit, as JSON values."""
+    """Returns all settings that determine the latents, as JSON values."""
     data = {key: config.data[key] for key in ("split", "image_size", "global_batch", "flip")}
     recipe = {
         "data": {"source": source, "images": count, "seed": config.seed, **data},

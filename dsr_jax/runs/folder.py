@@ -134,7 +134,7 @@ def check_data(
 
     Args:
       workdir: The run's folder; without class_names.json or a checkpoint it accepts any data.
-      data: From `data.classes.describe`.
+      data: Result of `data.classes.describe`.
       allowed: Arguments of --allow-change: with "classes" or "data" the data set may differ.
 
     Returns:

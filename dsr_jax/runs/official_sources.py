@@ -66,10 +66,10 @@ def convert_cached(source: str, family: str, options: str, cache: Path) -> Path:
     """Returns the converted folder of a source, which is converted unless the cache has it.
 
     Args:
-      source: What python -m dsr_jax.convert FAMILY takes as --source; a converted folder is
+      source: Value of --source of python -m dsr_jax.convert FAMILY; a converted folder is
         returned as it is.
       family: The command's name.
-      options: Its other options, as in "--num-heads=12".
+      options: Other options of the command, as in "--num-heads=12".
       cache: Folder of converted sources; a name in it is a digest of content and options.
 
     Raises:
@@ -122,10 +122,10 @@ def config_of_converted(
 
     Args:
       folder: The converted denoiser.
-      encoder: Of LightningDiT and DiTDH, whose tokens its latents are: a name such as dinov2-base,
+      encoder: Encoder of the latents of LightningDiT and DiTDH: a name such as dinov2-base,
         or a converted folder. Only sizes and pixel statistics are read.
-      decoder: Their converted decoder.
-      statistics: Their latents' statistics; "none" for latents that are not normalized.
+      decoder: Converted decoder of these latents.
+      statistics: Statistics of these latents; "none" if they are not normalized.
       vae: Converted autoencoder of SiT.
 
     Raises:

@@ -28,13 +28,13 @@ class Reconstruction:
 
     Args:
       config: Space and data.
-      images: How many, spread evenly over the source; 0 for all.
+      images: Number of images, taken at even intervals; 0 for all.
       batch: Images at a time over all devices.
 
     Attributes:
-      mesh: The devices.
-      images: What is reconstructed.
-      recipe: What decides the reconstructions.
+      mesh: Mesh of devices.
+      images: Images to reconstruct.
+      recipe: Settings that determine the reconstructions.
 
     Raises:
       ConfigError: If the autoencoder has no decoder, or gives images of another size.
@@ -98,7 +98,7 @@ class Reconstruction:
 def rfid(
     images: ImageSet, outputs: ImageSet, extractor: Extractor, recipe: dict[str, Any], out: Path
 ) -> float:
-    """Frechet distance of Inception's features of reconstructions and images.
+    """Returns the Frechet distance between Inception features of reconstructions and images.
 
     Returns:
       The distance; NaN on processes other than 0.

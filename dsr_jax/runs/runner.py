@@ -63,15 +63,15 @@ class TrainingJob:
     """What a config names, built.
 
     Attributes:
-      summary_text: What is about to run, in a few lines.
-      mesh: The devices.
+      summary_text: Run summary, a few lines of text.
+      mesh: Mesh of devices.
       abstract: Shapes and shardings of the state (a `TrainState` or a class derived from it).
       init: Makes the state before the first step.
       step: The compiled step, `(state, batch) -> (state, metrics)`.
       batches: `batches(first step)` yields global batches for ever.
-      hooks: What to do with the state now and then.
-      finish: What to do at the end of a complete run.
-      data: What the training data holds.
+      hooks: Periodic actions on the state, such as sampling.
+      finish: Action at the end of a complete run.
+      data: Description of the training data.
       forward_flops: Of the trained network on one image, from which the share of the devices' peak
         follows; None if unknown.
     """
@@ -101,10 +101,10 @@ def run_command(
     """Runs the command line of a training command.
 
     Args:
-      argv: Its arguments; None for the process's.
-      make_job: What the command trains.
-      program: Its name.
-      description: Its help text.
+      argv: Command line arguments; None for the process's.
+      make_job: Function that builds the command's job.
+      program: Name of the command.
+      description: Help text of the command.
 
     Returns:
       The exit status.

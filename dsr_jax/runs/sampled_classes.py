@@ -16,7 +16,7 @@ def classes_to_sample(config: ConfigDict, data: DataDescription | None) -> list[
 
     Args:
       config: The run's config.
-      data: Its classes; None for weights without a run's folder.
+      data: Classes of the training data; None for weights without a run's folder.
     """
     rows = config.data.num_classes
     if data is None or config.sample.all_classes:

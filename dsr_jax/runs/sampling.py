@@ -31,13 +31,13 @@ def save_samples(
     """Restores the weights and runs the job; returns the path of the `.npz`.
 
     Args:
-      config: Of the run, or of the converted weights.
+      config: Config of the run or of the converted weights.
       labels: Class of every sample [N].
       folder: The run, or the converted folder, whose weights are taken.
-      converted: Which of the two it is.
-      checkpoint_step: Which checkpoint of the run; None for the newest.
-      out: Folder of the files; None for samples/ beside the weights.
-      name: Their name; None makes one from the settings.
+      converted: Whether the folder contains converted weights instead of a run.
+      checkpoint_step: Step of the run's checkpoint; None for the newest.
+      out: Folder of the files; None for samples/ next to the weights.
+      name: Name of the files; None makes one from the settings.
       data: The run's classes, whose names the record carries.
     """
     section = config.sample

@@ -49,8 +49,8 @@ def check_output(out: Path, samples: ImageSet, reference: str | None = None) -> 
     Scores of the same samples and reference may be replaced.
 
     Args:
-      out: The file.
-      samples: What is to be scored.
+      out: Path of the file.
+      samples: Samples to score.
       reference: Path of the reference, if there is one.
 
     Raises:
@@ -88,9 +88,9 @@ def make_extractor(
 
     Args:
       inception: Folder of converted weights, or None or "" to do without.
-      dinov2: Likewise, of an encoder with its class output.
+      dinov2: Folder of a converted DINOv2 with its class output, or None.
       batch: Images at a time over all devices.
-      resize: How images become 299 pixels wide, a name in `models.inception_input.RESIZES`.
+      resize: Method of resizing to 299 pixels, a name in `models.inception_input.RESIZES`.
       mesh: The devices; None for all there are.
 
     Raises:
@@ -139,10 +139,10 @@ def score_to_file(
     """Scores images and writes scores, recipe and provenance to a JSON file.
 
     Args:
-      scorer: From `make_scorer`.
+      scorer: Result of `make_scorer`.
       images: The samples.
       metrics: Names, or None for those that the reference allows.
-      out: The file; a folder beside it holds what a stopped pass continues from.
+      out: Path of the file; a folder next to it stores the progress of an interrupted pass.
       allow_constant: Takes images of a single color, too.
       save_every: Images between two savings.
 

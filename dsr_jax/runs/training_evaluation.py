@@ -38,13 +38,13 @@ class Results:
 
     Args:
       config: The run's config.
-      workdir: Its folder.
-      sample: From `build.make_sampler`.
+      workdir: Folder of the run.
+      sample: Result of `build.make_sampler`.
       variables: Frozen arrays of the input space.
       num_devices: Batches are multiples of this.
       image_shape: Height, width and channels of its images; () if that is never asked for.
       data: The run's classes. Those without images are sampled only if config.sample.all_classes.
-      scorer: From `open_scorer`.
+      scorer: Result of `open_scorer`.
     """
 
     def __init__(
@@ -134,19 +134,19 @@ class Results:
         )
 
     def _command(self) -> str:
-        """A command that samples from the run."""
+        """Returns a command that samples from the run."""
         words = ["python", "-m", "dsr_jax.sample", f"--workdir={self.workdir}", "--num-samples=100"]
         if self.config.objective.label_dropout:
             words.append("--guidance=2.0")
         return shlex.join([*words, "--grid"])
 
     def _weights(self, state: TrainState) -> Params:
-        """The parameters, or their EMA, that config.sample.ema names."""
+        """Returns the parameters, or the EMA weights that config.sample.ema selects."""
         name = self.config.sample.ema
         return state.params if name == "none" else state.ema[name]
 
     def _batch_for(self, count: int) -> int:
-        """The smallest batch of at least `count` that divides over the devices."""
+        """Returns the smallest batch of at least `count` that divides over the devices."""
         return -(-count // self._num_devices) * self._num_devices
 
     def _save_samples(self, step: int, state: TrainState, name: str) -> Path:

@@ -75,7 +75,7 @@ def save_png_grid(
     """Writes a grid of uint8 images [N, H, W, C] as PNG, atomically.
 
     Args:
-      path: The file.
+      path: Path of the file.
       images: Gray (C = 1) or color (C = 3) images.
       labels: Class numbers [N] to write above the images.
       columns: Images per row.

@@ -73,11 +73,11 @@ class SampleJob:
     see: each writes the rows that its devices hold, process 0 assembles.
 
     Attributes:
-      folder: Where the files go.
-      name: Their common name.
+      folder: Folder of the files.
+      name: Common name of the files.
       labels: Class of every sample [N], int32, by global index.
       image_shape: Height, width and channels.
-      recipe: What decides the images, as JSON values (checkpoint, EMA, sampler, seed, ...). A job
+      recipe: Settings that determine the images, as JSON values (checkpoint, EMA, sampler). A job
         resumes only under an equal recipe. What does not decide them (batch, devices, revision)
         is recorded for every start instead.
       notes: Further entries of the `.json`, such as the names of their classes.
@@ -157,7 +157,7 @@ class SampleJob:
         return missing
 
     def _identity(self) -> dict[str, Any]:
-        """The recipe with what the job adds to it, as JSON reads it back."""
+        """Returns the recipe with the job's own settings, in the form read back from JSON."""
         labels = np.ascontiguousarray(self.labels, "<i4")
         own = {
             "num_samples": len(labels),

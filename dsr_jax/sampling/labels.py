@@ -51,7 +51,7 @@ def load_labels(path: str | os.PathLike[str], num_samples: int) -> np.ndarray:
     Args:
       path: `.npy` (one array), `.npz` (key `labels`, or the only one-dimensional array; a file of
         samples serves as well) or `.txt` (whitespace-separated numbers).
-      num_samples: How many to take from its beginning.
+      num_samples: Number of samples to take from the beginning.
 
     Raises:
       DataError: If the file is missing, unreadable, not integer or too short.

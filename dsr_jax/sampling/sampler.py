@@ -47,14 +47,14 @@ class SamplerSettings:
       open_interval: Leaves out the interval's ends, but never t = 1.
       time_shift: Factor on the odds of t, as in training.
       time_range: Lowest and highest time of training, () for the prediction's own.
-      seed: Of the noise.
+      seed: Seed of the noise.
       uint8: Cast of the images, see `to_uint8`.
       rtol: Relative tolerance of dopri5.
       atol: Absolute tolerance of dopri5.
       sde_form: Diffusion coefficient of the SDE methods.
-      sde_norm: Its scale.
+      sde_norm: Scale of the diffusion coefficient.
       last_step: Last step of the SDE methods.
-      last_step_size: Its size in t.
+      last_step_size: Size of the last step in t.
     """
 
     method: str = "euler"
@@ -201,9 +201,9 @@ def make_sample_fn(
     """Returns a sampler of NumPy arrays.
 
     Args:
-      sample: From `make_device_sampler`.
+      sample: Result of `make_device_sampler`.
       guide: Parameters of its guide, on the devices.
-      sharding: Of its batch.
+      sharding: Sharding of its batch.
     """
 
     def sample_arrays(

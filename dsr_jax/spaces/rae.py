@@ -168,7 +168,7 @@ class RAE:
         """Maps images [B, H, W, 3], float in [0, 1], to latents [B, h, w, C], float32.
 
         Args:
-          variables: From `make_variables`.
+          variables: Result of `make_variables`.
           images: Images of any size, or cached latents [B, h, w, C].
           keys: One random key per sample [B]: adds noise if `noise_tau` is not 0. None adds none.
         """
@@ -240,7 +240,7 @@ class RAE:
         return jax.lax.stop_gradient(tokens.reshape(len(tokens), *self.latent_shape))
 
     def _statistics(self, variables: PyTree) -> tuple[Array, Array]:
-        """Mean and standard deviation of the latents [h, w, C]."""
+        """Returns mean and standard deviation of the latents [h, w, C]."""
         statistics = variables["statistics"]
         return statistics["mean"], jnp.sqrt(statistics["var"] + self.eps)
 

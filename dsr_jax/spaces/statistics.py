@@ -18,7 +18,7 @@ class LatentStatistics(Moments):
     the pass was interrupted.
 
     Args:
-      shape: Of one latent.
+      shape: Shape of one latent.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:

@@ -64,7 +64,7 @@ class VAE:
         """Maps images [B, H, W, 3], float in [0, 1], to latents [B, h, w, C], float32.
 
         Args:
-          variables: From `make_variables`.
+          variables: Result of `make_variables`.
           images: The batch.
           keys: One per sample [B], to sample the posterior; None takes its mean.
         """

@@ -38,10 +38,10 @@ def announce(
     "reading weights: done in 23.4 s". Only process 0 prints. The block's error is passed on.
 
     Args:
-      activity: What is done, as a participle: "compiling the training step".
+      activity: Present participle: "compiling the training step".
       only_if_slow: Prints nothing of a block that takes less than `every`.
       every: Seconds between lines.
-      stream: Where to; None for standard error.
+      stream: Text stream to write to; None for standard error.
     """
     if not is_process_zero():
         yield
@@ -75,7 +75,7 @@ def announce_first_call(function: Callable[..., Any], what: str) -> Callable[...
     """Returns a jitted function whose first call, which compiles it, is announced.
 
     Args:
-      function: From `jax.jit`.
+      function: Result of `jax.jit`.
       what: Name of the program: "the sampler".
     """
     called = False
@@ -100,7 +100,7 @@ class Progress:
     Args:
       total_steps: Step at which the run ends.
       start_step: Step at which it starts or resumes.
-      stream: Where to; None for standard error.
+      stream: Text stream to write to; None for standard error.
       max_lines: Where the stream is no terminal, at most about so many progress lines, evenly over
         the run, however often `update` is called.
       process_zero: Whether this is process 0, which shows; None asks JAX.
@@ -144,7 +144,7 @@ class Progress:
         Args:
           step: Steps done.
           loss: Without it the bar moves and no line is written.
-          timing: Of the last lap.
+          timing: Timing of the last lap.
           mfu: Share of the devices' peak, 0 to 1.
         """
         if not self._shown:

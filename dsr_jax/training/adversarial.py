@@ -23,11 +23,11 @@ def check_loss(name: str) -> None:
 
 
 def discriminator_loss(name: str, real: Array, fake: Array) -> Array:
-    """What the discriminator minimizes, a scalar.
+    """Returns the discriminator's loss, a scalar.
 
     Args:
       name: "hinge" or "vanilla".
-      real: Its logits for real images, any shape.
+      real: Logits for real images, of any shape.
       fake: For generated ones.
     """
     check_loss(name)
@@ -37,17 +37,17 @@ def discriminator_loss(name: str, real: Array, fake: Array) -> Array:
 
 
 def generator_loss(fake: Array) -> Array:
-    """What the generator minimizes, for either loss of the discriminator: minus the mean logit."""
+    """Returns the generator's loss, for either discriminator loss: minus the mean logit."""
     return -jnp.mean(fake)
 
 
 def accuracy(real: Array, fake: Array) -> Array:
-    """Fraction of positions whose real logit is above the generated one."""
+    """Returns the fraction of positions whose real logit exceeds the generated one."""
     return jnp.mean(real > fake)
 
 
 def adaptive_weight(reconstruction: Array, gan: Array, limit: float, eps: float = 1e-6) -> Array:
-    """Weight that makes the GAN's gradient at the last layer as large as the reconstruction's.
+    """Returns the weight that scales the GAN's last-layer gradient to the reconstruction's norm.
 
     Args:
       reconstruction: Gradient of the reconstruction loss with respect to the last layer's kernel.
@@ -60,7 +60,7 @@ def adaptive_weight(reconstruction: Array, gan: Array, limit: float, eps: float 
 
 
 def to_signed(images: Array) -> Array:
-    """[0, 1] to [-1, 1]."""
+    """Maps [0, 1] to [-1, 1]."""
     return 2 * images - 1
 
 

@@ -23,7 +23,7 @@ def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
 
     Args:
       directory: Folder of the steps.
-      step: Which one; None for the newest.
+      step: Step of the checkpoint; None for the newest.
 
     Returns:
       "step", "architecture", "packages", "arrays" (by name: shape, dtype, checksum), "extra".
@@ -55,7 +55,7 @@ def restore_params(
     Args:
       directory: Folder of the steps.
       abstract: Parameters as `ShapeDtypeStruct`s with shardings.
-      step: Which one; None for the newest.
+      step: Step of the checkpoint; None for the newest.
       ema: Decay of the EMA weights, as in `str(0.9999)`; None for the parameters themselves.
 
     Returns:
@@ -101,8 +101,8 @@ def read_arrays(
 
     Args:
       directory: Folder of the steps.
-      step: Which one.
-      meta: Its record.
+      step: Step of the checkpoint.
+      meta: Record of the checkpoint.
       leaves: `ShapeDtypeStruct`s with shardings, by the arrays' names in the checkpoint.
 
     Returns:

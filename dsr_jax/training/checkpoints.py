@@ -78,7 +78,7 @@ class Checkpoints:
 
     Args:
       directory: Folder of the steps, on storage that all processes see.
-      every_steps: How often `due` says so.
+      every_steps: Interval at which `due` returns True.
       keep_latest: That many newest steps stay.
       keep_every: Steps that are multiples of this stay as well; 0 for none.
       architecture: Config values that decide the parameters, by dotted key; compared by name when
@@ -130,7 +130,7 @@ class Checkpoints:
         return list_steps(self.directory)
 
     def latest_step(self) -> int | None:
-        """The newest of them, None if there are none."""
+        """Returns the newest step; None without checkpoints."""
         return max(self.steps(), default=None)
 
     def due(self, step: int) -> bool:
@@ -213,7 +213,7 @@ class Checkpoints:
 
         Args:
           abstract: `ShapeDtypeStruct`s with shardings.
-          step: Which one; None for the newest.
+          step: Step of the checkpoint; None for the newest.
 
         Returns:
           The state, and what was given to `save` as `extra`.

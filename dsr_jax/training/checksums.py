@@ -32,7 +32,7 @@ def sum_bits(array: Array) -> Array:
 
 @jax.jit
 def _sums(leaves: list[Array]) -> Array:
-    """The sums of several arrays [n]."""
+    """Returns the checksums of several arrays [n]."""
     return jnp.stack([sum_bits(leaf) for leaf in leaves])
 
 

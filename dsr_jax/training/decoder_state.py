@@ -13,7 +13,7 @@ class DiscriminatorState:
     """The discriminator's part of the state.
 
     Attributes:
-      step: Its updates so far, which decide its learning rate.
+      step: Number of updates so far, which determines the learning rate.
       params: Parameters of its heads.
       spectral: Singular vectors of its kernels.
       opt_state: Moments.
@@ -43,7 +43,7 @@ def create_decoder_state(
     Args:
       params: The decoder's parameters, also boxed.
       heads: Parameters and singular vectors of the discriminator; None for none.
-      optimizer: Of both networks.
+      optimizer: Optimizer of both networks.
       ema_decays: One set of EMA weights of the decoder per decay.
     """
     discriminator = None

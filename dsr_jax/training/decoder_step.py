@@ -74,8 +74,8 @@ class LossSettings:
     """Weights, and when the adversarial part begins.
 
     Attributes:
-      perceptual_weight: Of LPIPS; the weight of L1 is 1.
-      gan_weight: Of the generator's loss, besides the adaptive weight.
+      perceptual_weight: Weight of LPIPS; the weight of L1 is 1.
+      gan_weight: Weight of the generator's loss, besides the adaptive weight.
       max_adaptive_weight: Limit of the latter.
       gan_loss: The discriminator's, "hinge" or "vanilla".
       discriminator_start: First step that trains the discriminator.
@@ -104,7 +104,7 @@ class GeneratorTerms(NamedTuple):
       perceptual: Mean LPIPS.
       gan: Minus the mean logit; 0 where the GAN is off.
       weight: Adaptive weight of `gan`; 0 where the GAN is off.
-      total: What is minimized.
+      total: Loss to minimize.
     """
 
     images: Array
@@ -119,7 +119,7 @@ class DiscriminatorTerms(NamedTuple):
     """Outcome of the discriminator's passes over one batch.
 
     Attributes:
-      loss: What it minimizes.
+      loss: Loss to minimize.
       accuracy: Fraction of positions where it prefers the real image.
       spectral: Singular vectors after both passes, the reconstructions' first.
     """
@@ -152,7 +152,7 @@ def generator_terms_and_grads(
       networks: The functions.
       settings: Weights.
       variables: Frozen arrays.
-      state: Where to differentiate, and the discriminator.
+      state: Parameters at which to differentiate, and the discriminator.
       images: Targets [B, H, W, 3] in [0, 1].
       latents: The encoder's output for them.
       uniforms: [B, NUM_UNIFORMS] in [0, 1), for the augmentation.
@@ -198,7 +198,7 @@ def _adversarial(
     discriminator: DiscriminatorState,
     uniforms: Array,
 ) -> Callable[[Array], tuple[Array, Array]]:
-    """The generator's loss and its gradient as a function of reconstructions."""
+    """Returns the generator's loss and its gradient with respect to reconstructions."""
 
     def loss(x: Array) -> Array:
         seen = augment(to_signed(x), uniforms, settings.cutout)
@@ -211,7 +211,7 @@ def _adversarial(
 
 
 def _nothing(x: Array) -> tuple[Array, Array]:
-    """What `_adversarial` gives where the GAN is off."""
+    """Returns the values of `_adversarial` if the GAN is off."""
     return jnp.zeros(()), jnp.zeros_like(x)
 
 
@@ -227,9 +227,9 @@ def discriminator_loss_and_grads(
 
     Args:
       discriminate: The discriminator.
-      settings: Which loss.
+      settings: Kinds and weights of the losses.
       variables: Frozen arrays.
-      discriminator: Its state.
+      discriminator: State of the discriminator.
       real: Augmented images [B, H, W, 3] in [-1, 1].
       fake: Augmented reconstructions.
 
@@ -264,9 +264,9 @@ def update_discriminator(
     Args:
       networks: The functions.
       settings: Weights.
-      optimizer: Its update; the discriminator counts its own steps.
+      optimizer: Optimizer; the discriminator counts its own steps.
       variables: Frozen arrays.
-      discriminator: Its state.
+      discriminator: State of the discriminator.
       params: The decoder's parameters.
       images: The batch [B, H, W, 3] in [0, 1].
       uniforms: For the augmentation of images and of reconstructions, each [B, NUM_UNIFORMS].
@@ -310,9 +310,9 @@ def make_decoder_step(
     Args:
       networks: The functions.
       settings: Weights and starts.
-      optimizer: Of both networks.
+      optimizer: Optimizer of both networks.
       seed: The run's seed.
-      reshard: From `make_reshard`.
+      reshard: Result of `make_reshard`.
 
     Returns:
       `step(state, batch, variables) -> (state, metrics)`. Metrics: "loss" (the total), "l1",

@@ -80,7 +80,7 @@ def cut_out(images: Array, down: Array, right: Array, share: float) -> Array:
       images: The images.
       down: Uniforms [B] that decide its rows.
       right: Uniforms [B] that decide its columns.
-      share: Its side as a share of the image's.
+      share: Side of the hole, as a fraction of the image's.
     """
     inside = []
     for size, uniform in zip(images.shape[1:3], (down, right), strict=True):

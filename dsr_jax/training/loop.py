@@ -49,7 +49,7 @@ class LoopSettings:
     check_replicas: bool = True
 
     def end(self, start: int) -> int:
-        """The step at which a start from `start` ends."""
+        """Returns the last step of a start that begins at `start`."""
         stop = start + self.stop_after_steps if self.stop_after_steps else self.total_steps
         return min(self.total_steps, stop)
 
@@ -59,7 +59,7 @@ class Hook:
     """Something to do with the state now and then, such as drawing samples.
 
     Attributes:
-      every_steps: How often; also after the last step of the run. 0 for never.
+      every_steps: Interval in steps; also called after the run's last step. 0 for never.
       call: `call(step, state)`; it must not donate the state. Numbers that it returns become a
         log record.
     """
@@ -136,9 +136,9 @@ def start_or_resume(
     """Returns the newest checkpoint's state, or a fresh one where there is none.
 
     Args:
-      checkpoints: Of this run.
+      checkpoints: Checkpoints of this run.
       init: Makes the state before the first step.
-      abstract: Its shapes and shardings.
+      abstract: Shapes and shardings of the state.
       restore_step: Goes back to this step and sets later checkpoints aside, once: a start with the
         same value after that continues from the newest. -1 for the newest.
 
@@ -195,14 +195,14 @@ def train_loop(
     """Trains from the state's step to the end, or until something stops it; saves at the end.
 
     Args:
-      state: From `start_or_resume`; its buffers are donated to `step_fn`.
+      state: Result of `start_or_resume`; its buffers are donated to `step_fn`.
       step_fn: The compiled step.
       make_batches: `make_batches(first step)` yields global batches for ever.
-      checkpoints: Where to save.
-      settings: How long and how often.
-      instruments: Where to report.
-      hooks: What else to do, after the save of the same step.
-      resume_state: From `start_or_resume`; None for a fresh run.
+      checkpoints: Checkpoints to save to.
+      settings: Length and intervals of the loop.
+      instruments: Progress, metrics and profiler.
+      hooks: Further actions, called after the save of the same step.
+      resume_state: Result of `start_or_resume`; None for a new run.
 
     Raises:
       NumericsError: After a step whose loss, gradients or parameters are not finite. That step's

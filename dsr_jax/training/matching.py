@@ -40,7 +40,7 @@ def match_state(
 
     Args:
       path: The checkpoint's folder, for messages.
-      meta: Its record.
+      meta: Record of the checkpoint.
       wanted: The arrays of the state at hand.
       architecture: Config values of the model at hand, by dotted key.
 
@@ -69,7 +69,7 @@ def check_arrays(path: Path, meta: Mapping[str, Any], wanted: Arrays, prefix: st
 
     Args:
       path: The checkpoint's folder, for messages.
-      meta: Its record.
+      meta: Record of the checkpoint.
       wanted: The arrays of the model at hand.
       prefix: The part of the state that is wanted, such as "params/".
 

@@ -16,7 +16,7 @@ class MetricWindow:
     resumed run writes the very records that the uninterrupted one writes.
 
     Args:
-      saved: What `to_json` returned, or None to start empty.
+      saved: Result of `to_json`, or None to start empty.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None) -> None:

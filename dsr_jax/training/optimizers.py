@@ -200,7 +200,7 @@ class Optimizer:
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam's direction with bias corrections that are exact to float32 rounding."""
+    """Returns Adam's direction, with bias corrections exact to float32 rounding."""
 
     def init(params: PyTree) -> optax.ScaleByAdamState:
         moments = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]

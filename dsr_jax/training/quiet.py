@@ -35,7 +35,7 @@ class DuplicateFilter:
             sys.unraisablehook = self._report
 
     def _passes(self, record: logging.LogRecord) -> bool:
-        """False for reports of errors that are also raised."""
+        """Returns False for log records of errors that are also raised."""
         by_orbax = "orbax" in record.pathname and record.levelno >= logging.ERROR
         return not by_orbax and "Task exception was never retrieved" not in str(record.msg)
 

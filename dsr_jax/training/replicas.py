@@ -27,7 +27,7 @@ class ReplicaCheck:
       state: Arrays, or shapes, with shardings over one mesh.
       batch: A global batch. Its "index" holds the run's numbers of its samples:
         step * batch size + row. Without it only the state is compared.
-      name_process: How messages call a process, by its index.
+      name_process: Function from a process's index to its name in messages.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ def _make_sums(
 
 
 def _shards(spec: PartitionSpec | None, mesh: Mesh) -> int:
-    """Into how many pieces a leading dimension is cut."""
+    """Returns the number of pieces of the leading dimension."""
     entry = spec[0] if spec else None
     axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
     return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))

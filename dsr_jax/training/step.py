@@ -70,7 +70,7 @@ def loss_and_grads(
     Args:
       apply_fn: The network.
       objective: Path, prediction and weights.
-      params: Where to differentiate.
+      params: Parameters at which to differentiate.
       x1: Data [B, h, w, C].
       inputs: Times, noise and labels.
 
@@ -101,7 +101,7 @@ def apply_gradients(
       state: The state before.
       grads: Gradients like `state.params`, laid out by `reshard`.
       optimizer: The update.
-      reshard: From `make_reshard`: how the update is divided over the devices.
+      reshard: Result of `make_reshard`, which shards the update.
     """
     params, opt_state = optimizer.apply(grads, state.opt_state, reshard(state.params), state.step)
     params = reshard(params)
@@ -134,7 +134,7 @@ class TrainStep:
         weights' mean is 1 over a micro-batch.
       accumulate: Micro-batches per step; gradients and losses are those of the whole batch.
       num_time_bins: Equal intervals of t for which losses are reported.
-      reshard: From `make_reshard`; None divides nothing.
+      reshard: Result of `make_reshard`; None does not shard the update.
 
     Raises:
       ConfigError: For a fraction outside [0, 1] or counts below 1.
