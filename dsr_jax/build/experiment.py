@@ -74,7 +74,9 @@ def make_space(config: ConfigDict, mesh: Mesh | None = None) -> tuple[InputSpace
         return make_rae(config, mesh)
     if config.space.name == "vae":
         return make_vae(config, mesh)
-    raise ConfigError(f"config.space.name={config.space.name!r}", "choose from pixels, rae, vae")
+    raise ConfigError(
+        f"config.space.name={config.space.name!r} is unknown", "choose from pixels, rae, vae"
+    )
 
 
 def make_objective(config: ConfigDict) -> Objective:
@@ -265,7 +267,10 @@ def xla_options(config: ConfigDict) -> dict[str, Any]:
     for option in config.sharding.xla_options:
         name, equals, text = option.partition("=")
         if not equals:
-            raise ConfigError(f"config.sharding.xla_options holds {option!r}", "write name=value")
+            raise ConfigError(
+                f"config.sharding.xla_options holds {option!r}, which has no value",
+                "write each option as name=value",
+            )
         try:
             options[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -48,7 +48,7 @@ class Adaptation:
     def __post_init__(self) -> None:
         if self.labels not in ("", *LABELS):
             raise ConfigError(
-                f"config.train.init_labels={self.labels!r}",
+                f"config.train.init_labels={self.labels!r} is unknown",
                 f"choose from {', '.join(LABELS)}, or leave it empty for the same classes",
             )
 
@@ -162,7 +162,7 @@ def check_positions(value: str) -> bool:
     """
     if value not in ("", "resample"):
         raise ConfigError(
-            f"config.train.init_positions={value!r}",
+            f"config.train.init_positions={value!r} is unknown",
             "use resample, or leave it empty for the same resolution",
         )
     return value == "resample"

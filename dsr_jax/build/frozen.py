@@ -136,7 +136,9 @@ def _preset(key: str, name: str, known: Mapping[str, Any]) -> Any:
     preset = name.removeprefix(RANDOM_PREFIX)
     if preset not in known:
         choices = ", ".join(f"{RANDOM_PREFIX}{name}" for name in known)
-        raise ConfigError(f"{key}={name!r}", f"name a converted folder, or one of {choices}")
+        raise ConfigError(
+            f"{key}={name!r} does not exist", f"name a converted folder, or one of {choices}"
+        )
     return known[preset]
 
 

@@ -93,9 +93,15 @@ def check(config: ConfigDict) -> None:
 
     values = dict(leaves(config))
     for key in _POSITIVE:
-        require(values[key] > 0, f"config.{key}={values[key]}", "it must be positive")
+        require(
+            values[key] > 0, f"config.{key}={values[key]} is not positive", "use a value above 0"
+        )
     for decay in config.ema.decays:
-        require(0 <= decay < 1, f"config.ema.decays holds {decay}", "decays lie in [0, 1)")
+        require(
+            0 <= decay < 1,
+            f"config.ema.decays holds {decay}, outside of [0, 1)",
+            "use decays such as 0.9999",
+        )
     ema = config.sample.ema
     known = [str(decay) for decay in config.ema.decays]
     require(
@@ -117,10 +123,14 @@ def check(config: ConfigDict) -> None:
         "give two times, the lower first, as in (0.0,0.9)",
     )
     dropout = config.objective.label_dropout
-    require(0 <= dropout <= 1, f"config.objective.label_dropout={dropout}", "use 0 to 1")
+    require(
+        0 <= dropout <= 1,
+        f"config.objective.label_dropout={dropout} is not a fraction",
+        "use 0 to 1",
+    )
     require(
         config.precision.matmul in ("default", "tensorfloat32", "highest", "high", "bfloat16"),
-        f"config.precision.matmul={config.precision.matmul!r}",
+        f"config.precision.matmul={config.precision.matmul!r} is unknown",
         "choose from default, bfloat16, tensorfloat32, high, highest",
     )
     require(
@@ -135,7 +145,7 @@ def check(config: ConfigDict) -> None:
     )
     require(
         config.eval.classifier in ("", "digits"),
-        f"config.eval.classifier={config.eval.classifier!r}",
+        f"config.eval.classifier={config.eval.classifier!r} is unknown",
         "choose digits, or leave it empty for no classifier",
     )
     _check_guidance(config, require)

@@ -53,7 +53,7 @@ def take_decoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     beside = [key for key in state if not key.startswith((prefix, "encoder."))]
     if prefix and beside:
         raise ConversionError(
-            f"unknown tensors beside the decoder {prefix}*: {', '.join(beside[:8])}",
+            f"unknown tensors besides the decoder {prefix}*: {', '.join(beside[:8])}",
             "check that the file is a decoder's, or a checkpoint of RAE",
         )
     return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}

@@ -214,7 +214,7 @@ def take_encoder(state: Mapping[str, np.ndarray], family: str) -> dict[str, np.n
     beside = [key for key in state if not key.startswith(prefix)]
     if unknown := [key for key in beside if not any(name in f".{key}" for name in _BESIDE)]:
         raise ConversionError(
-            f"unknown tensors beside the encoder {prefix}*: {', '.join(unknown[:8])}",
+            f"unknown tensors besides the encoder {prefix}*: {', '.join(unknown[:8])}",
             "check that the file is an encoder's, or a checkpoint of RAE",
         )
     return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}

@@ -57,7 +57,7 @@ def add_registers(
     if model.num_registers:
         raise ConversionError(
             f"the model has {model.num_registers} registers already",
-            "take them away first, with --ablate",
+            "remove them first, with --ablate",
         )
     changed = model.clone(num_registers=num, register_start=start, register_gate=gate)
     changed.check_sizes()
@@ -84,7 +84,7 @@ def remove_registers(
       ConversionError: If it has none, or the parameters are not of the network.
     """
     if not model.num_registers:
-        raise ConversionError("the model has no registers", "there is nothing to take away")
+        raise ConversionError("the model has no registers", "leave out --ablate")
     changed = model.clone(num_registers=0, register_start=0, register_gate=False)
     flat = flatten_names(params)
     kept = {name: leaf for name, leaf in flat.items() if not name.endswith(_OURS)}

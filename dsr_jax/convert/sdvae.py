@@ -105,7 +105,9 @@ def config_from_diffusers(record: Mapping[str, Any]) -> VAEConfig:
     """
     kind = record.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
-        raise ConversionError(f"config.json describes a {kind!r}", "give an AutoencoderKL")
+        raise ConversionError(
+            f"config.json describes a {kind!r}, which is not supported", "give an AutoencoderKL"
+        )
     sizes = {
         "in_channels": 3,
         "out_channels": 3,

@@ -38,7 +38,8 @@ def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
     state = read_state(path)
     if unknown := sorted(set(state) - set(_NAMES)):
         raise ConversionError(
-            f"{path} holds {', '.join(unknown[:8])}", f"statistics hold {' and '.join(_NAMES)} only"
+            f"{path} holds {', '.join(unknown[:8])}, which is not part of statistics",
+            f"statistics hold {' and '.join(_NAMES)} only",
         )
     known = next(iter(state.values()))
     fills = {"mean": 0.0, "var": 1.0}

@@ -133,7 +133,7 @@ def _refusal(torch: ModuleType, path: Path, error: pickle.UnpicklingError) -> Co
             "again, or save it again with the default protocol",
         )
     return ConversionError(
-        f"{path} is refused: beside tensors it holds {', '.join(sorted(found))}, and reading such "
+        f"{path} is refused: besides tensors it holds {', '.join(sorted(found))}, and reading such "
         "objects can run code",
         "only tensors and plain values are read, never pickled code; where the file was made, save "
         "its state dict alone: torch.save({'ema': ema.state_dict()}, FILE)",

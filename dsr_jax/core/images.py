@@ -170,7 +170,7 @@ def decode(data: bytes, origin: str, channels: int = 3) -> Image.Image:
             image.load()
             return to_mode(image, channels)
     except Image.UnidentifiedImageError as error:
-        raise unreadable(origin, ValueError("it is in no image format that is known")) from error
+        raise unreadable(origin, ValueError("its image format is unknown")) from error
     # All of these are what Pillow's plugins raise on damaged files; none is a bug of ours.
     except (
         *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError),

@@ -66,7 +66,8 @@ class SourceOptions:
         """
         if self.channels not in (1, 3):
             raise DataError(
-                f"{self.channels} channels of {source!r}", "set config.data.channels to 1 or 3"
+                f"data source {source!r} has no images of {self.channels} channels",
+                "set config.data.channels to 1 or 3",
             )
 
 

@@ -163,6 +163,6 @@ def _pack(latent: np.ndarray, label: int, dtype: str) -> bytes:
     if not np.isfinite(stored.astype(np.float32)).all():
         raise DataError(
             f"a latent with the label {label} has values that {dtype} does not hold",
-            "use --dtype=bfloat16; if they are no numbers, look at the encoder's weights",
+            "use --dtype=bfloat16; if they are not finite, check the encoder's weights",
         )
     return msgpack.packb({"latent": stored.tobytes(), "label": int(label)})

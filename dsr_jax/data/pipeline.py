@@ -147,7 +147,9 @@ def _in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset
 def _check_rows(rows: Sequence[int] | np.ndarray | None, batch: int) -> np.ndarray:
     """Returns the rows [b] of a batch that are wanted, which must exist."""
     if batch <= 0:
-        raise DataError(f"a global batch of {batch}", "use a positive number of samples")
+        raise DataError(
+            f"a global batch of {batch} is not possible", "use a positive number of samples"
+        )
     wanted = np.arange(batch) if rows is None else np.asarray(rows, np.int64)
     if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= batch:
         raise DataError(

@@ -54,7 +54,7 @@ def make_source(name: str, *, on_corrupt: str = "error", **options: Any) -> Sour
       ConfigError: If "package.module:Class" cannot be imported.
     """
     if on_corrupt not in ("error", "skip"):
-        raise DataError(f"on_corrupt={on_corrupt!r}", "choose from error, skip")
+        raise DataError(f"on_corrupt={on_corrupt!r} is unknown", "choose from error, skip")
     kind, _, dataset = name.partition(":")
     values = SourceOptions(**options)
     if kind in SOURCES and (kind == "tfds") == bool(dataset):

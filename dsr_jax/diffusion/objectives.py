@@ -134,12 +134,14 @@ def make_objective(
     """
     if prediction not in PREDICTIONS:
         raise ConfigError(
-            f"config.objective.prediction={prediction!r}", f"choose from {', '.join(PREDICTIONS)}"
+            f"config.objective.prediction={prediction!r} is unknown",
+            f"choose from {', '.join(PREDICTIONS)}",
         )
     weight = loss_weight or ""
     if weight not in LOSS_WEIGHTS:
         raise ConfigError(
-            f"config.objective.loss_weight={weight!r}", "choose from '', velocity, likelihood"
+            f"config.objective.loss_weight={weight!r} is unknown",
+            "choose from '', velocity, likelihood",
         )
     if weight and prediction in ("velocity", "data"):
         raise ConfigError(

@@ -222,5 +222,7 @@ def get_path(name: str) -> Path:
       ConfigError: If it is unknown.
     """
     if name.lower() not in _PATHS:
-        raise ConfigError(f"config.objective.path={name!r}", f"choose from {', '.join(_PATHS)}")
+        raise ConfigError(
+            f"config.objective.path={name!r} is unknown", f"choose from {', '.join(_PATHS)}"
+        )
     return _PATHS[name.lower()]

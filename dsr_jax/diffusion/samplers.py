@@ -93,7 +93,7 @@ def find_sampler(name: str) -> Sampler:
         return SAMPLERS[name]
     if not is_reference(name):
         raise ConfigError(
-            f"config.sample.method={name!r}",
+            f"config.sample.method={name!r} is unknown",
             f"choose from {', '.join(SAMPLERS)}, or name your own as package.module:function",
         )
     found = load_object("config.sample.method", name)

@@ -74,7 +74,9 @@ class InceptionScore:
           EvaluationError: If there are no rows.
         """
         if not self.count:
-            raise EvaluationError("an Inception Score of no samples", "score at least one")
+            raise EvaluationError(
+                "an Inception Score needs at least one sample", "score at least one"
+            )
         rows = np.full(len(self._sums), self.split_size, np.float64)
         rows[-1] = self.count - self.split_size * (len(rows) - 1)
         mean = self._sums / rows[:, None]

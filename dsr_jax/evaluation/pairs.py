@@ -80,7 +80,7 @@ class PairScorer:
         if images.shape != outputs.shape:
             raise EvaluationError(
                 f"images are {images.shape}, reconstructions {outputs.shape}",
-                "reconstruct the very images, in their order and size",
+                "reconstruct the same images, in their order and size",
             )
         path, marks = folder / "pairs.npz", json.dumps({**identity, "scores": self._names})
         values = _restore(path, marks) if is_process_zero() else []
@@ -145,6 +145,6 @@ def _restore(path: Path, marks: str) -> list[np.ndarray]:
         return []
     if identity != marks:
         raise EvaluationError(
-            f"{path} is of other images or networks", "delete it, or name another --out"
+            f"{path} was computed for other images or networks", "delete it, or name another --out"
         )
     return [values]

@@ -76,6 +76,6 @@ def _unit_range(reference: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, 
     if reference.shape != images.shape:
         raise EvaluationError(
             f"reference images are {reference.shape}, reconstructions {images.shape}",
-            "reconstruct the very images, in their order and size",
+            "reconstruct the same images, in their order and size",
         )
     return reference / 255.0, images / 255.0

@@ -180,7 +180,7 @@ def make_stack(
     """
     if remat not in REMAT_POLICIES:
         raise ConfigError(
-            f"config.model.remat={remat!r}", f"choose from {', '.join(REMAT_POLICIES)}"
+            f"config.model.remat={remat!r} is unknown", f"choose from {', '.join(REMAT_POLICIES)}"
         )
     target: Any = block
     if remat != "none":

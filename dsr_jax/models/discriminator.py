@@ -172,7 +172,8 @@ class Discriminator:
         config = self.backbone.config
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ConfigError(
-                f"images of shape {images.shape}", "the discriminator takes RGB images [B, H, W, 3]"
+                f"images of shape {images.shape} are not RGB",
+                "the discriminator takes RGB images [B, H, W, 3]",
             )
         x = resample(images, config.image_size, config.image_size, "bilinear")
         mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))

@@ -54,10 +54,13 @@ class Intervention:
         if self.max_units is None and isinstance(self.mask, np.ndarray):
             object.__setattr__(self, "max_units", int(self.mask.sum(axis=-1).max()))
         if self.num_registers < 1:
-            raise ConfigError(f"num_registers={self.num_registers}", "use 1 or more")
+            raise ConfigError(
+                f"num_registers={self.num_registers} is not positive", "use 1 or more"
+            )
         if self.normal_values not in NORMAL_VALUES:
             raise ConfigError(
-                f"normal_values={self.normal_values!r}", f"choose from {', '.join(NORMAL_VALUES)}"
+                f"normal_values={self.normal_values!r} is unknown",
+                f"choose from {', '.join(NORMAL_VALUES)}",
             )
         if isinstance(self.scale, tuple) and len(self.scale) != self.num_registers:
             raise ConfigError(

@@ -131,7 +131,10 @@ class JiT(DiffusionTransformer):
                 "JiT-B starts at block 4 of 12, JiT-H at block 10 of 32",
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"config.model.dropout={self.dropout}", "use 0 for none, less than 1")
+            raise ConfigError(
+                f"config.model.dropout={self.dropout} is not in [0, 1)",
+                "use 0 for none, less than 1",
+            )
 
     def forward_flops(self) -> int:
         """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate."""

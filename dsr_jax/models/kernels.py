@@ -196,7 +196,7 @@ def attend(
         return _attend_splash(q, k, v, segments, constrain)
     if kernel not in _KERNELS:
         raise ConfigError(
-            f"config.model.attention={kernel!r}",
+            f"config.model.attention={kernel!r} is unknown",
             f"choose from auto, {', '.join(_KERNELS)}, splash",
         )
     if kernel == "cudnn" and (q.dtype not in _HALF or q.shape[-1] % _CUDNN_MULTIPLE):

@@ -34,7 +34,8 @@ class Precision:
     def __post_init__(self) -> None:
         if self.compute not in ("float32", "bfloat16"):
             raise ConfigError(
-                f"config.precision.compute={self.compute!r}", "use 'float32' or 'bfloat16'"
+                f"config.precision.compute={self.compute!r} is not supported",
+                "use 'float32' or 'bfloat16'",
             )
 
     def to_compute(self, x: Array) -> Array:

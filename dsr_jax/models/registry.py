@@ -52,7 +52,7 @@ def denoiser_class(name: str) -> "type[Denoiser]":
 
     if not is_denoiser(name):
         raise ConfigError(
-            f"config.model.name={name!r}",
+            f"config.model.name={name!r} is unknown",
             f"choose from {', '.join(DENOISERS)}, or name a class of your own as "
             "package.module:Class",
         )

@@ -61,7 +61,7 @@ class VAEConfig:
         if odd or not self.widths:
             raise ConfigError(
                 f"levels of {self.widths} channels do not divide into {self.num_groups} groups",
-                "take both from the config.json beside the original's weights",
+                "take both from the config.json next to the original's weights",
             )
 
     @property

@@ -99,7 +99,8 @@ class ViTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
-                f"activation={self.activation!r}", f"choose from {', '.join(ACTIVATIONS)}"
+                f"activation={self.activation!r} is unknown",
+                f"choose from {', '.join(ACTIVATIONS)}",
             )
 
     @property
@@ -346,7 +347,7 @@ class ViT(nn.Module):
         config = self.config
         if pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ConfigError(
-                f"images of shape {pixels.shape}",
+                f"images of shape {pixels.shape} are not RGB",
                 "pass normalized images [B, H, W, 3]",
             )
         if any(side % config.patch_size for side in pixels.shape[1:3]):

@@ -119,13 +119,13 @@ def check_alone() -> None:
         if len(os.environ.get(name, "").split(",")) > 1:
             raise ClusterError(
                 f"{_show(name)} names several TPU workers, but JAX finds no TPU on this machine",
-                f"pip install 'dsr_jax[tpu]' and look whether /dev has the chips; {ALONE}",
+                f"pip install 'dsr_jax[tpu]' and check that /dev has the chips; {ALONE}",
             )
     if _number("MEGASCALE_NUM_SLICES") > 1:
         raise ClusterError(
             f"{_show('MEGASCALE_NUM_SLICES', 'MEGASCALE_COORDINATOR_ADDRESS')} are those of a job "
             "on several TPU slices, but JAX finds no TPU on this machine",
-            f"pip install 'dsr_jax[tpu]' and look whether /dev has the chips; {ALONE}",
+            f"pip install 'dsr_jax[tpu]' and check that /dev has the chips; {ALONE}",
         )
     if "KUBERNETES_SERVICE_HOST" in os.environ and _number("JOB_COMPLETION_INDEX") > 0:
         raise ClusterError(
@@ -135,8 +135,8 @@ def check_alone() -> None:
         )
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         raise ClusterError(
-            f"{_show('JAX_COORDINATOR_ADDRESS')} names a coordinator, but nothing tells how many "
-            "processes there are and which this is",
+            f"{_show('JAX_COORDINATOR_ADDRESS')} names a coordinator, but no variable has the "
+            "number of processes and the index of this one",
             f"{_BY_HAND}; or unset JAX_COORDINATOR_ADDRESS",
         )
 
@@ -158,7 +158,7 @@ def _unreadable(cluster: str, error: Exception) -> ClusterError:
         return ClusterError(
             f"this is a TPU virtual machine, but its metadata server {where} does not list "
             f"the workers ({text})",
-            f"mend the access to it, or {_BY_HAND}; {ALONE}",
+            f"restore the access to it, or {_BY_HAND}; {ALONE}",
         )
     return join_error(cluster, RuntimeError(text))
 

@@ -246,7 +246,7 @@ def check_identical(
         except Exception as error:
             raise ProcessError(
                 f"process {other} has not started within {timeout:.0f} s",
-                "look at its output, or at its machine if there is none",
+                "check its output, or its machine if there is none",
             ) from error
         hosts.append(json.loads(text)[0])
         digests.append(json.loads(text)[1])

@@ -140,7 +140,7 @@ def explain_out_of_memory() -> Iterator[None]:
             "set config.model.remat=full (config.decoder.remat=full for a decoder) or a higher "
             "config.optim.accumulate, split the state over more devices with config.mesh.fsdp and "
             "config.sharding.rules=fsdp, or compute in config.precision.compute=bfloat16; each may "
-            "change within a run, and python -m dsr_jax.compile tells the memory beforehand",
+            "change within a run, and python -m dsr_jax.compile reports the memory beforehand",
         ) from error
 
 

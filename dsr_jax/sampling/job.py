@@ -357,5 +357,7 @@ def _on_process_zero(action: Callable[[], np.ndarray], like: np.ndarray) -> np.n
         raise error
     if reason.any():
         cause = np.asarray(reason, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
-        raise CheckpointError(f"process 0 stopped this job: {cause}", "look at its output")
+        raise CheckpointError(
+            f"process 0 stopped this job: {cause}", "check the output of process 0"
+        )
     return result

@@ -79,7 +79,8 @@ class SamplerSettings:
         check_interval(self.interval)
         if self.uint8 not in UINT8_MODES:
             raise ConfigError(
-                f"config.sample.uint8={self.uint8!r}", f"choose from {', '.join(UINT8_MODES)}"
+                f"config.sample.uint8={self.uint8!r} is unknown",
+                f"choose from {', '.join(UINT8_MODES)}",
             )
 
     @property

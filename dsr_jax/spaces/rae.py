@@ -101,7 +101,9 @@ class RAE:
                 f"use for example {16 * patch}",
             )
         if self.noise_tau < 0:
-            raise ConfigError(f"noise_tau={self.noise_tau}", "use 0 for no noise, or more")
+            raise ConfigError(
+                f"noise_tau={self.noise_tau} is negative", "use 0 for no noise, or more"
+            )
         channels = self.decoder.config.latent_channels if self.decoder else width
         if channels != width:
             raise ConfigError(

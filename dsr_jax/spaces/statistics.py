@@ -51,7 +51,9 @@ class LatentStatistics(Moments):
           ConfigError: If there are none.
         """
         if not self.count:
-            raise ConfigError("statistics of no latents", "give a data set that is not empty")
+            raise ConfigError(
+                "statistics need at least one latent", "give a data set that is not empty"
+            )
         mean, scatter = self.mean_and_scatter()
         return {"mean": mean.astype(np.float32), "var": (scatter / self.count).astype(np.float32)}
 

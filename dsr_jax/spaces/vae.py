@@ -39,7 +39,8 @@ class VAE:
             )
         if not self.normalization.scale > 0:
             raise ConfigError(
-                f"config.space.scale={self.normalization.scale}", "it must be positive"
+                f"config.space.scale={self.normalization.scale} is not positive",
+                "use the factor that the autoencoder was made for",
             )
 
     @property

@@ -19,7 +19,9 @@ def check_loss(name: str) -> None:
       ConfigError: If it is unknown.
     """
     if name not in LOSSES:
-        raise ConfigError(f"config.gan.loss={name!r}", f"choose from {', '.join(LOSSES)}")
+        raise ConfigError(
+            f"config.gan.loss={name!r} is unknown", f"choose from {', '.join(LOSSES)}"
+        )
 
 
 def discriminator_loss(name: str, real: Array, fake: Array) -> Array:

@@ -308,7 +308,7 @@ class Checkpoints:
             self._failed, self._saving = True, None
             raise CheckpointError(
                 f"saving to {self.directory} failed: {first_line(error)}",
-                f"whole checkpoints there: {self.steps() or 'none'}; free space or mend the "
+                f"whole checkpoints there: {self.steps() or 'none'}; free space or repair the "
                 "storage, then start again to continue from the newest",
             ) from error
 

@@ -52,7 +52,8 @@ class LearningRate:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ConfigError(
-                f"config.optim.schedule={self.schedule!r}", f"choose from {', '.join(SCHEDULES)}"
+                f"config.optim.schedule={self.schedule!r} is unknown",
+                f"choose from {', '.join(SCHEDULES)}",
             )
         _require("lr", self.base, 0 < self.base < math.inf, "it must be positive")
         _require("final_lr", self.final, 0 <= self.final < math.inf, "it must not be negative")
@@ -116,12 +117,15 @@ class Optimizer:
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(name, value, 0 <= value < 1, "use a value in [0, 1)")
-        _require("eps", self.eps, self.eps > 0, "it must be positive")
+        _require("eps", self.eps, self.eps > 0, "use a value above 0")
         decay, clip = self.weight_decay, self.clip_norm
         _require("weight_decay", decay, 0 <= decay < math.inf, "use 0 for none")
         _require("clip_norm", clip, 0 <= clip < math.inf, "use 0 for none")
         if isinstance(self.freeze, str):
-            raise ConfigError(f"config.optim.freeze={self.freeze!r}", "write a tuple of patterns")
+            raise ConfigError(
+                f"config.optim.freeze={self.freeze!r} is not a tuple of patterns",
+                "write a tuple of patterns",
+            )
 
     def init(self, params: Params) -> PyTree:
         """Returns the moments; `params` may be boxed."""

@@ -77,7 +77,7 @@ class ReplicaCheck:
         if misaligned := np.flatnonzero(sums[:, -1]).tolist():
             raise ProcessError(
                 f"step {step}: {self._who(misaligned)} trained on samples of another step",
-                "look whether its data are those of the others; the same command continues from "
+                "check that it reads the same data as the others; the same command continues from "
                 "the last checkpoint",
             )
         sums = sums[:, :-1]

@@ -72,7 +72,7 @@ class SaveRecord:
             values = files.read_json(self.path)
             integers = [values.get("newest") or 0, values.get("went_back_to", -1)]
             if not all(isinstance(value, int) for value in integers):
-                raise ValueError("a step is no integer")
+                raise ValueError("a step is not an integer")
         except (AttributeError, OSError, ValueError, json.JSONDecodeError) as error:
             raise CheckpointError(
                 f"{self.path} is damaged: {error}",

@@ -50,7 +50,8 @@ def create_state(
     for decay in ema_decays:
         if not 0 <= decay < 1 or list(ema_decays).count(decay) > 1:
             raise ConfigError(
-                f"config.ema.decays={tuple(ema_decays)}", "use different decays in [0, 1)"
+                f"config.ema.decays={tuple(ema_decays)} are not distinct decays in [0, 1)",
+                "use different decays in [0, 1)",
             )
     return TrainState(
         step=jnp.zeros((), jnp.int32),

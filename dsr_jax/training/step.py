@@ -157,7 +157,10 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
-            raise ConfigError(f"config.objective.label_dropout={self.label_dropout}", "use 0 to 1")
+            raise ConfigError(
+                f"config.objective.label_dropout={self.label_dropout} is not a fraction",
+                "use 0 to 1",
+            )
         if self.accumulate < 1 or self.num_time_bins < 1:
             raise ConfigError(
                 f"config.optim.accumulate={self.accumulate}, "

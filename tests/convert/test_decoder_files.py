@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     whole = state()
     refuse(whole, "give --num-heads", tmp_path, heads=0)
     refuse({**whole, "surprise": np.zeros(1)}, "not known to the model.*\n.*surprise", tmp_path)
-    refuse({**checkpoint(), "surprise": np.zeros(1)}, "beside the decoder.*surprise", tmp_path)
+    refuse({**checkpoint(), "surprise": np.zeros(1)}, "besides the decoder.*surprise", tmp_path)
     key = "decoder_layers.1.output.dense.weight"
     refuse({k: v for k, v in whole.items() if k != key}, f"missing.*\n.*{key}", tmp_path)
     refuse({**whole, key: whole[key].T.copy()}, f"{key} is \\[20, 12\\]", tmp_path)

@@ -162,7 +162,7 @@ def test_impossible_changes_are_rejected() -> None:
         remove_registers(model, params)
     with pytest.raises(ConfigError, match="not a square"):
         add_registers(model, params, 5, 1)
-    with pytest.raises(ConfigError, match=r"start=3 lies outside"):
+    with pytest.raises(ConfigError, match=r"start=3 is not one of blocks"):
         add_registers(model, params, 4, 3)
     changed, more = add_registers(model, params, 4, 1)
     with pytest.raises(ConversionError, match="4 registers already"):
