@@ -1,4 +1,4 @@
-"""Compiles a config's training step for a TPU slice that is not there, and reports what it needs.
+"""Compiles a config's training step for an absent TPU slice, and reports memory and time.
 
     python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --out=plans/rae_dit
 

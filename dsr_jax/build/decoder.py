@@ -41,7 +41,7 @@ class DecoderParts:
       space: The autoencoder, whose decoder is trained.
       lpips: Perceptual distance; None if its weight is 0.
       discriminator: None if its weight is 0.
-      variables: Frozen arrays: "space", and "lpips" and "backbone" where there are any.
+      variables: Frozen arrays: "space", and "lpips" and "backbone" if these losses are on.
     """
 
     space: RAE

@@ -1,4 +1,4 @@
-"""Builds the part of an input space that sampling needs: what decodes latents, no encoder."""
+"""Builds the part of an input space that sampling needs: the decoder, without an encoder."""
 
 from pathlib import Path
 from typing import Any

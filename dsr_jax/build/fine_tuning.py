@@ -26,7 +26,7 @@ LABELS = ("names", "extend", "reset", "unconditional")
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How weights of a converted model become those of the config's model.
+    """Adaptation of a converted model's weights to the config's model.
 
     Attributes:
       labels: "" to leave the label table as it is, or one of LABELS: "names" keeps the rows of

@@ -1,4 +1,4 @@
-"""The weaker denoiser of autoguidance, from a run or a converted folder.
+"""Reads the weaker denoiser of autoguidance, from a run or a converted folder.
 
 Source: RAE and DSR, guidance method "autoguidance"; spec denoiser 1.14 and 2.5.
 """
@@ -31,7 +31,7 @@ _SAME = ("path", "prediction", "noise_scale")
 
 @dataclass(frozen=True)
 class Guide:
-    """A guide before its weights are read.
+    """Guide whose weights are not read yet.
 
     Attributes:
       folder: Folder of a run or of a converted denoiser.

@@ -1,4 +1,4 @@
-"""From `config.sample` to the compiled sampler, and the recipe that names what it makes."""
+"""Builds the compiled sampler from `config.sample`, and the recipe of its samples."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""From `config.space` to the VAE that it names, with its frozen parameters."""
+"""Builds the VAE that `config.space` names, with its frozen parameters."""
 
 import jax
 from jax.sharding import Mesh

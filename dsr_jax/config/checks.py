@@ -1,4 +1,4 @@
-"""Checks of a config's values, and what its values decide.
+"""Checks of a config's values, and properties derived from them.
 
 Nothing is built here: what a check needs is in the config itself.
 """

@@ -16,7 +16,7 @@ CLASSES = "classes"
 
 
 class Changes(NamedTuple):
-    """What differs between a run's last start and this one, as "config.KEY: old -> new" by key.
+    """Differences between a run's last start and this one, as "config.KEY: old -> new" by key.
 
     Attributes:
       free: Changes that need no permission.

@@ -1,4 +1,4 @@
-"""What the commands that convert a file share: their arguments, and how they open it."""
+"""Shared parts of the commands that convert a file: arguments, and opening the file."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from dsr_jax.convert.recognize import check_family
 
 
 class Opened(NamedTuple):
-    """A file that a command was given.
+    """File that a command converts.
 
     Attributes:
       path: The file or folder.

@@ -1,4 +1,4 @@
-"""What converts one kind of denoiser from and to PyTorch.
+"""Interface of the conversion of one kind of denoiser from and to PyTorch.
 
 A denoiser names its converter in the class attribute `converter`, as "package.module:NAME".
 """

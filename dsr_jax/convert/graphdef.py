@@ -23,7 +23,7 @@ Value = int | memoryview
 
 
 class _Malformed(Exception):
-    """The bytes are not what the format promises."""
+    """The bytes do not follow the format."""
 
 
 def read_constants(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Names in state dicts: what training wrappers add to them, and what the user leaves out."""
+"""Names in state dicts: removes additions of training wrappers, and tensors that the user drops."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence

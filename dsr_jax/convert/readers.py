@@ -1,4 +1,4 @@
-"""State dicts from the files that users bring: safetensors, torch files, folders of either."""
+"""Reads state dicts from user files: safetensors, torch files, folders of either."""
 
 import json
 import os
@@ -33,7 +33,7 @@ _MAIN_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
 
 
 class Source(NamedTuple):
-    """A state dict that was opened.
+    """Opened state dict.
 
     Attributes:
       state: Arrays by name, read-only, mapped from the file where its format allows.

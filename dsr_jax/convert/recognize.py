@@ -1,4 +1,4 @@
-"""Recognizes whose weights a file holds, so that the wrong family is named and not just refused."""
+"""Recognizes the network of a file's weights, so that errors can name the right family."""
 
 import re
 from collections.abc import Iterable, Mapping

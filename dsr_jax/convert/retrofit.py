@@ -1,4 +1,4 @@
-"""Adds diffusion registers to a trained denoiser, and takes them away.
+"""Adds diffusion registers to a trained denoiser, and removes them.
 
 The depth is split anew where registers are inserted; layers keep their weights. New registers are
 initialized as the original's, which changes what the network computes: attention gives every token

@@ -195,7 +195,7 @@ def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
 
 @dataclass(frozen=True)
 class SDVAE:
-    """An autoencoder that was read.
+    """Autoencoder read from a file.
 
     Attributes:
       config: Sizes.

@@ -52,7 +52,7 @@ _ATTENTION = re.compile(r"(.*\.attentions\.\d+)\.(.+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class NameStyle:
-    """How a file names and shapes its tensors.
+    """Names and shapes of tensors in a file.
 
     Attributes:
       old_names: Attention's layers are query, key, value and proj_attn.

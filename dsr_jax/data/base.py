@@ -21,7 +21,7 @@ class Record(TypedDict):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The config's values for a data source, which takes those that concern it.
+    """Options of a data source from the config; a source ignores those that do not concern it.
 
     Attributes:
       image_size: Side of the square images.

@@ -1,4 +1,4 @@
-"""Which label each class name has: the order of strings, or that of a class-map file."""
+"""Labels of class names: in the order of strings, or from a class-map file."""
 
 from __future__ import annotations
 

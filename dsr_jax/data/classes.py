@@ -17,7 +17,7 @@ _SHOWN = 8
 
 
 class DataDescription(TypedDict):
-    """What a data source holds, as JSON values.
+    """Description of a data source's classes, as JSON values.
 
     Attributes:
       source: The source's name.

@@ -1,4 +1,4 @@
-"""How an image becomes one of a given size."""
+"""Resizing and cropping of images to a given size."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 class SkipUnreadable:
-    """Puts the next readable record, in index order, in the place of an unreadable one.
+    """Data source that replaces an unreadable record by the next readable one.
 
     Which record is taken depends on the files alone, not on the order of reading. Only damaged
     content is skipped: an I/O error may pass, and skipping it would change the stream from one

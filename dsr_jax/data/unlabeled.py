@@ -14,7 +14,7 @@ from dsr_jax.data.images import decode_image, fit_name
 
 
 class UnlabeledImages:
-    """A random sample of the image files below a folder, however they are nested.
+    """Random sample of the image files below a folder, at any depth.
 
     Args:
       root: The folder.

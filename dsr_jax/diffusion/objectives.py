@@ -1,4 +1,4 @@
-"""What the network predicts, and the loss on it.
+"""Objectives: the network's prediction and its loss.
 
 Source: DSR stage2/transport/transport.py; spec denoiser 5.3.
 """
@@ -33,7 +33,7 @@ class LossTerms(NamedTuple):
 
 @flax.struct.dataclass
 class Objective:
-    """A path, what is predicted on it, and how the error is weighted.
+    """Path, kind of prediction, and weight of the error.
 
     Attributes:
       path: Interpolation path.

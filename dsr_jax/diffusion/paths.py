@@ -1,4 +1,4 @@
-"""Interpolation paths between data and noise, and how predictions translate on them.
+"""Interpolation paths between data and noise, and conversions between kinds of prediction.
 
 The time convention of the whole package: t = 0 is data, t = 1 is noise,
 x_t = alpha(t) x1 + sigma(t) x0 with x1 the data and x0 standard normal. SiT and JiT run time the

@@ -28,7 +28,7 @@ LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
 
 class SolverOptions(NamedTuple):
-    """What solvers can be set to; see `sample_ode` and `sample_sde`."""
+    """Settings of the solvers; see `sample_ode` and `sample_sde`."""
 
     rtol: float = 1e-3
     atol: float = 1e-6
@@ -40,7 +40,7 @@ class SolverOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingProblem:
-    """What a sampler solves: from noise at grid[0] to a sample at grid[-1].
+    """Problem that a sampler solves: from noise at grid[0] to a sample at grid[-1].
 
     Attributes:
       predict: The network with its guidance, `(x [B, ...], t [B]) -> out`.
@@ -66,7 +66,7 @@ class SamplingProblem:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to solve a `SamplingProblem`, as config.sample.method names it.
+    """Method of solving a `SamplingProblem`, selected by config.sample.method.
 
     Attributes:
       run: Returns the sample [B, ...].

@@ -101,7 +101,7 @@ def fixed_step(f: Velocity, x: Array, t0: Array, t1: Array, method: str) -> Arra
 
 
 class _AdaptiveState(NamedTuple):
-    """One accepted step per sample, and what the next needs; times run forward from 0.
+    """One accepted step per sample, and the data for the next; times increase from 0.
 
     A sample that was given up has `end` = infinity and a state that is NaN.
     """

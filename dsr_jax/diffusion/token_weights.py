@@ -20,7 +20,7 @@ _MAX_LOG_RATIO = 10.0
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """Which token weights apply; with none of them every weight is 1.
+    """Settings of the token weights; if all are off, every weight is 1.
 
     Attributes:
       outlier_norm: Tokens of at least this norm get no loss (tau); 0 masks nothing.

@@ -1,6 +1,6 @@
 """Classifier accuracy: the fraction of samples that are classified as their label.
 
-It stands in for Inception where images are 8x8 digits: the classifier is trained on real ones. The
+It replaces Inception for 8x8 digits: the classifier is trained on real ones. The
 Frechet distance between its features of samples and of real images comes with it.
 """
 

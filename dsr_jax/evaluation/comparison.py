@@ -1,4 +1,4 @@
-"""Files of scores side by side: which recipes agree, a table, a plot of FID against guidance."""
+"""Compares score files: checks of their recipes, a table, a plot of FID against guidance."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ _SETTINGS = ("step", "ema", "guidance", "interval", "method", "num_points")
 
 @dataclass(frozen=True)
 class Scores:
-    """One file that python -m dsr_jax.evaluate wrote.
+    """Score file that python -m dsr_jax.evaluate wrote.
 
     Attributes:
       name: Name in tables.

@@ -219,7 +219,7 @@ class FID(FrechetMetric):
 
 
 class SFID(FrechetMetric):
-    """The same of spatial features."""
+    """Frechet Inception Distance of spatial features."""
 
     name: ClassVar[str] = "sfid"
     feature: ClassVar[str] = "spatial"
@@ -228,7 +228,7 @@ class SFID(FrechetMetric):
 
 
 class FDDINOv2(FrechetMetric):
-    """The same of DINOv2's class tokens."""
+    """Frechet distance of DINOv2's class tokens."""
 
     name: ClassVar[str] = "fd_dinov2"
     feature: ClassVar[str] = "class_token"

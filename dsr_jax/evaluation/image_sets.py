@@ -55,7 +55,7 @@ def open_images(path: str | os.PathLike[str]) -> "SampleFile | ImageFiles":
 
 
 class _ByIndex:
-    """Batches of what can be read image by image, decoded by several threads.
+    """Base of image sets that are read image by image, by several threads.
 
     Attributes:
       shape: [N, H, W, C].
@@ -164,7 +164,7 @@ def _image_names(folder: Path) -> list[str]:
 
 
 class Indexed(Protocol):
-    """What `data.sources.Source` promises."""
+    """Interface of `data.sources.Source`."""
 
     name: str
     image_shape: tuple[int, int, int]

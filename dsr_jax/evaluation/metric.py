@@ -1,4 +1,4 @@
-"""What a metric is: one object with what it needs of each image, `update` and `compute`."""
+"""Interface of metrics: required features of each image, `update` and `compute`."""
 
 import abc
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Frozen networks whose features are scored, each with what decides its features."""
+"""Frozen networks whose features are scored, with the settings that determine the features."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""One pass of metrics over a set of images, which continues where an earlier one was stopped.
+"""Pass of metrics over a set of images, which continues an interrupted one.
 
 Images are split over all devices of all hosts. Process 0 updates the metrics in the images' order,
 so that neither hosts nor devices change the scores. Source: spec evaluation 9.
@@ -109,7 +109,7 @@ def update_metrics(
 
 
 class _Progress:
-    """Updates metrics, and keeps on disk what a stopped pass continues from.
+    """Updates metrics, and stores the progress from which an interrupted pass continues.
 
     Args:
       folder: Folder for the saved state; None to save nothing.

@@ -30,7 +30,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a reference offers.
+    """Contents of a reference file.
 
     Attributes:
       path: File or folder.

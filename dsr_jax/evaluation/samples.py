@@ -1,4 +1,4 @@
-"""Files of samples, checked before anything is computed from them and read in pieces.
+"""Sample files: checked before use, and read in pieces.
 
 The contract is the ADM evaluator's: `arr_0`, uint8 [N, H, W, C]; ours adds `labels` and a `.json`
 with the recipe beside the file (spec evaluation 2).

@@ -25,7 +25,7 @@ from dsr_jax.telemetry.progress import announce
 
 @dataclass
 class Result:
-    """Scores, and what a reader must have beside them.
+    """Scores with their recipe and warnings.
 
     Attributes:
       scores: Numbers by name.

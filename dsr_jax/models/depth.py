@@ -1,4 +1,4 @@
-"""How the blocks of a network are split into scanned stacks where further tokens are inserted.
+"""Division of a network's blocks into scanned stacks, where tokens are inserted.
 
 Plain data, no network.
 """

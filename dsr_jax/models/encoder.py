@@ -1,4 +1,4 @@
-"""What a frozen image encoder provides, so that a representation autoencoder can use it.
+"""Interface of frozen image encoders for representation autoencoders.
 
 An encoder is a Linen module with the members of `Encoder`; `models.vit.ViT` is one. Any other class
 is named by `config.space.encoder`: "random:package.module:Class" for random weights, or a folder

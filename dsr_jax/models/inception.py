@@ -308,7 +308,7 @@ class Features(NamedTuple):
 
 
 class InceptionV3(nn.Module):
-    """The network. All matmuls are in true float32, whatever the default precision.
+    """The network, with all matmuls in true float32, regardless of the default precision.
 
     Attributes:
       width_div: Divides every number of channels: 1, or 2, 4, 8, 16 in tests.

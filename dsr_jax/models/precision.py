@@ -1,4 +1,4 @@
-"""Which arithmetic runs in the compute dtype and which stays in float32."""
+"""Mixed precision: which operations run in the compute dtype and which in float32."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which denoisers there are, by name, and how one outside the package is named and configured.
+"""Denoisers by name, and the configuration of denoisers outside the package.
 
 A denoiser is a subclass of `models.denoiser.Denoiser`. `config.model.name` is a name below, or
 "package.module:Class" for a class of any importable module. The fields of the class are its config

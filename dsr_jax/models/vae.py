@@ -154,7 +154,7 @@ class GroupNorm(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Two convolutions behind norm and SiLU, and a shortcut, by 1x1 where the width changes.
+    """Two convolutions after norm and SiLU, and a shortcut (1x1 if the width changes).
 
     Attributes:
       features: Channels of the output.
@@ -183,7 +183,7 @@ def _pointwise(features: int, precision: Precision, name: str | None = None) -> 
 
 
 class SpatialAttention(nn.Module):
-    """One head of attention over all positions, behind a norm, added to its input.
+    """Attention with one head over all positions, after a norm, added to its input.
 
     Attributes:
       num_groups: Groups of the norm.

@@ -23,7 +23,7 @@ _BY_HAND = "set DSR_COORDINATOR (host:port), DSR_NUM_PROCESSES and DSR_PROCESS_I
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What JAX has detected.
+    """Cluster that JAX has detected.
 
     Attributes:
       name: JAX's class, such as "SlurmCluster".

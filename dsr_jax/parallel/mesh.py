@@ -14,7 +14,7 @@ from dsr_jax.parallel.axes import MESH_AXES, Rules
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; at most one may be -1, which takes what is left.
+    """Number of devices along each mesh axis; at most one may be -1, for the remaining devices.
 
     Attributes:
       data: Replicas of the state, over all slices.

@@ -1,4 +1,4 @@
-"""From abstract state to shardings, and from host batches to global arrays."""
+"""Shardings of abstract states, and global arrays from host batches."""
 
 from collections.abc import Mapping
 from typing import Any

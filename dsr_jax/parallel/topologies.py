@@ -86,7 +86,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice, so many chips of a kind in a grid, or several equal ones.
+    """TPU slice, a grid of chips of one kind, or several equal slices.
 
     Attributes:
       name: Name such as "v5e:16x16" or "2xv5e:16x16".

@@ -1,1 +1,1 @@
-"""One start of a command that works for long: its folder, loop, evaluation and passes over data."""
+"""One start of a long-running command: its folder, loop, evaluation and passes over data."""

@@ -31,7 +31,7 @@ _PROGRESS, _RECORD = "progress.npz", "statistics.json"
 
 
 class EncoderPass:
-    """The encoder and the data that a config names, batch by batch in the order of training.
+    """Pass of a config's encoder over its data, batch by batch in the order of training.
 
     Args:
       config: Data and space.

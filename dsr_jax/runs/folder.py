@@ -1,4 +1,4 @@
-"""The folder of a run: whether a start may use it, and what each start writes into it."""
+"""Folder of a run: checks whether a start may use it, and writes the files of each start."""
 
 import contextlib
 import math

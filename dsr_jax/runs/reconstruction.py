@@ -24,7 +24,7 @@ from dsr_jax.telemetry.progress import announce_first_call
 
 
 class Reconstruction:
-    """Images of a data source through an autoencoder.
+    """Reconstruction of a data source's images by an autoencoder.
 
     Args:
       config: Space and data.

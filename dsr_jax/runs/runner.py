@@ -1,4 +1,4 @@
-"""One start of a training run, whatever it trains: command line, folder, loop, instruments.
+"""One start of a training run of any kind: command line, folder, loop, instruments.
 
 The training commands build a `TrainingJob` from a config; all else is here.
 """
@@ -60,7 +60,7 @@ from dsr_jax.training.loop import (
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a config names, built.
+    """Training job: all objects that a config describes.
 
     Attributes:
       summary_text: Run summary, a few lines of text.

@@ -1,4 +1,4 @@
-"""Which classes a run's samples are of, by label or name."""
+"""Classes of a run's samples, by label or name."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Samples from the weights of a run or of a converted folder, as files that say what made them."""
+"""Samples from the weights of a run or converted folder, into files with their recipe."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Opens what scoring needs and writes scores to files, for all commands that score."""
+"""Opens references and networks and writes scores to files, for all commands that score."""
 
 import tempfile
 from collections.abc import Sequence
@@ -199,7 +199,7 @@ def score_with_classifier(samples: SampleFile, source: str) -> dict[str, Any]:
 
 
 class PassReport:
-    """Logs every few seconds how far a pass is, its rate and the time that remains.
+    """Logs the progress, rate and remaining time of a pass every few seconds.
 
     Args:
       what: Name of the pass, which begins each line.

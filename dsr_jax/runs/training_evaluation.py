@@ -1,4 +1,4 @@
-"""What a training run shows of itself: pictures and scores, and summary.json at the end."""
+"""Evaluation during training: pictures and scores, and summary.json at the end."""
 
 import shlex
 import shutil

@@ -1,1 +1,1 @@
-"""From a trained denoiser to files of images: labels, sampling functions, resumable jobs."""
+"""Sampling from a trained denoiser to image files: labels, samplers, resumable jobs."""

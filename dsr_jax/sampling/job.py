@@ -34,7 +34,7 @@ _PART_NAME = re.compile(r"(\d{8,})-(\d{8,})-([0-9a-f]{8})\.npy")
 
 
 class _Part(NamedTuple):
-    """A file of images first..end-1, with the checksum that its name carries."""
+    """File of images first..end-1, with the checksum in its name."""
 
     first: int
     end: int
@@ -47,7 +47,7 @@ _REASON_BYTES = 600
 
 
 class Samples(NamedTuple):
-    """A batch of images, with what the job checks before it writes them.
+    """Batch of images, with values that the job checks before it writes them.
 
     Attributes:
       images: [B, H, W, C] uint8.
@@ -285,7 +285,7 @@ class SampleJob:
 
 
 class _Progress:
-    """Logs every few seconds how far a job is and how long the rest will take."""
+    """Logs the progress and remaining time of a job every few seconds."""
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
         self.total, self.done, self.log = total, done, log

@@ -1,4 +1,4 @@
-"""Which class each sample gets, as a function of its global index alone.
+"""Classes of samples, as a function of their global indices.
 
 The label of sample i depends on the seed and on i, never on batch size, hosts or the number of
 samples, so the kept set is always exactly balanced (spec evaluation 2; the official script can

@@ -1,4 +1,4 @@
-"""From noise to images in one compiled function: guidance, solver, decoder, cast to uint8.
+"""Sampler from noise to images as one compiled function: guidance, solver, decoder, uint8 cast.
 
 Source: DSR sample_ddp.py; spec denoiser 6 and 7.
 """

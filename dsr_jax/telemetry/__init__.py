@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics, progress, speed, FLOPs, traces."""
+"""Telemetry of runs: metrics, progress, speed, FLOPs, traces."""

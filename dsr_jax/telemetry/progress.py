@@ -93,7 +93,7 @@ def announce_first_call(function: Callable[..., Any], what: str) -> Callable[...
 
 
 class Progress:
-    """Shows how far a run is: loss, step time, images/s, remaining time, MFU; a context manager.
+    """Context manager that shows a run's loss, step time, images/s, remaining time and MFU.
 
     Only process 0 shows anything.
 

@@ -1,4 +1,4 @@
-"""Metrics to metrics.jsonl, and where asked to TensorBoard and Weights & Biases."""
+"""Writers of metrics to metrics.jsonl and optionally to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One W&B run per workdir: its id lies in `workdir/wandb_id`, so that a resume continues it."""
+    """One W&B run per workdir: its ID is stored in `workdir/wandb_id` for resumes."""
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
         import wandb

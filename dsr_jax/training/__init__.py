@@ -1,1 +1,1 @@
-"""State, optimizer, training step, checkpoints and the loop that joins them."""
+"""State, optimizer, training step, checkpoints and the training loop."""

@@ -1,4 +1,4 @@
-"""Reads checkpoints: their record, the arrays that are asked for, and what is wrong with them."""
+"""Reads checkpoints: their record, requested arrays, and diagnosis of damage."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous saves, restores onto any mesh, and errors that say what to do.
+"""Checkpoints: asynchronous saves, restores onto any mesh, and errors with remedies.
 
 A step is the folder `<directory>/<step>/` with two items: `state`, the arrays, and `meta`, a JSON
 record that is read first: name, shape, dtype and checksum of every array, the architecture, the
@@ -60,7 +60,7 @@ SAVE_SECONDS = 1200.0
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager without its own look at the preemption service.
+    """Orbax's manager without its own check of the preemption service.
 
     It asks for the step of a finished save from a background thread, which sets back the step
     counter by which JAX's service makes all hosts stop at the same step. The loop asks instead.

@@ -1,4 +1,4 @@
-"""Checksums of sharded arrays, computed on their devices, and of the records beside them."""
+"""Checksums of sharded arrays, computed on their devices, and of their records."""
 
 import json
 import zlib

@@ -33,7 +33,7 @@ from dsr_jax.training.step import apply_gradients, to_unit_range
 
 
 class Encode(Protocol):
-    """Images to latents."""
+    """Function from images to latents."""
 
     def __call__(self, variables: PyTree, images: Array, keys: Array | None, /) -> Array:
         """Maps images [B, H, W, 3] in [0, 1] to latents; noise is added where there are keys."""
@@ -41,7 +41,7 @@ class Encode(Protocol):
 
 
 class Discriminate(Protocol):
-    """Images to logits."""
+    """Function from images to logits."""
 
     def __call__(
         self, variables: PyTree, heads: Params, spectral: PyTree, images: Array, /, *, train: bool
@@ -71,7 +71,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights, and when the adversarial part begins.
+    """Weights of the losses, and first steps of the adversarial losses.
 
     Attributes:
       perceptual_weight: Weight of LPIPS; the weight of L1 is 1.

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees: shifts, color, holes.
+"""Differentiable augmentation of a discriminator's inputs: translation, color, cutout.
 
 Source: Zhao et al. 2020 (DiffAugment), RAE stage1/disc/diffaug.py; spec encoder 10.
 """

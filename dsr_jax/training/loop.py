@@ -34,7 +34,7 @@ RUN_AHEAD = 2
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how often.
+    """Length and intervals of a training loop.
 
     Attributes:
       total_steps: Step at which the run is complete.
@@ -56,7 +56,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do with the state now and then, such as drawing samples.
+    """Periodic action on the state, such as sampling.
 
     Attributes:
       every_steps: Interval in steps; also called after the run's last step. 0 for never.
@@ -74,7 +74,7 @@ class Hook:
 
 @dataclass(frozen=True)
 class Instruments:
-    """Where the loop reports to.
+    """Outputs of a loop: metrics, progress, clock, profiler, watch.
 
     Attributes:
       writer: Takes the records.
@@ -95,7 +95,7 @@ class Instruments:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a start ended.
+    """Outcome of a start.
 
     Attributes:
       state: The last state; saved.
@@ -116,7 +116,7 @@ class Summary:
 
 
 class ResumeState(NamedTuple):
-    """What a run carries from start to start beside its state.
+    """Data that a run keeps from start to start, besides its state.
 
     Attributes:
       window: The log window that is open.
@@ -263,7 +263,7 @@ def _batches(
 
 
 class _Loop:
-    """What is done with a state between two steps."""
+    """Work between two steps: saves, hooks, checks."""
 
     def __init__(
         self,
@@ -328,7 +328,7 @@ class _Loop:
 
 
 class _Pending(NamedTuple):
-    """A step whose results the host has not seen yet: metrics and, now and then, checksums."""
+    """Step whose results the host has not fetched yet: metrics, and sometimes checksums."""
 
     step: int
     metrics: Metrics
@@ -337,7 +337,7 @@ class _Pending(NamedTuple):
 
 
 class _Log:
-    """Takes each step's metrics a little later, so that the device never waits for the host."""
+    """Fetches each step's metrics with a delay, so that the device never waits for the host."""
 
     def __init__(
         self, out: Instruments, every: int, window: MetricWindow, checkpoints: Checkpoints

@@ -20,7 +20,7 @@ _DISCRIMINATOR = re.compile(r"critic/(.+)")
 
 
 class Match(NamedTuple):
-    """Where the arrays of a state come from.
+    """Sources of a state's arrays.
 
     Attributes:
       sources: Name in the checkpoint by name in the state.

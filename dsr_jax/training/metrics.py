@@ -1,4 +1,4 @@
-"""From the arrays of single steps to the numbers of one log record."""
+"""Collects the metrics of steps into one log record."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run remembers of its checkpoints apart from the checkpoints themselves.
+"""Record of a run's saves, stored outside of its checkpoints.
 
 The file `<checkpoints>.json` beside their folder tells a run that has not saved yet from one whose
 checkpoints are gone, and a request to go back that was served from a new one.

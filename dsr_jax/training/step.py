@@ -29,7 +29,7 @@ one key per sample [B] behind them."""
 
 
 class Encode(Protocol):
-    """Images to latents, as `InputSpace.encode` does."""
+    """Function from images to latents, such as `InputSpace.encode`."""
 
     def __call__(self, variables: PyTree, images: Array, keys: Array, /) -> Array:
         """Maps images [B, H, W, C] in [0, 1] to latents [B, h, w, C], with a key per sample."""
@@ -37,7 +37,7 @@ class Encode(Protocol):
 
 
 class EncodeWithNorms(Protocol):
-    """The same, with the norms of the encoder's tokens, as `RAE.encode_with_norms` does."""
+    """Function from images to latents and token norms, such as `RAE.encode_with_norms`."""
 
     def __call__(self, variables: PyTree, images: Array, keys: Array, /) -> tuple[Array, Array]:
         """Returns latents [B, h, w, C] and norms [B, h, w]."""

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which steps are there, and whether all of it is ours."""
+"""Folder of a run's checkpoints: lists its steps, and checks for foreign files."""
 
 import re
 from pathlib import Path

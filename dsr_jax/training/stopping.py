@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Turns signals into a question that the loop asks after every step; a context manager.
+    """Context manager that records signals, for the loop to check after every step.
 
     The first signal asks the loop to save and end; within `nothing_to_save` it ends the process at
     once, even while the main thread compiles and cannot handle it. After a first Ctrl-C the second
