@@ -141,9 +141,12 @@ def _refusal(torch: ModuleType, path: Path, error: pickle.UnpicklingError) -> Co
 
 
 def describe_text(path: Path) -> str:
-    """Names a text file that a failed download left under a weights file's name; else ''."""
+    """Names what a failed download left under a weights file's name: text or nothing; else ''."""
     with open(path, "rb") as file:
-        start = file.read(256).lstrip().lower()
+        content = file.read(256)
+    if not content:
+        return "an empty file"
+    start = content.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the weights themselves"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):

@@ -61,7 +61,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"class map {path} has more than {MAX_BYTES} bytes", _REMEDY)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found = (
             json.loads(text, object_pairs_hook=_Pairs) if path.suffix == ".json" else _lines(text)
         )

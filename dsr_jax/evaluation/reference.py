@@ -18,6 +18,8 @@ from dsr_jax.core.files import file_digest
 from dsr_jax.evaluation.image_sets import ImageFiles, ImageSet
 from dsr_jax.evaluation.samples import open_samples, read_member, read_names
 
+_AGAIN = "make the reference again with tools/make_reference.py, or copy it again"
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -80,8 +82,29 @@ def open_reference(path: str | os.PathLike[str]) -> Reference:
             "give an ADM reference, or make one with tools/make_reference.py",
         )
     features = _read_floats(path, "features", 2) if "features" in names else None
-    recipe = json.loads(str(read_member(path, "recipe"))) if "recipe" in names else None
+    recipe = _read_recipe(path) if "recipe" in names else None
     return Reference(path, images, statistics, features, recipe)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Reads the recipe that tools/make_reference.py recorded."""
+    try:
+        recipe = json.loads(str(read_member(path, "recipe")))
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"recipe of {path} is no JSON: {error}", _AGAIN) from error
+    if not isinstance(recipe, dict):
+        raise EvaluationError(f"recipe of {path} is no object of JSON", _AGAIN)
+    return recipe
+
+
+def _read_count(path: Path) -> int:
+    """Reads the number of images behind the moments."""
+    count = read_member(path, "num_images")
+    if count.shape or not np.issubdtype(count.dtype, np.integer) or count < 0:
+        raise EvaluationError(
+            f"num_images of {path} is {count.dtype}{count.shape}, expected one whole number", _AGAIN
+        )
+    return int(count)
 
 
 def _read_statistics(path: Path, names: list[str]) -> dict[tuple[str, str], Gaussian]:
@@ -97,7 +120,7 @@ def _read_statistics(path: Path, names: list[str]) -> dict[tuple[str, str], Gaus
         mean, cov = f"mu{tail}", f"sigma{tail}"
         if absent := [name for name in (mean, cov) if name not in names]:
             raise EvaluationError(
-                f"reference {path} has {mean} or {cov}, but no {absent[0]}", "copy or make it again"
+                f"reference {path} has {mean} or {cov}, but no {absent[0]}", _AGAIN
             )
         found[mean, cov] = _read_gaussian(path, names, mean, cov)
     return found
@@ -110,7 +133,16 @@ def _read_gaussian(path: Path, names: list[str], mean: str, cov: str) -> Gaussia
             f"{mean} and {cov} of {path} have shapes {values.shape} and {matrix.shape}",
             "a mean [D] needs a covariance [D, D]",
         )
-    count = int(read_member(path, "num_images")) if "num_images" in names else 0
+    scale = np.abs(matrix).max(initial=0)
+    if (
+        np.diag(matrix).min(initial=0) < 0
+        or np.abs(matrix - matrix.T).max(initial=0) > 1e-3 * scale
+    ):
+        raise EvaluationError(
+            f"{cov} of {path} is no covariance: it is not symmetric or has a negative variance",
+            _AGAIN,
+        )
+    count = _read_count(path) if "num_images" in names else 0
     return Gaussian(values.astype(np.float64), matrix.astype(np.float64), count)
 
 
@@ -122,5 +154,5 @@ def _read_floats(path: Path, key: str, rank: int) -> np.ndarray:
             "save plain arrays",
         )
     if not np.isfinite(array).all():
-        raise EvaluationError(f"{key} of {path} is not finite", "make or copy it again")
+        raise EvaluationError(f"{key} of {path} is not finite", _AGAIN)
     return array

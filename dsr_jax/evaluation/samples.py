@@ -18,6 +18,7 @@ from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import file_digest, read_json
 
 _REWRITE = "make it again, or copy it again"
+_NO_RECORD = "copy it again, or move it elsewhere: scores quote the record beside the samples"
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,17 @@ class SampleFile:
         return np.concatenate(list(self.batches(1024)))
 
     def recipe(self) -> dict[str, Any] | None:
-        """Returns the record that the sampling job wrote next to the file, or None."""
+        """Returns the record that the sampling job wrote next to the file.
+
+        None if there is none, or a file of another form, as other programs may write.
+
+        Raises:
+          DamagedFileError: If it is not JSON.
+        """
         path = self.path.with_suffix(".json")
-        return read_json(path) if path.is_file() else None
+        record = read_json(path, _NO_RECORD) if path.is_file() else None
+        is_record = isinstance(record, dict) and isinstance(record.get("recipe", {}), dict)
+        return record if is_record else None
 
     def digest(self) -> str:
         """Returns the SHA-256 of the file."""
@@ -138,7 +147,8 @@ def read_names(path: Path, kind: str) -> list[str]:
             f"numpy.load({str(path)!r}))",
         )
     with _opened(path) as archive:
-        return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        names = [info.filename for info in archive.infolist()]
+        return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
 
 def read_member(path: Path, key: str) -> np.ndarray:
@@ -271,6 +281,11 @@ def _read_labels(
         raise EvaluationError(
             f"{key} of {path} holds the label {labels[bad[0]]} (image {bad[0]}); classes are 0 and "
             "above",
+            "save the class of every image, or no labels at all",
+        )
+    if labels.max(initial=0) > np.iinfo(np.int32).max:
+        raise EvaluationError(
+            f"{key} of {path} holds the label {labels.max()}, which is beyond 32 bits",
             "save the class of every image, or no labels at all",
         )
     return labels.astype(np.int32)

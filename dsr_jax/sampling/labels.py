@@ -6,6 +6,8 @@ leave 48 to 52 images per class, spec denoiser 7). Its own tables can be followe
 """
 
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,10 +40,14 @@ def cycled_labels(classes: Sequence[int], num_samples: int) -> np.ndarray:
     """Returns `classes` repeated in order up to `num_samples` labels [N], int32.
 
     Raises:
-      DataError: If `classes` is empty.
+      DataError: If `classes` is empty, or has numbers beyond 32 bits.
     """
     if not classes:
         raise DataError("the list of classes is empty", "name at least one class")
+    if not _fits(min(classes), max(classes)):
+        raise DataError(
+            f"{max(classes, key=abs)} in the list of classes is beyond 32 bits", "correct --classes"
+        )
     return np.resize(np.asarray(classes, np.int32), num_samples)
 
 
@@ -63,8 +69,14 @@ def load_labels(path: str | os.PathLike[str], num_samples: int) -> np.ndarray:
         raise DataError(f"label file {str(path)!r} not found")
     try:
         values = _READERS[path.suffix](path)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"label file {str(path)!r} cannot be read: {error}") from error
+    except (
+        *(ValueError, OSError, EOFError, OverflowError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
+        raise DataError(
+            f"label file {str(path)!r} cannot be read: {error}",
+            "write whole numbers with numpy.save, numpy.savez, or as text separated by spaces",
+        ) from error
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise DataError(
             f"label file {str(path)!r} holds {values.dtype} of shape {values.shape}",
@@ -75,17 +87,31 @@ def load_labels(path: str | os.PathLike[str], num_samples: int) -> np.ndarray:
             f"label file {str(path)!r} holds {len(values)} labels, {num_samples} are needed",
             "ask for fewer samples or give a longer table",
         )
-    if (np.abs(values[:num_samples].astype(np.int64)) > np.iinfo(np.int32).max).any():
-        raise DataError(f"label file {str(path)!r} holds numbers beyond 32 bits")
-    return values[:num_samples].astype(np.int32)
+    values = values[:num_samples]
+    if len(values) and not _fits(int(values.min()), int(values.max())):
+        raise DataError(
+            f"label file {str(path)!r} holds numbers beyond 32 bits", "write the labels again"
+        )
+    return values.astype(np.int32)
+
+
+def _fits(lowest: int, highest: int) -> bool:
+    limits = np.iinfo(np.int32)
+    return limits.min <= lowest and highest <= limits.max
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
+    values = np.load(path, allow_pickle=False)
+    if not isinstance(values, np.ndarray):
+        raise ValueError("it is an archive of arrays; its name should end in .npz")
+    return values
 
 
 def _read_npz(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as arrays:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise ValueError("it is a single array; its name should end in .npy")
+    with loaded as arrays:
         if "labels" in arrays:
             return arrays["labels"]
         flat = {name: array for name, array in arrays.items() if array.ndim == 1}

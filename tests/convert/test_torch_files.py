@@ -83,6 +83,7 @@ def test_another_pickle_protocol_is_a_refusal_with_a_reason(tmp_path: Path) -> N
         ("<html>quota exceeded</html>", "a web page"),
         ("\n<!DOCTYPE html>\n<title>Sign in</title>", "a web page"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 123\n", "git-lfs"),
+        ("", "an empty file"),
     ],
 )
 def test_failed_downloads_are_reported_as_such(

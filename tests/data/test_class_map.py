@@ -49,6 +49,13 @@ def test_without_a_map_labels_follow_strings() -> None:
     assert names_by_label({"b": 2, "a": 0}) == ["a", "", "b"]
 
 
+def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "m.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    (tmp_path / "m.json").write_text('["cat", "dog"]', encoding="utf-8-sig")
+    for name in ("m.txt", "m.json"):
+        assert read_class_map(tmp_path / name) == {"cat": 0, "dog": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [

@@ -1,9 +1,11 @@
 """Sample files: read in pieces, and refused with a reason where they cannot be scored."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
-from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.errors import DamagedFileError, EvaluationError
 from dsr_jax.core.files import write_json
 from dsr_jax.evaluation.samples import check_levels, open_samples
 
@@ -24,6 +26,23 @@ def test_images_labels_and_recipe_come_back(tmp_path):
     np.testing.assert_array_equal(np.concatenate(list(samples.batches(4))), IMAGES)
     write_json(path.with_suffix(".json"), {"recipe": {"seed": 3}})
     assert samples.recipe() == {"recipe": {"seed": 3}}
+
+
+@pytest.mark.parametrize("content", [[1], "x", {"recipe": "a cake"}])
+def test_json_of_other_programs_is_no_record(tmp_path, content):
+    np.savez(tmp_path / "samples.npz", IMAGES)
+    write_json(tmp_path / "samples.json", content)
+    assert open_samples(tmp_path / "samples.npz").describe()["record"] is None
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(DamagedFileError, match=r"(?s)samples.json is damaged.*move it elsewhere"):
+        open_samples(tmp_path / "samples.npz").describe()
+
+
+def test_members_that_are_no_arrays_do_not_count(tmp_path):
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0", b"not an array")
+    with pytest.raises(EvaluationError, match=r"no key 'arr_0', its keys are \[\]"):
+        open_samples(tmp_path / "samples.npz")
 
 
 def test_compressed_files_are_read_too(tmp_path):
@@ -54,6 +73,7 @@ class Bomb:
         ({"arr_0": IMAGES, "arr_1": LABELS[:9]}, r"arr_1 .* int64\(9,\), expected integer"),
         ({"arr_0": IMAGES, "labels": LABELS - 1}, r"labels .* holds the label -1 \(image 0\)"),
         ({"arr_0": IMAGES, "labels": LABELS / 2}, "labels .* float64"),
+        ({"arr_0": IMAGES, "labels": LABELS + 2**40}, "label 1099511627786, .* beyond 32 bits"),
     ],
 )
 def test_files_that_cannot_be_scored_are_refused(tmp_path, arrays, message):

@@ -57,6 +57,8 @@ def test_cycled_labels():
     assert labels_lib.cycled_labels([7, 2, 7], 5).tolist() == [7, 2, 7, 7, 2]
     with pytest.raises(DataError, match="empty"):
         labels_lib.cycled_labels([], 5)
+    with pytest.raises(DataError, match="99999999999 .* beyond 32 bits"):
+        labels_lib.cycled_labels([3, 99999999999], 5)
 
 
 def test_label_files_of_each_kind(tmp_path):
@@ -78,6 +80,11 @@ def test_label_files_of_each_kind(tmp_path):
         ("square.npy", np.zeros((4, 4), int), r"\(4, 4\)"),
         ("object.npy", np.array([1, 2, 3, "x", None], object), "cannot be read"),
         ("huge.npy", np.full(4, 2**40), "32 bits"),
+        ("wrapped.npy", np.full(4, 2**63, np.uint64), "32 bits"),
+        ("lowest.npy", np.full(4, -(2**63)), "32 bits"),
+        ("huge.txt", f"{2**70} 1 2 3", "cannot be read"),
+        ("cut.npz", "PK", "cannot be read"),
+        ("array.npz", np.arange(4), "should end in .npy"),
         ("words.txt", "1 2 drei 4", "drei"),
         ("table.csv", "1,2,3,4", "unknown ending"),
     ],
@@ -87,7 +94,8 @@ def test_bad_label_files_are_named(tmp_path, name, content, message):
     if isinstance(content, str):
         path.write_text(content)
     else:
-        np.save(path, content, allow_pickle=True)
+        with open(path, "wb") as file:
+            np.save(file, content, allow_pickle=True)
     with pytest.raises(DataError, match=message) as caught:
         labels_lib.load_labels(path, 4)
     assert name in str(caught.value)
@@ -99,6 +107,9 @@ def test_missing_and_ambiguous_label_files(tmp_path):
     np.savez(tmp_path / "two.npz", one=np.arange(4), two=np.arange(4))
     with pytest.raises(DataError, match="one-dimensional arrays are"):
         labels_lib.load_labels(tmp_path / "two.npz", 4)
+    (tmp_path / "two.npz").rename(tmp_path / "two.npy")
+    with pytest.raises(DataError, match=r"should end in \.npz"):
+        labels_lib.load_labels(tmp_path / "two.npy", 4)
 
 
 def test_labels_outside_the_classes_are_named():
