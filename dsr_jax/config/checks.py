@@ -15,7 +15,7 @@ from dsr_jax.core.errors import ConfigError
 EMA_REST = 0.01
 """Fraction of the initial weights that EMA weights may still hold at the end of a run."""
 
-_SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale"}}
+_SPACE_KEYS = {"pixels": {"name"}, "vae": {"name", "vae", "scale", "shift"}}
 _POSITIVE = (
     *("data.global_batch", "data.image_size", "data.channels", "data.num_classes"),
     *("train.steps", "optim.lr", "optim.accumulate", "objective.time_bins"),
@@ -35,7 +35,7 @@ _NOT_NEGATIVE = (
     *("failures.step_seconds", "failures.pause_seconds"),
 )
 _DENOISER_SECTIONS = ("model", "registers", "objective")
-_DECODER_SECTIONS = ("lpips", "gan")
+_DECODER_SECTIONS = ("decoder", "lpips", "gan")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
@@ -55,7 +55,9 @@ def unused_keys(config: ConfigDict) -> set[str]:
     used = _SPACE_KEYS.get(space, set(config.space) - _SPACE_KEYS["vae"] | {"name"})
     unused = {f"space.{key}" for key in config.space if key not in used}
     sections = _DENOISER_SECTIONS if trains_decoder(config) else _DECODER_SECTIONS
-    return unused | {key for key, _ in leaves(config) if key.split(".")[0] in sections}
+    unused |= {key for key, _ in leaves(config) if key.split(".")[0] in sections}
+    # It decides the task.
+    return unused - {"decoder.hidden_size"}
 
 
 def trains_decoder(config: ConfigDict) -> bool:

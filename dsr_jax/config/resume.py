@@ -48,8 +48,7 @@ def compare_configs(saved: Mapping[str, Any], config: ConfigDict) -> Changes:
     for name in sorted({**old, **new}):
         if old.get(name) == new.get(name):
             continue
-        key = SCHEMA.get(name)
-        kind = Change.FREE if key is None or name in unused else key.change
+        kind = Change.FREE if name in unused else _change_of(name, old)
         line = f"config.{name}: {old.get(name)} -> {new.get(name)}"
         getattr(changes, kind.value)[name] = line
     return changes
@@ -90,6 +89,15 @@ def _covers(name: str, key: str) -> bool:
 
 def _bare(name: str) -> str:
     return name.removeprefix("config.")
+
+
+def _change_of(name: str, old: Mapping[str, Any]) -> Change:
+    """Returns whether a key may change, also one that the schema does not list."""
+    if name in SCHEMA:
+        return SCHEMA[name].change
+    # A denoiser's own keys are fields of its class; those younger than the run changed nothing.
+    is_field = name.startswith("model.") and name in old
+    return Change.NEVER if is_field else Change.FREE
 
 
 def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:

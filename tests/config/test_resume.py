@@ -53,6 +53,40 @@ def test_keys_without_effect_may_change() -> None:
     assert not changes.ask and not changes.never
 
 
+def test_keys_of_the_other_task_may_change() -> None:
+    """Sizes of a decoder in a denoiser's run, and sizes of a denoiser in a decoder's."""
+    before = configs.to_json(configs.load(DIGITS))
+    changes = compare_configs(before, configs.load(DIGITS, ["--config.decoder.depth=3"]))
+    assert set(changes.free) == {"decoder.depth"} and not changes.never
+    decoder = "--config.decoder.hidden_size=8"
+    before = configs.to_json(configs.load(DIGITS, [decoder]))
+    changes = compare_configs(before, configs.load(DIGITS, [decoder, "--config.model.depth=3"]))
+    assert set(changes.free) == {"model.depth"} and not changes.never
+    assert list(compare_configs(before, configs.load(DIGITS)).never) == ["decoder.hidden_size"]
+
+
+@pytest.mark.parametrize("key", ["space.vae", "space.scale", "space.shift"])
+def test_keys_of_the_space_in_use_are_asked_for(key: str) -> None:
+    vae = "--config.space.name=vae"
+    before = configs.load(DIGITS, [vae])
+    after = configs.load(DIGITS, [vae, f"--config.{key}=0.5"])
+    assert set(compare_configs(configs.to_json(before), after).ask) == {key}
+    assert configs.architecture(before) != configs.architecture(after)
+
+
+def test_a_denoisers_own_key_is_fixed() -> None:
+    """Fields of a class outside the package, which the schema does not list."""
+    before, after = (configs.load(DIGITS) for _ in range(2))
+    for config, size in ((before, 3), (after, 1)):
+        with config.unlocked():
+            config.model.kernel_size = size
+    saved = configs.to_json(before)
+    assert list(compare_configs(saved, after).never) == ["model.kernel_size"]
+    # The class got the field after the run's last start.
+    del saved["model"]["kernel_size"]
+    assert list(compare_configs(saved, after).free) == ["model.kernel_size"]
+
+
 def test_a_key_younger_than_the_run_had_its_default() -> None:
     before = configs.to_json(configs.load(DIGITS))
     del before["objective"]["noise_scale"]
