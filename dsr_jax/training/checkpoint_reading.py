@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dsr_jax.core.errors import DamagedCheckpointError
+from dsr_jax.core.errors import CheckpointError, DamagedCheckpointError
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.training.checksums import checksums, record_checksum
@@ -38,13 +38,20 @@ def read_meta(directory: str | Path, step: int | None = None) -> dict[str, Any]:
         with ocp.CheckpointManager(directory, options=_READING) as manager:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta = manager.restore(step, args=args).meta
-        if meta["format"] != FORMAT or not meta["arrays"]:
-            raise ValueError(f"record of format {meta['format']}, this version reads {FORMAT}")
         if meta.pop("checksum") != record_checksum(meta):
             raise ValueError("the checksum of its record does not agree")
+        if not meta["arrays"]:
+            raise ValueError("its record lists no arrays")
         return meta
 
-    return _read(directory, step, read)
+    meta = _read(directory, step, read)
+    if meta["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {directory / str(step)} has format {meta['format']}, but this version of "
+            f"dsr_jax reads {FORMAT}",
+            "use the version that wrote it: provenance.json of the run's folder names the revision",
+        )
+    return meta
 
 
 def restore_params(

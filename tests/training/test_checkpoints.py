@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from dsr_jax.core.errors import CheckpointError, StuckSaveError
+from dsr_jax.core.errors import CheckpointError, DamagedCheckpointError, StuckSaveError
 from dsr_jax.parallel.mesh import MeshShape
 from dsr_jax.training.checkpoints import (
     Checkpoints,
@@ -23,7 +23,7 @@ from dsr_jax.training.checkpoints import (
     read_meta,
     restore_params,
 )
-from dsr_jax.training.checksums import checksums
+from dsr_jax.training.checksums import checksums, record_checksum
 from tests.training.toy_training import Run, Toy, flat, optimizer
 
 WIDE = 256
@@ -231,6 +231,19 @@ def test_flipped_bits_in_the_record_are_found_by_its_checksum(saved: Any, copy: 
     path.write_bytes(whole.replace(b'"note":5', b'"note":6').replace(b'"note": 5', b'"note": 6'))
     with pytest.raises(CheckpointError, match="the checksum of its record does not agree"):
         read_meta(copy, 5)
+
+
+def test_another_format_is_no_damage(saved: Any, copy: Path) -> None:
+    """A checkpoint of a later version is whole: it must not be set aside as a damaged one."""
+    path = copy / "5" / "meta" / "metadata"
+    meta = json.loads(path.read_bytes())
+    del meta["checksum"]
+    meta["format"] = 3
+    path.write_text(json.dumps({**meta, "checksum": record_checksum(meta)}))
+    with pytest.raises(CheckpointError, match="5 has format 3, but this .* reads 2\n") as error:
+        read_meta(copy, 5)
+    assert not isinstance(error.value, DamagedCheckpointError)
+    assert "use the version that wrote it" in error.value.remedy
 
 
 def test_flipped_bits_in_arrays_are_found_by_checksum(saved: Any, copy: Path) -> None:
