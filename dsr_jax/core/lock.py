@@ -62,6 +62,8 @@ class FolderLock:
         self._made_folder = False
         self._owner = this_process()
         self._closing = threading.Event()
+        # Between the thread that keeps the file and the one that removes it.
+        self._guard = threading.Lock()
 
     def acquire(self) -> None:
         """Takes the lock.
@@ -86,7 +88,7 @@ class FolderLock:
         """Releases the lock."""
         self._closing.set()
         _held.discard(self)
-        with contextlib.suppress(OSError):
+        with self._guard, contextlib.suppress(OSError):
             if self._is_ours():
                 self._path.unlink()
             if self._made_folder:
@@ -105,10 +107,16 @@ class FolderLock:
             handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(handle, "w") as file:
-            json.dump(self._owner, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(self._owner, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # On a full disk the next command would wait for the owner of an empty file.
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            raise
         return True
 
     def _wait_for_owner(self) -> None:
@@ -168,10 +176,8 @@ class FolderLock:
         while not self._closing.wait(self._touch_seconds):
             # The command itself notices storage that is full or does not respond.
             with contextlib.suppress(OSError):
-                if self._is_ours():
-                    os.utime(self._path)
-                elif self._lost is not None and not self._closing.is_set():
-                    owner, _ = _read(self._path)
+                owner = self._touch()
+                if owner is not None and self._lost is not None:
                     self._lost(
                         LockError(
                             f"the lock of {self._folder} was lost to {describe(owner)}",
@@ -180,6 +186,22 @@ class FolderLock:
                         )
                     )
                     return
+
+    def _touch(self) -> dict[str, Any] | None:
+        """Touches the file, or creates it again if somebody has deleted it.
+
+        Returns:
+          The owner of the lock if it is another process; otherwise None.
+        """
+        with self._guard:
+            if self._closing.is_set():
+                return None
+            owner, touched = _read(self._path)
+            if touched is None and not self._create():
+                owner, touched = _read(self._path)
+            if owner == self._owner:
+                os.utime(self._path)
+            return owner if touched is not None and owner != self._owner else None
 
     def _is_ours(self) -> bool:
         return _read(self._path)[0] == self._owner

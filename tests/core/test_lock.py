@@ -1,5 +1,6 @@
 """Locks on folders: one owner at a time, found out from other processes and from other machines."""
 
+import errno
 import json
 import os
 import subprocess
@@ -148,6 +149,31 @@ def test_an_owner_whose_lock_was_taken_is_notified_and_keeps_the_new_lock(tmp_pa
     assert "was lost to process 7 on elsewhere" in str(lost[0])
     lock.release()
     assert path.exists()
+
+
+def test_a_deleted_lock_is_created_again(tmp_path: Path) -> None:
+    """By somebody who tidies up; or for a moment, while another command looks at it."""
+    lost: list[LockError] = []
+    with FolderLock(tmp_path, lost=lost.append, touch_seconds=0.05):
+        path = tmp_path / FILE
+        path.unlink()
+        deadline = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not lost and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_empty_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next command would wait for its owner."""
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(locks.os, "fsync", full)
+    with pytest.raises(LockError, match="cannot be written: .*No space left"):
+        FolderLock(tmp_path).acquire()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_owner_touches_its_lock(tmp_path: Path) -> None:
