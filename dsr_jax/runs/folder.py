@@ -117,6 +117,9 @@ def _has_saved(folder: Path, saved: Mapping[str, Any]) -> bool:
         return True
     record = SaveRecord(steps)
     record.check_never_saved()
+    if record.found:
+        return False
+    # The metrics of a run that a program without this record began.
     last = max((entry["step"] for entry in read_metrics(folder)), default=0)
     if last >= dict(leaves(saved)).get("checkpoint.every_steps", math.inf):
         raise CheckpointError(

@@ -160,6 +160,7 @@ def start_or_resume(
         record.forget_went_back()
     if restore_step < 0 and checkpoints.latest_step() is None:
         record.check_never_saved()
+        record.note_begun()
         return init(), ResumeState(MetricWindow())
     if restore_step < 0:
         state, extra = _restore_newest(checkpoints, abstract)

@@ -11,6 +11,7 @@ from typing import Any
 from dsr_jax.core import files
 from dsr_jax.core.errors import CheckpointError
 from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.telemetry.writers import METRICS_FILE
 from dsr_jax.training.step_folders import list_steps, set_aside_folder
 
 
@@ -21,6 +22,7 @@ class SaveRecord:
       directory: The folder of the checkpoints.
 
     Attributes:
+      found: Whether there was a record: the run has begun under this program.
       newest: The newest step that was saved completely; None before the first.
       went_back_to: The value of config.checkpoint.restore_step that was served last; -1 for none.
 
@@ -31,7 +33,8 @@ class SaveRecord:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.path = directory.with_name(f"{directory.name}.json")
-        values = self._read() if self.path.exists() else {}
+        self.found = self.path.exists()
+        values = self._read() if self.found else {}
         self.newest: int | None = values.get("newest")
         self.went_back_to: int = values.get("went_back_to", -1)
 
@@ -48,8 +51,13 @@ class SaveRecord:
         raise CheckpointError(
             f"the run saved step {self.newest}, but {self._directory} holds no checkpoint",
             f"put that folder back{also}; to start again from step 0, use a new --workdir, or "
-            f"remove {self.path} first",
+            f"remove {self.path} and {METRICS_FILE} beside it first",
         )
+
+    def note_begun(self) -> None:
+        """Notes that a run begins, without a checkpoint yet."""
+        if not self.found:
+            self._write()
 
     def note_saved(self, step: int) -> None:
         """Notes that a step is on disk."""

@@ -15,6 +15,7 @@ from dsr_jax.core.errors import (
 )
 from dsr_jax.data import classes
 from dsr_jax.runs.folder import check_data, check_workdir, lock_workdir, write_run_files
+from dsr_jax.training.save_record import SaveRecord
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -121,6 +122,14 @@ def test_checkpoints_that_are_gone_are_missed(run: Path) -> None:
         check_workdir(config, run)
     metrics.unlink()
     assert check_workdir(config, run) == []
+
+
+def test_a_run_that_was_killed_in_its_first_save_begins_again(run: Path) -> None:
+    """Its metrics are ahead of its checkpoints, but its record says that none was complete."""
+    (run / "checkpoints" / "4").rename(run / "checkpoints" / "4.orbax-checkpoint-tmp-1")
+    (run / "metrics.jsonl").write_text('{"step": 405}\n')
+    SaveRecord(run / "checkpoints").note_begun()
+    assert check_workdir(configs.load(DIGITS), run) == []
 
 
 def test_leftovers_of_a_killed_start_are_no_foreign_files(tmp_path: Path) -> None:

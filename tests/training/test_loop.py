@@ -130,6 +130,18 @@ def test_checkpoints_that_are_gone_never_mean_a_start_from_scratch(again: Run) -
     assert again.train(STEPS).steps_here == STEPS
 
 
+def test_a_run_is_recorded_before_its_first_save(again: Run) -> None:
+    """By which a start knows that no checkpoint is missing, whatever the metrics hold."""
+    seen: list[Any] = []
+
+    def look(step: int, state: Any) -> None:
+        seen.append(json.loads((again.workdir / "checkpoints.json").read_text())["newest"])
+
+    again.train(STEPS, stop_after_steps=2, hooks=[Hook(1, look)])
+    assert seen[0] is None
+    assert again.train(STEPS, stop_after_steps=1).step == 3
+
+
 def test_a_damaged_record_of_saves_is_named(again: Run) -> None:
     again.train(STEPS, stop_after_steps=6)
     path = again.workdir / "checkpoints.json"
