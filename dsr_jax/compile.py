@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
             f"--try-{name}",
             type=functools.partial(_words, kind),
             default=(),
-            help="only these in a sweep, as in A,B",
+            help="values to try in a sweep, as in A,B",
         )
     return parser
 

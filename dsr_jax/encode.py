@@ -80,19 +80,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "python -m dsr_jax.encode")
     what = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     statistics = what.add_parser("statistics", help="mean and variance of the latents")
-    statistics.add_argument("--save-every", type=int, default=100, help="batches between savings")
+    statistics.add_argument("--save-every", type=int, default=100, help="batches between saves")
     cache = what.add_parser("cache", help="the latents, packed into ArrayRecord files")
     cache.add_argument(
-        "--copies", type=int, default=2, help="of each image, mirrored or not as epochs would be"
+        "--copies",
+        type=int,
+        default=2,
+        help="number of copies of each image, mirrored or not as in that many epochs",
     )
-    cache.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="what to store")
+    cache.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="stored dtype")
     cache.add_argument("--shard-batches", type=int, default=4, help="batches per file")
     for parts, unit in ((statistics, "batches"), (cache, "files")):
         add = parts.add_argument
         add("--config", required=True, help="config file that names data and space")
         add("--out", required=True, help="folder of the result, new or of the same pass")
-        add("--batch", type=int, default=256, help="images at a time over all devices")
-        add("--images", type=int, default=0, help="how many; default: each image once")
+        add("--batch", type=int, default=256, help="images per step, over all devices")
+        add("--images", type=int, default=0, help="number of samples; default: each image once")
         add(
             "--flip",
             action=argparse.BooleanOptionalAction,

@@ -133,15 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {','.join(METRICS)}, or package.module:Class; default: those of "
         f"{','.join(DEFAULT)} that the reference allows",
     )
-    add("--batch", type=cli.positive_int, default=64, help="images at a time over all devices")
-    add("--resize", default="adm", choices=RESIZES, help="how images become 299 pixels wide")
+    add("--batch", type=cli.positive_int, default=64, help="images per step, over all devices")
+    add("--resize", default="adm", choices=RESIZES, help="how images are resized to 299 pixels")
     add(
         "--save-every",
         type=cli.positive_int,
         default=SAVE_EVERY,
-        help="images between two savings of an unfinished pass",
+        help="images between two saves of an unfinished pass",
     )
-    add("--allow-constant", action="store_true", help="score images of a single color, too")
+    add("--allow-constant", action="store_true", help="also accept images of a single color")
     add(
         "--classifier",
         "--judge",
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="data set whose real images train the classifier of the samples; default without "
         "--reference: digits",
     )
-    add("--out", type=Path, help="the scores' file; default: beside the samples")
+    add("--out", type=Path, help="score file; default: next to the samples")
     return parser
 
 

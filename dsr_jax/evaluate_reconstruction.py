@@ -119,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the result, new or of the same command",
     )
-    add("--split", help="of the data; default: config.eval.split")
-    add("--images", type=positive_int, help="how many, spread over the data; default: all")
-    add("--batch", type=positive_int, default=32, help="images at a time over all devices")
+    add("--split", help="split of the data; default: config.eval.split")
+    add("--images", type=positive_int, help="number of images, at even intervals; default: all")
+    add("--batch", type=positive_int, default=32, help="images per step, over all devices")
     add("--inception", help="folder of converted weights, for rFID")
     add("--lpips", help="folder of converted weights, for LPIPS")
     return parser

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, "python -m dsr_jax.export")
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="new file, or new folder")
-    parser.add_argument("--checkpoint-step", type=int, help="which one; default: the newest")
+    parser.add_argument(
+        "--checkpoint-step", type=int, help="step of the checkpoint; default: the newest"
+    )
     parser.add_argument(
         "--ema", help="decay of the EMA weights, or none for the weights without EMA"
     )

@@ -176,17 +176,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     official = parser.add_argument_group("with --converted")
     more = official.add_argument
-    more("--encoder", default="", help="whose latents these are: dinov2-base, ..., or a folder")
+    more("--encoder", default="", help="encoder of the latents: dinov2-base, ..., or a folder")
     more("--decoder", default="", help="RAE's decoder: official file or converted folder")
     more("--statistics", default="", help="RAE's: stat.pt or ours; none without normalization")
     more("--vae", default="", help="SiT's autoencoder: snapshot, file or converted folder")
     more("--config", help="config file of the same sizes; default: the family's recipe")
     more(
-        "--options", default="", help="of python -m dsr_jax.convert, as --options='--num-heads 12'"
+        "--options",
+        default="",
+        help="options of python -m dsr_jax.convert, as --options='--num-heads 12'",
     )
-    more("--decoder-options", default="", help="the same for the decoder")
+    more("--decoder-options", default="", help="options of the conversion of the decoder")
     more("--cache", help="folder of conversions; default: $DSR_CACHE, or ~/.cache/dsr_jax")
-    add("--checkpoint-step", type=int, help="which checkpoint; default: the newest")
+    add("--checkpoint-step", type=int, help="step of the checkpoint; default: the newest")
     add("--ema", help=f"decay of the EMA weights, or none for the weights themselves; {OWN}")
     add("--num-samples", dest="num", help=f"how many images; {OWN}")
     add("--batch", help=f"images at a time over all devices, which changes no image; {OWN}")
@@ -199,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--label-file", help=".npy, .npz or .txt with the class of every sample")
     which.add_argument(
-        "--classes", help="labels or names, for example 3,7 or cat,dog: these in turn"
+        "--classes", help="labels or names, for example 3,7 or cat,dog, used in rotation"
     )
     which.add_argument(
         "--random-labels", action="store_true", help="independent labels; default: balanced ones"
@@ -209,13 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         dest="all_classes",
         action="store_const",
         const="True",
-        help="also the classes that training had no images of; default: the others alone",
+        help="include classes without training images; default: exclude them",
     )
     add(
         "--out",
-        help="folder of the files; default: samples/ beside the weights, or here for a checkpoint",
+        help="folder of the files; default: samples/ next to the weights, or here for a checkpoint",
     )
-    add("--name", help="their name; default: made from the settings")
+    add("--name", help="name of the files; default: made from the settings")
     add("--grid", action="store_true", help=f"also a .png of the first {GRID_IMAGES} images")
     return parser
 

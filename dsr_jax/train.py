@@ -58,7 +58,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     )
     image_shape: tuple[int, ...] = ()
     if config.sample.every_steps or config.eval.classifier or config.eval.reference:
-        # A space that gives no images says so now, not at the first picture.
+        # A space that cannot make images fails here, not at the first picture.
         latents = jax.ShapeDtypeStruct((1, *space.latent_shape), jnp.float32)
         image_shape = jax.eval_shape(space.decode, variables, latents).shape[1:]
     sampler = build.make_sampler(config, model, space, mesh, rules)

@@ -122,7 +122,7 @@ def check(config: ConfigDict) -> None:
     require(
         len(interval) == 2 and interval[0] < interval[-1],
         f"config.sample.interval={interval}",
-        "give two times, the lower first, as in (0.0,0.9)",
+        "give two times, the lower first, for example (0.0,0.9)",
     )
     dropout = config.objective.label_dropout
     require(

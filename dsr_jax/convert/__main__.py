@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add_discriminator_command(families)
     add_inception_command(families)
     add_statistics_command(families)
-    back = families.add_parser("export", help="a converted folder back to the original's names")
+    back = families.add_parser("export", help="a converted folder, back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")
     back.add_argument("--out", required=True, help="new .pt or .safetensors file")
     back.set_defaults(run=export)

@@ -179,6 +179,9 @@ def add_decoder_command(families: Any) -> None:
     parser = families.add_parser(FAMILY, help="RAE's decoder")
     add_source_arguments(parser, "its own file, or a checkpoint of RAE")
     parser.add_argument(
-        "--num-heads", type=int, default=0, help="of decoders that are none of the released sizes"
+        "--num-heads",
+        type=int,
+        default=0,
+        help="number of heads, for decoders of other sizes than the released ones",
     )
     parser.set_defaults(run=convert_decoder)

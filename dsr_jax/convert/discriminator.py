@@ -226,6 +226,9 @@ def add_discriminator_command(families: Any) -> None:
     parser = families.add_parser(FAMILY, help="frozen DINO ViT for training a decoder")
     add_source_arguments(parser, "dino_vit_small_patch8_224.pth")
     parser.add_argument(
-        "--num-heads", type=int, default=0, help="of ViTs of other than the released widths"
+        "--num-heads",
+        type=int,
+        default=0,
+        help="number of heads, for ViTs of other widths than the released ones",
     )
     parser.set_defaults(run=convert_backbone)

@@ -136,5 +136,5 @@ def add_encoder_commands(families: Any) -> None:
             parser.add_argument(
                 "--class-output",
                 action="store_true",
-                help="keep the class token's output, which Frechet distances are taken of",
+                help="keep the class token's output, for Frechet distances",
             )

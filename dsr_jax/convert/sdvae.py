@@ -388,13 +388,18 @@ def add_vae_command(families: Any) -> None:
     )
     add_source_arguments(parser, "snapshot folder, hub id or file")
     parser.add_argument(
-        "--num-groups", type=int, default=0, help="of norms, without a config.json; default 32"
+        "--num-groups",
+        type=int,
+        default=0,
+        help="groups of the norms, without a config.json; default 32",
     )
     parser.add_argument(
         "--scale", type=float, help="factor on latents; default: that of config.json"
     )
     parser.add_argument(
-        "--shift", type=float, help="taken from latents before the factor; default: likewise"
+        "--shift",
+        type=float,
+        help="subtracted from latents before scaling; default: that of config.json",
     )
     parser.add_argument(
         "--statistics", help="file of mean and std of the latents' channels (latents_stats.pt)"

@@ -61,7 +61,7 @@ def center_crop(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def squash(image: Image.Image, image_size: int) -> Image.Image:
-    """Resizes an image to a square, whatever its proportions.
+    """Resizes an image to a square, ignoring its proportions.
 
     Source: transformers SiglipImageProcessor; spec encoder 6.
     """

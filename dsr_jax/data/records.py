@@ -24,8 +24,8 @@ class ArrayRecords:
     """ArrayRecord files of msgpack maps {"image": bytes of an image file, "label": int}.
 
     Few large files suit network disks and buckets better than a million small ones. Class names,
-    counts and digests are those of `SPLIT.json`, if tools/prepare_imagenet.py wrote one beside the
-    files.
+    counts and digests are those of `SPLIT.json`, if tools/prepare_imagenet.py wrote one next to
+    the files.
 
     Args:
       options: `root`; `split`, of which files named `SPLIT-*.array_record` are read in sorted

@@ -64,13 +64,13 @@ def read_questions(text: str) -> dict[str, list[Question]]:
 def score_image(
     questions: Sequence[Question], answers: Sequence[Mapping[str, str]]
 ) -> tuple[list[float], dict[int, float]]:
-    """Scores of one image's tiles, and what its last tile's answers alone give by question.
+    """Returns the scores of one image's tiles, and the last tile's results by question.
 
     A question with a failed parent counts 0. Questions are processed in order,
     so that a failure reaches later questions only.
 
     Args:
-      questions: The image's.
+      questions: Questions about the image.
       answers: Answer by question text, for each tile; only "yes" counts.
 
     Raises:

@@ -1,6 +1,6 @@
 """Sizes of the frozen networks by name; plain data that configs may import.
 
-The sizes of the denoisers stand beside their networks.
+The sizes of the denoisers are defined next to their networks.
 """
 
 from collections.abc import Mapping

@@ -64,7 +64,7 @@ class MeshShape:
 
 
 def _fill(sizes: dict[str, int], total: int, what: str) -> tuple[int, ...]:
-    """Returns the sizes with -1 replaced by what makes their product `total`."""
+    """Returns the sizes, with -1 replaced so that their product is `total`."""
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise MeshError(

@@ -29,7 +29,7 @@ class Chip:
       generation: Google's name, as in "v5e:4x4".
       device_kind: Name that JAX gives its devices.
       accelerator: Beginning of the accelerator type, as in "v5litepod-16".
-      types_count_cores: The number behind it counts cores, of which a chip has two.
+      types_count_cores: Whether the number after it counts cores, two per chip, instead of chips.
       hbm_bytes: Memory that a program can have; the rest is the runtime's.
       peak_flops: Dense bfloat16 FLOP/s.
       hbm_bandwidth: Bytes/s.

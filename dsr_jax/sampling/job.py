@@ -181,7 +181,7 @@ class SampleJob:
         if self.npz_path.exists() and not self.parts.exists():
             raise CheckpointError(
                 f"{self.npz_path} exists, but neither its recipe {self.json_path.name} nor its "
-                "parts: what it holds is unknown",
+                "parts: its content is unknown",
                 "move it away, or choose another name or folder",
             )
         return False

@@ -80,7 +80,7 @@ class LossSettings:
       gan_loss: The discriminator's, "hinge" or "vanilla".
       discriminator_start: First step that trains the discriminator.
       generator_start: First step whose decoder is trained against it.
-      cutout: Side of the hole in what the discriminator sees, as a fraction of the image's.
+      cutout: Side of the hole in the discriminator's inputs, as a fraction of the image's.
     """
 
     perceptual_weight: float = 1.0

@@ -1,9 +1,9 @@
 """Checks that the replicas of an array agree: on all devices, in all processes.
 
 Parameters that several devices hold are never compared by training itself: a device that computes
-wrongly, or a process that started from something else, goes on beside the others for ever. Here
-each device sums up the bits of its own pieces, which costs about one read of the state, and the
-sums of the same piece must agree.
+wrongly, or a process that started from another state, would go unnoticed. Here each device sums the
+bits of its own shards, which costs about one read of the state, and the sums of replicas of a shard
+must agree.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ class ReplicaCheck:
         return self._sums(list(flatten_names(state).values()), batch.get("index"), first)
 
     def verify(self, step: int, sums: np.ndarray) -> None:
-        """Compares.
+        """Checks that the checksums of a step agree.
 
         Raises:
           ProcessError: With the array and the processes whose replica differs from most others, or

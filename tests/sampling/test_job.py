@@ -161,7 +161,7 @@ def test_other_recipe_is_refused_and_the_key_named(tmp_path, finished):
 def test_foreign_npz_is_not_overwritten(tmp_path):
     job = make_job(tmp_path)
     np.savez(job.npz_path, arr_0=np.zeros(3))
-    with pytest.raises(CheckpointError, match="what it holds is unknown"):
+    with pytest.raises(CheckpointError, match="its content is unknown"):
         job.run(sample, 8, quiet)
 
 
