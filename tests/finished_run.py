@@ -1,4 +1,4 @@
-"""What a finished run left behind, for the tests of the train command."""
+"""Fixture of a finished run, for the tests of the train command."""
 
 from pathlib import Path
 

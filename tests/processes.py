@@ -1,4 +1,4 @@
-"""Runs the package's commands as several processes that talk over loopback."""
+"""Runs the package's commands as several processes that communicate over loopback."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Compiling in tests: most of their time, for programs that run for milliseconds."""
+"""Compiler settings for tests, which mostly compile programs that run for milliseconds."""
 
 import contextlib
 from collections.abc import Iterator

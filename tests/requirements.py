@@ -1,4 +1,4 @@
-"""Optional packages in tests: absent they skip a test, unless CI says that all must be there."""
+"""Optional packages in tests: a missing one skips a test, or fails it if CI requires all."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""A run's weights as the original's checkpoint: its very names and shapes, bit for bit."""
+"""Export of a run's weights as the original's checkpoint: same names, shapes and bits."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Who may import whom, and that importing stays cheap."""
+"""Import rules between packages, and cheap imports."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""A run in the latents of an autoencoder: trained, stopped, continued, and drawn as images."""
+"""A run in the latents of an autoencoder: trained, stopped, continued, and sampled."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The train command, end to end: what a run leaves behind, restarts, and input it refuses."""
+"""The train command, end to end: files of a run, restarts, and rejected input."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The command that trains a decoder: what a run leaves behind, restarts, switches, refusals."""
+"""The command that trains a decoder: files of a run, restarts, switches, rejected input."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A SiT with registers in the latents of a VAE: trained by the command, and drawn as images."""
+"""A SiT with registers in the latents of a VAE: trained and sampled by the commands."""
 
 from collections.abc import Iterator
 from pathlib import Path

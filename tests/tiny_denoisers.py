@@ -1,4 +1,4 @@
-"""Denoisers of random weights, zeros included, for tests of what handles their parameters."""
+"""Denoisers with random weights, also where training starts from zero, for other tests."""
 
 from typing import Any
 

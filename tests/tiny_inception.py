@@ -1,4 +1,4 @@
-"""A narrow Inception with random weights, and a network that stands in for it."""
+"""A narrow Inception with random weights, and a fake feature network."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A tiny random autoencoder in converted folders, for tests of what uses one."""
+"""A tiny random autoencoder in converted folders, for other tests."""
 
 import dataclasses
 from pathlib import Path

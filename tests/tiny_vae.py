@@ -1,4 +1,4 @@
-"""A tiny random VAE in a converted folder, for tests of what uses one."""
+"""A tiny random VAE in a converted folder, for other tests."""
 
 from pathlib import Path
 from typing import Any

@@ -119,7 +119,7 @@ class Topology:
 
     @property
     def accelerator_type(self) -> str:
-        """What a slice is called where it is created, as in "v5litepod-256"."""
+        """Accelerator type with which a slice is created, such as "v5litepod-256"."""
         cores = 2 if self.chip.types_count_cores else 1
         return f"{self.chip.accelerator}-{math.prod(self.shape) * cores}"
 

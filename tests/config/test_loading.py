@@ -1,4 +1,4 @@
-"""Configs: typed arguments, overrides, and mistakes in files."""
+"""Configs: typed arguments, overrides, and errors in files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Errors for the user are a screen of text; bugs keep their traceback."""
+"""User errors are printed without a traceback; bugs keep theirs."""
 
 import subprocess
 import sys

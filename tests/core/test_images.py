@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the RGB or gray that Pillow and torchvision make of it."""
+"""Image files of every kind are decoded to RGB or grayscale like Pillow and torchvision do."""
 
 import io
 import os

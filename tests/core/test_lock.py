@@ -1,4 +1,4 @@
-"""Locks on folders: one owner at a time, found out from other processes and from other machines."""
+"""Locks on folders: one owner at a time, across processes and machines."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The revision beside a result is that of this project's code, or none."""
+"""The recorded revision is that of this project's code, or none."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Classes of a data source: what a run records of them, and what is said when they change."""
+"""Classes of a data source: their record in a run, and messages about changes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""DINOv2's class tokens beside PyTorch's own, and encoders that are refused."""
+"""DINOv2's class tokens against PyTorch's, and rejected encoders."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Stands in for gcloud, kubectl, xpk, sbatch and srun, in a folder of its own.
+"""Fakes of gcloud, kubectl, xpk, sbatch and srun, in a separate folder.
 
 Run as `python imitation.py PROGRAM ARGUMENTS...`. Every flag must be one that the real program has
 (`recorded_flags.json`). What a launcher does to a slice happens to its imitation: `workers/N` is

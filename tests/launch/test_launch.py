@@ -1,4 +1,4 @@
-"""The launchers: what they refuse, what they would run, and two processes for real."""
+"""The launchers: rejected options, dry runs, and two real processes."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""queued.sh looks after a run on imitated workers: preemption, failures, progress, and the end."""
+"""queued.sh keeps a run going on fake workers: preemption, failures, progress, and the end."""
 
 import json
 import os

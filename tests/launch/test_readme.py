@@ -1,4 +1,4 @@
-"""launch/README.md is true: its commands, flags and files, and what a run needs of its slice."""
+"""launch/README.md: its commands, flags and files exist, and runs fit their slices."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Where a depth is split into stacks."""
+"""Division of blocks into scanned stacks."""
 
 import pytest
 

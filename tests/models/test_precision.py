@@ -1,4 +1,4 @@
-"""The dtype policy has one list of float32 float32 ops."""
+"""The dtype policy has a single list of float32 ops."""
 
 import jax.numpy as jnp
 import pytest

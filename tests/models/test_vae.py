@@ -1,4 +1,4 @@
-"""The SD-VAE: sizes, bounds of its posterior, where its convolutions look, precision and errors."""
+"""The SD-VAE: sizes, bounds of its posterior, padding of convolutions, precision and errors."""
 
 import functools
 from collections.abc import Iterator

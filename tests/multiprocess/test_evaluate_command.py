@@ -1,4 +1,4 @@
-"""The evaluate command on two processes that talk over loopback."""
+"""The evaluate command on two processes that communicate over loopback."""
 
 import os
 import signal

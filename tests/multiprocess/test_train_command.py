@@ -1,4 +1,4 @@
-"""The train command on two processes that talk over loopback."""
+"""The train command on two processes that communicate over loopback."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Training over several processes on one machine, which talk over loopback."""
+"""Training over several processes on one machine, which communicate over loopback."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""JAX's detection decides in imitated environments; who is one of several never runs alone."""
+"""Cluster detection in simulated environments; a process of a job never runs alone."""
 
 import http.server
 import sys

@@ -1,4 +1,4 @@
-"""Memory by part, the compiler's complaints, and what to do about them."""
+"""Memory by purpose, out-of-memory messages, and advice."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Which layouts a sweep tries, leaves out, and how it ranks them."""
+"""Layouts that a sweep tries and skips, and their ranking."""
 
 from pathlib import Path
 from typing import Any

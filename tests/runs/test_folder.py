@@ -1,4 +1,4 @@
-"""The folder of a run: what it may hold before a start, and what a start writes."""
+"""The folder of a run: permitted contents before a start, and files that a start writes."""
 
 from pathlib import Path
 

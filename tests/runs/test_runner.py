@@ -1,4 +1,4 @@
-"""What all training commands share: errors of the devices, and their remedies."""
+"""Shared behavior of training commands: device errors and their remedies."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which classes are sampled unless others are named."""
+"""Classes that are sampled by default."""
 
 from dsr_jax.config import base_config
 from dsr_jax.data.classes import DataDescription

@@ -1,4 +1,4 @@
-"""Scores during training: what is logged and left behind, and configs that are refused."""
+"""Scores during training: logs, files, and rejected configs."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The autoencoder's switches, its noise per sample, statistics, and what does not fit together."""
+"""The autoencoder's switches, noise per sample, statistics, and errors about mismatches."""
 
 import dataclasses
 import warnings
