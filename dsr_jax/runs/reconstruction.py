@@ -9,7 +9,7 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.build.rae import file_digests
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, base_config, to_json
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.frechet import FID
@@ -21,6 +21,12 @@ from dsr_jax.runs.scoring import PassReport
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.sampling.job import SampleJob, Samples
 from dsr_jax.telemetry.progress import announce_first_call
+
+_LEFT_OUT = (
+    *("shift", "eps", "num_registers", "register_scale"),
+    *("normal_values", "shared_maximum", "spare_first_token"),
+)
+"""Settings that a recipe leaves out where they have their default, as recipes always did."""
 
 
 class Reconstruction:
@@ -65,14 +71,13 @@ class Reconstruction:
                 f"the autoencoder makes images {shape} of images {self.images.shape[1:]}",
                 "set config.data.image_size to what its decoder makes",
             )
-        settings = {key: config.space[key] for key in ("name", "image_size", "preln", "scale")}
         self.recipe: dict[str, Any] = {
             "data": {
                 **self.images.describe(),
                 "split": config.data.split,
                 "image_size": config.data.image_size,
             },
-            "space": {**settings, **file_digests(config)},
+            "space": space_recipe(config),
             "precision": config.precision.to_dict(),
             "rounding": rounding,
         }
@@ -93,6 +98,14 @@ class Reconstruction:
             return self._reconstruct(self._variables, batch["images"], batch["index"])
 
         return job.run(reconstruct_rows, self._batch, report=log)
+
+
+def space_recipe(config: ConfigDict) -> dict[str, Any]:
+    """Returns the settings and file digests that determine an autoencoder's reconstructions."""
+    values, defaults = (to_json(each)["space"] for each in (config, base_config()))
+    changed = {key: values[key] for key in _LEFT_OUT if values[key] != defaults[key]}
+    settings = {key: values[key] for key in ("name", "image_size", "preln", "scale")}
+    return {**settings, **changed, **file_digests(config)}
 
 
 def rfid(
