@@ -21,7 +21,7 @@ from absl import flags
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import count, make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.latents import DTYPES
 from dsr_jax.parallel.watch import join_job
@@ -80,29 +80,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "python -m dsr_jax.encode")
     what = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     statistics = what.add_parser("statistics", help="mean and variance of the latents")
-    statistics.add_argument("--save-every", type=int, default=100, help="batches between saves")
+    statistics.add_argument(
+        "--save-every", type=positive_int, default=100, help="batches between saves"
+    )
     cache = what.add_parser("cache", help="the latents, packed into ArrayRecord files")
     cache.add_argument(
         "--copies",
-        type=int,
+        type=positive_int,
         default=2,
         help="number of copies of each image, mirrored or not as in that many epochs",
     )
     cache.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="stored dtype")
-    cache.add_argument("--shard-batches", type=int, default=4, help="batches per file")
+    cache.add_argument("--shard-batches", type=positive_int, default=4, help="batches per file")
     for parts, unit in ((statistics, "batches"), (cache, "files")):
         add = parts.add_argument
         add("--config", required=True, help="config file that names data and space")
         add("--out", required=True, help="folder of the result, new or of the same pass")
-        add("--batch", type=int, default=256, help="images per step, over all devices")
-        add("--images", type=int, default=0, help="number of samples; default: each image once")
+        add("--batch", type=positive_int, default=256, help="images per step, over all devices")
+        add("--images", type=count, default=0, help="number of samples; default: each image once")
         add(
             "--flip",
             action=argparse.BooleanOptionalAction,
             default=True,
             help="mirror half of the images, as the original does",
         )
-        add("--stop-after", type=int, default=0, help=f"stop after so many {unit}; 0: at the end")
+        add(
+            "--stop-after",
+            type=count,
+            default=0,
+            help=f"stop after so many {unit}; default: at the end",
+        )
     return parser
 
 

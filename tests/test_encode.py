@@ -45,6 +45,22 @@ def whole(overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    ("what", "argument"),
+    [
+        *(("statistics", each) for each in ("--save-every=0", "--batch=-4", "--stop-after=-1")),
+        *(("cache", each) for each in ("--shard-batches=0", "--copies=0", "--images=-2")),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(
+    what: str, argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        encode.main([what, DIGITS, f"--out={tmp_path / 'out'}", argument])
+    assert stop.value.code == 2
+    assert f"argument {argument.partition('=')[0]}: " in capsys.readouterr().err
+
+
 def test_statistics_are_those_of_the_images_in_the_order_of_training(whole, overrides) -> None:
     config = configs.load_file(DIGITS.removeprefix("--config="))
     configs.apply_overrides(config, overrides)

@@ -24,13 +24,19 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         shown = action.option_strings and action.nargs != 0 and "default" not in text
-        if not shown or action.required or action.default in (None, "", argparse.SUPPRESS):
+        if not shown or action.required or action.default in (None, "", [], argparse.SUPPRESS):
             return text
         return f"{text} (default: %(default)s)".lstrip()
 
 
 class _Parser(argparse.ArgumentParser):
-    """Expands "~/" behind an equals sign, as in --workdir=~/runs, which shells leave alone."""
+    """Expands "~/" behind an equals sign, as in --workdir=~/runs, which shells leave alone.
+
+    Parsers of subcommands are of this class, too.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter, **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else args
@@ -51,18 +57,28 @@ def make_parser(description: str | None, prog: str | None = None) -> argparse.Ar
       description: Docstring of the module, printed unchanged.
       prog: Name of the command, such as "python -m dsr_jax.evaluate"; None for the file's name.
     """
-    return _Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
+    return _Parser(prog=prog, description=description)
 
 
 def positive_int(text: str) -> int:
     """Parses a positive integer, as in `add("--batch", type=positive_int)`."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value <= 0:
+    if (value := _integer(text)) <= 0:
         raise argparse.ArgumentTypeError(f"{value} is not positive: give 1 or more")
     return value
+
+
+def count(text: str) -> int:
+    """Parses an integer that is not negative, as in `add("--stop-after", type=count)`."""
+    if (value := _integer(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative: give 0 or more")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dsr_jax.core import cli
-from dsr_jax.core.cli import make_parser, positive_int, run_main
+from dsr_jax.core.cli import count, make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError, ProcessError
 
 
@@ -96,6 +96,15 @@ def test_help_names_defaults_and_keeps_the_description() -> None:
     ]
 
 
+def test_help_of_subcommands_names_defaults() -> None:
+    parts = make_parser(None).add_subparsers()
+    part = parts.add_parser("statistics")
+    part.add_argument("--save-every", default=100, help="batches between savings")
+    part.add_argument("--tensor", action="append", default=[], help="may be repeated")
+    text = " ".join(part.format_help().split())
+    assert "batches between savings (default: 100)" in text and text.endswith("may be repeated")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"), [("0", "not positive"), ("-4", "not positive"), ("x", "whole")]
 )
@@ -108,3 +117,13 @@ def test_counts_are_positive(text: str, problem: str, capsys: pytest.CaptureFixt
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "argument --batch" in error and problem in error
+
+
+@pytest.mark.parametrize(("text", "problem"), [("-1", "negative: give 0 or more"), ("x", "whole")])
+def test_counts_may_be_zero(text: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser(None)
+    parser.add_argument("--stop-after", type=count, default=0)
+    assert parser.parse_args(["--stop-after", "0"]).stop_after == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--stop-after", text])
+    assert problem in capsys.readouterr().err
