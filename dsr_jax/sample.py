@@ -27,6 +27,7 @@ from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.parallel.processes import is_process_zero, log
 from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.official_sources import (
+    check_sources,
     config_of_converted,
     convert_cached,
     default_cache,
@@ -39,6 +40,8 @@ from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
 
 GRID_IMAGES = 100
+SOURCES = ("encoder", "decoder", "statistics", "vae")
+CONVERTED_ONLY = ("config", "options", "decoder_options", "cache")
 OWN = "default: the config's"
 
 
@@ -81,7 +84,7 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
     Raises:
       ConfigError: If there is no run, or arguments, keys or values cannot be.
     """
-    files = {key: getattr(args, key) for key in ("encoder", "decoder", "statistics", "vae")}
+    files = {key: getattr(args, key) for key in SOURCES}
     if args.converted:
         if args.ema or args.checkpoint_step is not None:
             raise ConfigError(
@@ -90,13 +93,14 @@ def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.C
             )
         if args.config:
             config = configs.load_file(args.config)
-            config.space.update({key: value for key, value in files.items() if value})
+            given = {key: value for key, value in files.items() if value}
+            config.space.update({key: "" if x == "none" else x for key, x in given.items()})
         else:
             config = config_of_converted(Path(args.converted), **files)
-    elif args.config or any(files.values()):
+    elif useless := [key for key in (*SOURCES, *CONVERTED_ONLY) if getattr(args, key)]:
         raise ConfigError(
-            "--config, --encoder, --decoder, --statistics and --vae go with --converted",
-            "a run has its own: change single keys with --config.KEY=VALUE",
+            f"--{useless[0].replace('_', '-')} goes with --converted",
+            "leave it out: a run has its own; change single keys with --config.KEY=VALUE",
         )
     else:
         config = configs.load_run(Path(args.workdir).expanduser())
@@ -117,12 +121,15 @@ def convert_sources(args: argparse.Namespace) -> None:
     """Replaces official sources on the command line by folders of their conversions, in place.
 
     Raises:
+      ConfigError: If the denoiser needs another source, or none that is given.
       ConversionError: If a source is missing, damaged or of another kind.
     """
     cache = Path(args.cache).expanduser() if args.cache else default_cache()
     if not is_converted(args.converted):
         args.out = args.out or "samples"
     family = family_of_source(args.converted)
+    if not args.config:
+        check_sources(family, {key: getattr(args, key) for key in SOURCES})
     kinds = (
         ("converted", family, args.options),
         ("decoder", "decoder", args.decoder_options),
@@ -150,7 +157,7 @@ def make_labels(
     classes = classes_to_sample(config, data)
     if args.label_file:
         labels = tables.load_labels(args.label_file, num)
-    elif args.classes:
+    elif args.classes is not None:
         labels = tables.cycled_labels(parse_classes(args.classes, data), num)
     elif args.random_labels:
         labels = tables.random_labels(num, classes, seed)

@@ -12,7 +12,7 @@ from dsr_jax import build, sample
 from dsr_jax import config as configs
 from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.convert.files import save_converted
-from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
+from dsr_jax.core.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from dsr_jax.core.files import file_digest, read_json
 from dsr_jax.data.classes import read_class_names, write_class_names
 from dsr_jax.parallel.axes import Constrain
@@ -154,7 +154,7 @@ def test_labels_are_balanced_unless_asked_otherwise():
         ("--method=leapfrog", ConfigError, "'leapfrog'"),
         ("--num-samples=0", ConfigError, "config.sample.num=0"),
         ("--batch=0", ConfigError, "config.sample.batch=0"),
-        ("--interval=0.9", ConfigError, "config.sample.interval=.0.9,. .*\n.*LOW,HIGH"),
+        ("--interval=0.9", ConfigError, r"config.sample.interval=\(0.9,\)\n.*LOW,HIGH"),
         ("--classes=-1", DataError, "sample 0 has label -1"),
         ("--classes=cat", DataError, "'cat', since the weights come without class names"),
         ("--autoguidance=none", ConfigError, "autoguidance='none' holds neither a run nor"),
@@ -163,12 +163,23 @@ def test_labels_are_balanced_unless_asked_otherwise():
         ("--checkpoint-step=7", CheckpointError, "step 7 .*\n.*steps there: 1, 2"),
         ("--classes=3,10", DataError, "sample 1 has label 10"),
         ("--label-file=none.npy", DataError, "'none.npy' not found"),
+        ("--classes=", DataError, "no class is called ''"),
+        ("--seed=-1", ConfigError, "config.sample.seed=-1"),
+        ("--seed=4294967296", ConfigError, "config.sample.seed=4294967296"),
+        ("--vae=sdvae", ConfigError, "--vae goes with --converted"),
+        ("--decoder-options=--num-heads=2", ConfigError, "--decoder-options goes with --converted"),
     ],
 )
 def test_errors_name_what_is_wrong(workdir, tmp_path, argument, error, message):
     with pytest.raises(error, match=message):
         sample.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}", argument])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_weights_are_read(workdir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match="nothing can be written into .*file/out"):
+        sample.main([f"--workdir={workdir}", f"--out={tmp_path / 'file' / 'out'}"])
 
 
 @pytest.fixture

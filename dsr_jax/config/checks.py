@@ -98,6 +98,10 @@ def check(config: ConfigDict) -> None:
         require(
             values[key] > 0, f"config.{key}={values[key]} is not positive", "use a value above 0"
         )
+    for key in ("seed", "sample.seed"):
+        require(
+            0 <= values[key] < 2**32, f"config.{key}={values[key]}", "use a number in [0, 2**32)"
+        )
     for decay in config.ema.decays:
         require(
             0 <= decay < 1,
@@ -122,7 +126,7 @@ def check(config: ConfigDict) -> None:
     require(
         len(interval) == 2 and interval[0] < interval[-1],
         f"config.sample.interval={interval}",
-        "give two times, the lower first, for example (0.0,0.9)",
+        "give two times as LOW,HIGH with the lower first, for example 0.0,0.9",
     )
     dropout = config.objective.label_dropout
     require(

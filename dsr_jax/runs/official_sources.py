@@ -5,7 +5,7 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,16 @@ _CONFIGS: Mapping[str, str] = MappingProxyType(
 )
 """The config file whose objective and sampler a family's released checkpoints go with."""
 
+_SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lightningdit": ("encoder", "decoder", "statistics"),
+        "ditdh": ("encoder", "decoder", "statistics"),
+        "sit": ("vae",),
+        "jit": (),
+    }
+)
+"""The sources that samples of a family need beside its checkpoint."""
+
 _JIT_SIZES: Mapping[int, str] = MappingProxyType({768: "B", 1024: "L", 1280: "H"})
 
 
@@ -51,6 +61,10 @@ def family_of_source(source: str | Path) -> str:
     """
     if is_converted(source):
         return str(read_json(Path(source) / "conversion.json")["family"])
+    if (Path(source) / "config.json").is_file() and (Path(source) / "checkpoints").is_dir():
+        raise ConversionError(
+            f"{source} is the folder of a run, not a checkpoint", f"use --workdir={source}"
+        )
     found = recognize(open_source(source).state)
     denoisers = [family for family in found if family in DENOISERS]
     if len(denoisers) != 1:
@@ -129,10 +143,13 @@ def config_of_converted(
       vae: Converted autoencoder of SiT.
 
     Raises:
-      ConfigError: If one of them is needed and not given, or the configs are not installed.
+      ConfigError: If one of them is needed and not given, or given and not needed, or the configs
+        are not installed.
     """
     record = read_json(folder / "conversion.json")
     family, model = record["family"], record["model"]
+    sources = {"encoder": encoder, "decoder": decoder, "statistics": statistics, "vae": vae}
+    check_sources(family, sources)
     config = configs.load_file(_config_path(family, model))
     keys = dict(zip(REGISTERS, ("num", "start", "gate"), strict=True))
     for name, value in model.items():
@@ -143,13 +160,11 @@ def config_of_converted(
     config.data.num_classes = model["num_classes"]
     config.space.update(encoder="", decoder="", statistics="", neurons="")
     if config.space.name == "rae":
-        _require(family, {"--encoder": encoder, "--decoder": decoder, "--statistics": statistics})
         normalized = "" if statistics == "none" else statistics
         config.space.update(encoder=encoder, decoder=decoder, statistics=normalized)
         sizes = read_json(Path(decoder) / "conversion.json")["model"]
         config.data.image_size = sizes["grid"] * sizes["patch_size"]
     elif config.space.name == "vae":
-        _require(family, {"--vae": vae})
         config.space.vae = vae
         halvings = len(read_json(Path(vae) / "conversion.json")["model"]["widths"]) - 1
         config.data.image_size = model["input_size"] * 2**halvings
@@ -173,9 +188,25 @@ def _config_path(family: str, model: Mapping[str, Any]) -> str:
     return str(folder / name)
 
 
-def _require(family: str, given: Mapping[str, str]) -> None:
-    missing: Sequence[str] = [flag for flag, value in given.items() if not value]
-    if missing:
+def check_sources(family: str, given: Mapping[str, str]) -> None:
+    """Checks that a denoiser gets the sources that its samples need, and no others.
+
+    Args:
+      family: The denoiser's family.
+      given: Value of --encoder, --decoder, --statistics and --vae by name, "" where not given.
+
+    Raises:
+      ConfigError: If one is missing or has no effect. Families without a default config pass.
+    """
+    if family not in _SOURCES:
+        return
+    needed = _SOURCES[family]
+    if unused := [f"--{name}" for name, value in given.items() if value and name not in needed]:
+        raise ConfigError(
+            f"{', '.join(unused)} has no effect with {TITLES[family]}",
+            "leave it out, or check which checkpoint --converted names",
+        )
+    if missing := [f"--{name}" for name in needed if not given[name]]:
         raise ConfigError(
             f"--converted with {TITLES[family]} needs {', '.join(missing)} as well",
             "--encoder names the encoder whose latents these are, as in --encoder=dinov2-base; "

@@ -12,6 +12,7 @@ from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import log
 from dsr_jax.runs.sampled_classes import class_notes
+from dsr_jax.runs.scoring import check_writable
 from dsr_jax.sampling.job import SampleJob
 from dsr_jax.telemetry.progress import announce, announce_first_call
 from dsr_jax.training.checkpoints import restore_params
@@ -39,8 +40,13 @@ def save_samples(
       out: Folder of the files; None for samples/ next to the weights.
       name: Name of the files; None makes one from the settings.
       data: The run's classes, whose names the record carries.
+
+    Raises:
+      EvaluationError: If nothing can be written into the folder.
     """
     section = config.sample
+    target = Path(out or folder / "samples").expanduser()
+    check_writable(target)
     mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
     space, variables = build.make_decoding_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
@@ -62,7 +68,7 @@ def save_samples(
     settings = f"{weights}-{method}{section.num_points}-{kind}{section.guidance:g}"
     latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
     job = SampleJob(
-        Path(out or folder / "samples").expanduser(),
+        target,
         name or f"{settings}-seed{section.seed}-n{section.num}",
         labels,
         jax.eval_shape(space.decode, variables, latents).shape[1:],

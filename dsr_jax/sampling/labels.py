@@ -66,7 +66,7 @@ def load_labels(path: str | os.PathLike[str], num_samples: int) -> np.ndarray:
     if path.suffix not in _READERS:
         raise DataError(f"label file {str(path)!r} has an unknown ending", "use .npy, .npz or .txt")
     if not path.is_file():
-        raise DataError(f"label file {str(path)!r} not found")
+        raise DataError(f"label file {str(path)!r} not found", "check the path")
     try:
         values = _READERS[path.suffix](path)
     except (

@@ -1,5 +1,7 @@
 """Samples straight from official files: converted on the way, cached, without an encoder."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,6 +104,7 @@ def test_one_command_from_official_files_to_images(files, tmp_path, capsys):
     [
         ({"encoder": ""}, ConfigError, "LightningDiT needs --encoder as well"),
         ({"decoder": "", "statistics": ""}, ConfigError, "needs --decoder, --statistics as well"),
+        ({"vae": "sdvae"}, ConfigError, "--vae has no effect with LightningDiT"),
         ({"encoder": "dinov9"}, ConfigError, "encoder='dinov9' does not exist"),
         ({"encoder": "siglip2-so400m"}, ConfigError, "latents of 768 channels"),
         ({"options": ""}, ConversionError, "register"),
@@ -112,6 +115,28 @@ def test_what_is_missing_or_does_not_fit_is_named(files, tmp_path, changes, erro
     with pytest.raises(error, match=message):
         sample.main(command(files, tmp_path, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_sources_are_checked_before_anything_is_converted(files, tmp_path):
+    with pytest.raises(ConfigError, match="needs --decoder as well"):
+        sample.main(command(files, tmp_path, decoder=""))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_statistics_none_means_none_with_a_config_too(files, tmp_path):
+    digits = Path(__file__).parents[2] / "configs" / "digits_rae.py"
+    args, _ = sample._parser().parse_known_args(
+        ["--converted=x", f"--config={digits}", "--statistics=none", "--decoder=made"]
+    )
+    config = sample.load_config(args, [])
+    assert config.space.statistics == "" and config.space.decoder == "made"
+
+
+def test_a_run_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"is the folder of a run.*\n.*--workdir="):
+        family_of_source(tmp_path)
 
 
 def test_a_decoder_is_no_denoiser(files, tmp_path):
