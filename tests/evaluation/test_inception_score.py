@@ -51,7 +51,7 @@ def test_splits_by_edges():
 
 def test_what_cannot_be_scored():
     score = InceptionScore(6)
-    with pytest.raises(EvaluationError, match="no samples"):
+    with pytest.raises(EvaluationError, match="at least one sample"):
         score.score()
     with pytest.raises(EvaluationError, match=r"shape \(2, 5\)"):
         score.update(np.zeros((2, 5)))

@@ -54,7 +54,7 @@ def test_a_stopped_pass_continues(sets, tmp_path, monkeypatch):
         scorer.score(*sets, folder, {})
     assert scorer.score(*sets, folder, {}) == want
     assert seen == [8, 8, 8, 3]
-    with pytest.raises(EvaluationError, match="of other images or networks"):
+    with pytest.raises(EvaluationError, match="for other images or networks"):
         scorer.score(*sets, folder, {"data": "other"})
 
 

@@ -67,5 +67,5 @@ def test_what_cannot_be_is_named() -> None:
         statistics.update(np.zeros((1, 2, 3, 4), np.float32))
     with pytest.raises(ConfigError, match="of an earlier version"):
         LatentStatistics.from_state({"count": np.asarray(1), "sums": np.zeros(3)}, SHAPE)
-    with pytest.raises(ConfigError, match="no latents"):
+    with pytest.raises(ConfigError, match="at least one latent"):
         LatentStatistics(SHAPE).finish()
