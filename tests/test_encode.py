@@ -1,5 +1,6 @@
 """The encode command: correct statistics and caches, exact resume, refusals."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -93,6 +94,35 @@ def test_a_pass_in_pieces_has_the_same_bits(whole, overrides, tmp_path, capsys) 
     run(out, overrides, "--no-flip")
     assert "complete" in capsys.readouterr().err
     assert (out / "progress.npz").stat().st_mtime_ns == before
+
+
+def test_a_finished_pass_of_an_earlier_version_is_complete(whole, overrides, tmp_path, capsys):
+    """Its sums have another form, but nothing has to be added to them."""
+    out = shutil.copytree(whole, tmp_path / "old")
+    with np.load(out / "progress.npz") as saved:
+        arrays = {name: saved[name] for name in ("recipe", "step", "count")}
+    np.savez(out / "progress.npz", **arrays, sums=np.zeros(3, np.int64))
+    run(out, overrides, "--no-flip")
+    assert "complete" in capsys.readouterr().err
+    (out / "statistics.safetensors").unlink()
+    with pytest.raises(ConfigError, match="earlier version"):
+        run(out, overrides, "--no-flip")
+
+
+def test_a_damaged_or_unfinished_save_starts_the_pass_again(
+    whole, overrides, tmp_path, capsys
+) -> None:
+    out = tmp_path / "again"
+    run(out, overrides, "--no-flip", "--stop-after=1")
+    progress = out / "progress.npz"
+    progress.write_bytes(progress.read_bytes()[:-40])
+    run(out, overrides, "--no-flip", "--stop-after=1")
+    assert "progress.npz is damaged" in capsys.readouterr().err
+    # A kill within the first save leaves the temporary file alone.
+    progress.rename(out / ".progress.npz.ab12cd_9.tmp")
+    run(out, overrides, "--no-flip")
+    results = [(folder / "statistics.safetensors").read_bytes() for folder in (out, whole)]
+    assert results[0] == results[1]
 
 
 def test_flips_are_on_by_default(whole, overrides, tmp_path) -> None:

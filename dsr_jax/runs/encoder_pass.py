@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from dsr_jax.build.rae import encoding_recipe
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.statistics import FILE, save_statistics
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.files import write_atomic, write_json
+from dsr_jax.core.files import leftovers, write_atomic, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Batch
 from dsr_jax.data import latents as cache
@@ -135,10 +137,14 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
     Raises:
       ConfigError: If the folder holds statistics of something else.
     """
-    statistics, start = _restore(out, work.recipe, work.latent_shape)
+    saved = _read_progress(out, work.recipe)
+    start = int(saved["step"]) if saved else 0
     if start == work.steps and (out / FILE).exists():
         log(f"complete: {out / FILE}")
         return
+    statistics = LatentStatistics(work.latent_shape)
+    if saved:
+        statistics = LatentStatistics.from_state(saved, work.latent_shape)
     stop = min(work.steps, start + stop_after if stop_after else work.steps)
 
     def keep(step: int, latents: np.ndarray, batch: Batch) -> None:
@@ -253,7 +259,8 @@ def _check_cache(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Checks that `out` is new, empty or left by a pass that was killed before its first save."""
+    if out.exists() and (not out.is_dir() or {*out.iterdir()} - {*leftovers(out)}):
         raise ConfigError(f"{out} holds other files", "name a new folder; nothing was written")
 
 
@@ -292,10 +299,8 @@ def _save(out: Path, recipe: dict[str, Any], statistics: LatentStatistics, step:
         write_atomic(out / _PROGRESS, buffer.getvalue())
 
 
-def _restore(
-    out: Path, recipe: dict[str, Any], shape: tuple[int, int, int]
-) -> tuple[LatentStatistics, int]:
-    """Reads the sums of a pass that was stopped, and the batch to go on with.
+def _read_progress(out: Path, recipe: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Reads what `_save` wrote last; {} for a new pass, or if the file is damaged.
 
     Raises:
       ConfigError: If the folder holds something else, or a pass of other settings.
@@ -303,7 +308,14 @@ def _restore(
     path = out / _PROGRESS
     if not path.exists():
         _refuse_foreign(out)
-        return LatentStatistics(shape), 0
-    with np.load(path, allow_pickle=False) as state:
-        _refuse_others(out, json.loads(str(state["recipe"])), recipe)
-        return LatentStatistics.from_state(state, shape), int(state["step"])
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            saved = {name: arrays[name] for name in arrays.files}
+        found = json.loads(str(saved["recipe"]))
+        int(saved["step"])
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, TypeError) as error:
+        log(f"{path} is damaged ({error}); the pass starts again")
+        return {}
+    _refuse_others(out, found, recipe)
+    return saved
