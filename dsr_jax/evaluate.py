@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise EvaluationError(
             "--classifier scores without --reference", "leave one of both out of the command line"
         )
-    needs = needs_of(find_metrics(args.metrics.split(",") if args.metrics else DEFAULT))
+    needs = needs_of(find_metrics(args.metrics or DEFAULT))
     if needs - {"images", "labels"} and not (args.inception or args.dinov2):
         raise EvaluationError(
             "these metrics need --inception or --dinov2",
@@ -73,14 +73,13 @@ def compare(args: argparse.Namespace) -> None:
     path = Path(args.samples)
     images = open_images(path)
     out = args.out or path.with_name(f"{path.stem}.scores.json")
-    metrics = args.metrics.split(",") if args.metrics else None
     # What files tell is checked before weights are read.
     check_output(out, images, args.reference)
     scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
     result = score_to_file(
         scorer,
         images,
-        metrics,
+        args.metrics,
         out,
         allow_constant=args.allow_constant,
         save_every=args.save_every,
@@ -130,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dinov2", help="folder of a converted DINOv2 with its class output, for fd_dinov2")
     add(
         "--metrics",
+        type=lambda text: [name.strip() for name in text.split(",")],
         help=f"of {','.join(METRICS)}, or package.module:Class; default: those of "
         f"{','.join(DEFAULT)} that the reference allows",
     )

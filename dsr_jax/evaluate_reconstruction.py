@@ -1,6 +1,6 @@
 """Scores an autoencoder's reconstructions: rFID, PSNR, SSIM, LPIPS.
 
-    python -m dsr_jax.evaluate_reconstruction --config=configs/x.py --out=DIR \
+    python -m dsr_jax.evaluate_reconstruction --config=configs/x.py --out=DIR \\
         --inception=converted/inception --lpips=converted/lpips
 
 The config names the autoencoder (config.space) and the images (config.data, of the split

@@ -278,10 +278,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=[[], *TASKS],
         help=f"{', '.join(TASKS)}; default: all",
     )
-    parser.add_argument("--size", choices=SIZES, default="S")
-    parser.add_argument("--batch", type=int, default=8, help="of the training step and the encoder")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="")
+    parser.add_argument("--size", choices=SIZES, default="S", help="size of the DiT")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of timed calls")
+    parser.add_argument(
+        "--remat",
+        choices=("none", "dots", "full"),
+        default="",
+        help="what the backward pass computes again; default: the config's",
+    )
     parser.add_argument("--threads", type=int, default=0, help="cores to use; default: all")
     parser.add_argument("--json", type=Path, help="file for all figures")
     return parser

@@ -41,10 +41,10 @@ class Difference(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
     parser = make_parser(__doc__)
-    parser.add_argument("snapshot", type=Path)
+    parser.add_argument("snapshot", type=Path, help="folder of config.json and weights")
     parser.add_argument("--images", help="folder of images; default: normal noise")
-    parser.add_argument("--image-size", type=int, help="default: 16 patches a side, as in RAE")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--image-size", type=int, help="side in pixels; default: 16 patches")
+    parser.add_argument("--batch", type=int, default=4, help="number of images")
     args = parser.parse_args(argv)
     config, _ = read_encoder(args.snapshot)
     size = args.image_size or 16 * config.patch_size

@@ -187,7 +187,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("search").add_argument
-    add("--threshold", type=float, help="least norm of outliers; default: found from the norms")
+    add("--threshold", type=float, help="smallest norm of outliers; default: found from the norms")
     add("--detect-block", type=int, default=-1, help="block after which norms are measured")
     add("--lowest-block", type=int, default=0, help="first block to choose from")
     add(

@@ -1,6 +1,6 @@
 """Makes a reference for python -m dsr_jax.evaluate from a data source or from a file of images.
 
-    python tools/make_reference.py folder --root imagenet --split train --image-size 256 \
+    python tools/make_reference.py folder --root imagenet --split train --image-size 256 \\
         --inception converted/inception --keep 10000 --out imagenet256.npz
     python tools/make_reference.py VIRTUAL_imagenet256_labeled.npz --inception DIR --out ready.npz
 

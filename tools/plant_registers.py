@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", required=True, help="folder of images, in any layout")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the encoder")
     parser.add_argument("--images", type=int, default=64, help="number of images to calibrate on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images")
     args = parser.parse_args(argv)
     source = UnlabeledImages(
         args.root, CONFIG.image_size, count=args.images, seed=args.seed, on_corrupt="skip"

@@ -270,11 +270,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--class-map", default="", help="file of class names in the order of their labels"
     )
-    parser.add_argument("--shards", type=int, default=128)
+    parser.add_argument("--shards", type=int, default=128, help="number of files")
     parser.add_argument("--size", type=int, default=256, help="side of the images, in pixels")
-    parser.add_argument("--format", choices=FORMATS, default="png")
-    parser.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="png",
+        help="png and jpeg store cropped images, keep stores the files as they are",
+    )
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do about files that cannot be decoded",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=multiprocessing.cpu_count(),
+        help="number of processes; default: one per core",
+    )
     args = parser.parse_args(argv)
     if args.verify:
         verify(args.out)

@@ -1,6 +1,6 @@
 """Samples and scores a run over checkpoints, EMA decays, guidance scales and intervals.
 
-    python tools/sweep.py --workdir runs/x --reference ready.npz --inception converted/inception \
+    python tools/sweep.py --workdir runs/x --reference ready.npz --inception converted/inception \\
         --guidance 1.0 1.25 1.5 --ema 0.9999 --interval 0,1 0.1,0.9 --num-samples 10000 --out sweep
 
 Every combination is sampled by python -m dsr_jax.sample and scored by python -m dsr_jax.evaluate.

@@ -19,7 +19,10 @@ from dsr_jax.models.registry import DENOISERS, denoiser_class, model_sizes
 _OPTIONS: Mapping[str, tuple[int, str]] = MappingProxyType(
     {
         "num_heads": (0, "default: read off the file, or that of a released size"),
-        "register_start": (-1, "first block with registers"),
+        "register_start": (
+            -1,
+            "first block with registers; needed if the file has registers, default: none",
+        ),
         "decoder_num_heads": (0, "heads of the wide blocks; default: read off the rope table"),
         "decoder_depth": (0, "number of wide blocks; default: read off their width"),
         "class_token_start": (-1, "first block with class tokens; default: that of its size"),

@@ -24,7 +24,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         shown = action.option_strings and action.nargs != 0 and "default" not in text
-        if not shown or action.required or action.default in (None, "", [], argparse.SUPPRESS):
+        if not shown or action.required or action.default in (None, "", [], (), argparse.SUPPRESS):
             return text
         return f"{text} (default: %(default)s)".lstrip()
 

@@ -68,7 +68,7 @@ class Extractor:
         if outputs not in self._compiled:
             program = jax.jit(lambda p, x: self._extract(p, x, outputs))
             names = ", ".join(sorted(outputs))
-            self._compiled[outputs] = announce_first_call(program, f"the features {names}")
+            self._compiled[outputs] = announce_first_call(program, f"the features ({names})")
         local = {"images": images, "index": (first + self.rows).astype(np.int32)}
         given = host_to_global(local, self._sharding, self.batch)
         return {**self._compiled[outputs](self._params, given["images"]), "index": given["index"]}

@@ -157,7 +157,7 @@ def _image_names(folder: Path) -> list[str]:
     if beside and len(beside) < len(names):
         raise EvaluationError(
             f"{folder} holds {len(beside)} images ({beside[0]}, ...) beside subfolders with "
-            f"{len(names) - len(beside)}, and only one of both can be the set to be scored",
+            f"{len(names) - len(beside)}, and only one of the two can be scored",
             "move the others elsewhere",
         )
     return names

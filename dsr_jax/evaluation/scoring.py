@@ -118,6 +118,10 @@ class Scorer:
             result.recipe |= metric.recipe(theirs.get(kind))
             result.warnings += [w for w in metric.warnings(images) if w not in result.warnings]
         result.warnings += filter(None, map(unpublished, self.extractor.records))
+        if about.get("digest") == reference_digest:
+            result.warnings.append(
+                "samples and reference are the same images: the scores are those of a perfect copy"
+            )
         if lossy := about.get("lossy"):
             result.warnings.append(
                 f"samples are {', '.join(lossy)} files: lossy compression changes every score; "

@@ -121,6 +121,16 @@ def test_references_of_other_weights_are_refused(tmp_path):
         score(tmp_path, ["fid"], **made)
 
 
+def test_samples_that_are_the_reference_are_pointed_out(tmp_path):
+    assert not any("same images" in warning for warning in score(tmp_path, arr_0=REAL).warnings)
+    np.savez(tmp_path / "copy.npz", REAL)
+    scorer = Scorer(StandIn(), open_reference(tmp_path / "copy.npz"))
+    images = open_images(tmp_path / "copy.npz")
+    found = scorer.score(images, ["fid"], folder=tmp_path / "parts")
+    assert abs(found.scores["fid"]) < 1e-6
+    assert any("samples and reference are the same images" in w for w in found.warnings)
+
+
 def test_pickles_are_never_loaded(tmp_path):
     (tmp_path / "ref.pkl").write_bytes(b"cos\nsystem\n")
     with pytest.raises(EvaluationError, match="pickle"):
