@@ -25,7 +25,7 @@ def test_images_are_those_of_the_whole_space(tmp_path) -> None:
 def test_an_absent_encoder_is_recognized_by_name_or_rejected(tmp_path) -> None:
     config = configs.load("configs/digits.py", save_rae(tmp_path))
     shutil.rmtree(tmp_path / "encoder")
-    with pytest.raises(ConfigError, match="encoder=.*does not exist, and 0 encoders"):
+    with pytest.raises(ConfigError, match="encoder=.*does not exist, and 0 known encoders"):
         build.make_decoding_space(config)
     config.space.update(encoder="converted/dinov2-base", decoder="", statistics="", image_size=0)
     space, _ = build.make_decoding_space(config)

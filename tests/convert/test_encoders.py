@@ -121,7 +121,7 @@ def test_an_encoder_is_found_below_any_prefix(prefix: str) -> None:
 def test_what_does_not_belong_is_named() -> None:
     config, state = small("siglip")
     whole = {f"vision_model.{key}": value for key, value in state.items()}
-    with pytest.raises(ConversionError, match="unknown tensors beside .*: surprise"):
+    with pytest.raises(ConversionError, match="unknown tensors besides .*: surprise"):
         take_encoder({**whole, "surprise": np.zeros(1)}, "siglip")
     with pytest.raises(ConversionError, match="not known to the model"):
         torch_to_flax({**state, "encoder.layers.0.surprise": np.zeros(1)}, encoder_rules(config))

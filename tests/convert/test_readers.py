@@ -140,7 +140,7 @@ def test_pickled_code_is_refused_and_does_not_run(torch, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_truncated_torch_file_is_named(torch, tmp_path, share, zipped):
     path = tmp_path / "cut.pt"
     torch.save({"model": tensors(torch)}, path, _use_new_zipfile_serialization=zipped)
@@ -150,7 +150,7 @@ def test_truncated_torch_file_is_named(torch, tmp_path, share, zipped):
         read_state(path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_truncated_safetensors_file_is_named(tmp_path, share):
     path = tmp_path / "cut.safetensors"
     save_file(ARRAYS, path)
@@ -158,6 +158,13 @@ def test_truncated_safetensors_file_is_named(tmp_path, share):
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ConversionError, match=r"cut.safetensors cannot be read.*\n.*copy it again"):
         read_state(path)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_an_empty_file_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConversionError, match=f"{name} is an empty file\n.*did not fetch"):
+        read_state(tmp_path / name)
 
 
 def test_torch_file_without_torch(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_new_decoder_is_initialized_like_the_original() -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ConfigError, match="12 channels for a decoder of 16"):
         apply(tokens()[..., :12])
-    with pytest.raises(ConfigError, match="17 latent tokens form no square"):
+    with pytest.raises(ConfigError, match="17 latent tokens do not form a square"):
         apply(np.zeros((1, 17, 16), np.float32))
     with pytest.raises(ConfigError, match="num_heads=5"):
         _ = dataclasses.replace(DECODER, num_heads=5).blocks
