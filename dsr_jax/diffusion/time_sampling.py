@@ -21,11 +21,6 @@ def shift_time(t: Array, shift: float) -> Array:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def dimension_shift(latent_size: int, base: int = 4096) -> float:
-    """Returns the shift for a latent of `latent_size` numbers: sqrt(size / base)."""
-    return math.sqrt(latent_size / base)
-
-
 def default_eps(path: str, prediction: str) -> float:
     """Returns the distance from the ends of time at which a prediction is not singular."""
     if path.startswith("vp"):
