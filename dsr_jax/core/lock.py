@@ -109,6 +109,7 @@ class FolderLock:
             return False
         try:
             with os.fdopen(handle, "w") as file:
+                self._owner["inode"] = os.fstat(handle).st_ino
                 json.dump(self._owner, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
@@ -128,7 +129,7 @@ class FolderLock:
         owner, touched = _read(self._path)
         if touched is None:
             return
-        alive = _is_alive(owner)
+        alive = None if _is_copy(self._path, owner) else _is_alive(owner)
         logged = False
         while alive is None:
             age = self._age(touched)
@@ -234,6 +235,14 @@ def describe(owner: dict[str, Any]) -> str:
     command = " ".join(map(str, owner.get("command", [])))
     process = f"process {owner.get('pid')} on {owner.get('host')}"
     return f"{process}, started {owner.get('time')} ({command})"
+
+
+def _is_copy(path: Path, owner: dict[str, Any]) -> bool:
+    """Whether the lock may have come with a copied folder, whose owner does not touch it."""
+    with contextlib.suppress(OSError):
+        inode = path.stat().st_ino
+        return bool(owner.get("inode", inode) != inode)
+    return False
 
 
 def _is_alive(owner: dict[str, Any]) -> bool | None:

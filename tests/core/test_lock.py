@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -57,6 +58,19 @@ def test_a_living_owner_is_named(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_a_locked_folder_is_not_in_use(tmp_path: Path) -> None:
+    """The owner is alive, but elsewhere: the copy's lock is never touched again."""
+    with FolderLock(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        copied = FolderLock(
+            tmp_path / "copy", log=lambda text: None, touch_seconds=0.2, stale_seconds=0.5
+        )
+        with copied:
+            assert json.loads((tmp_path / "copy" / FILE).read_text())["pid"] == os.getpid()
+        with pytest.raises(LockError, match="in use"):
+            FolderLock(tmp_path / "run").acquire()
 
 
 def test_a_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
