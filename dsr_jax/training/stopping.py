@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Self
+from typing import NoReturn, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,6 +35,7 @@ class StopRequest:
         self._several = jax.process_count() > 1
         self._nothing_to_save = False
         self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
 
     def reached(self, step: int) -> bool:
         """Whether to stop after `step`; every process asks after every step."""
@@ -64,7 +65,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._pipe[1])
             self._pipe = None
 
@@ -75,6 +76,9 @@ class StopRequest:
         In a run of several processes a signal waits for its end all the same.
         """
         self._nothing_to_save = True
+        if self._signal is not None and not self._several:
+            # It came while the first batch was read.
+            _end_in_first_step(self._signal)
         try:
             yield
         finally:
@@ -84,7 +88,7 @@ class StopRequest:
         """Starts a thread that sees signals also while the main thread is in C code."""
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
-        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._read_signals, args=(self._pipe[0],), daemon=True).start()
 
     def _read_signals(self, reading: int) -> None:
@@ -92,13 +96,7 @@ class StopRequest:
         with os.fdopen(reading, "rb", buffering=0) as pipe:
             while data := pipe.read(1):
                 if data[0] in SIGNALS and self._nothing_to_save:
-                    name = signal.Signals(data[0]).name
-                    print(
-                        f"stopped by {name} in the first step of this start: there is nothing to "
-                        "save; the same command continues",
-                        file=sys.stderr,
-                    )
-                    end_at_once(128 + data[0])
+                    _end_in_first_step(data[0])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -107,3 +105,12 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self._several:
                 os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_in_first_step(number: int) -> NoReturn:
+    print(
+        f"stopped by {signal.Signals(number).name} in the first step of this start: there is "
+        "nothing to save; the same command continues",
+        file=sys.stderr,
+    )
+    end_at_once(128 + number)

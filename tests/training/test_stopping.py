@@ -5,13 +5,16 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dsr_jax.training import stopping
 from dsr_jax.training.checkpoints import list_steps
+from dsr_jax.training.stopping import StopRequest
 from tests.training.toy_training import Run, flat
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,6 +107,40 @@ def test_a_signal_while_the_first_step_compiles_ends_at_once(
     assert status_seen == status, errors
     assert f"stopped by {signal.Signals(number).name} in the first step" in errors
     assert not list_steps(tmp_path / "checkpoints")
+
+
+def test_a_signal_before_the_first_step_ends_before_it_compiles(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes while the first batch is read."""
+
+    def end(status: int) -> None:
+        # The thread that sees the signal ends the process as well.
+        if threading.current_thread() is threading.main_thread():
+            sys.exit(status)
+
+    monkeypatch.setattr(stopping, "end_at_once", end)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended, stop.nothing_to_save():
+            pytest.fail("the first step began")
+    assert ended.value.code == 143
+    assert "stopped by SIGTERM in the first step" in capsys.readouterr().err
+
+
+def test_the_wakeup_of_a_program_around_it_is_restored() -> None:
+    """An event loop, as in a notebook, has one of its own."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing)
+    try:
+        with StopRequest():
+            pass
+        assert signal.set_wakeup_fd(before) == writing
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.slow
