@@ -152,20 +152,28 @@ class FolderLock:
                 f"{self._folder} is in use by {describe(owner)}",
                 "wait for that process or stop it, then run the same command again to continue",
             )
-        self._remove(owner)
+        self._remove(owner, touched)
 
-    def _remove(self, owner: dict[str, Any]) -> None:
-        """Removes a dead owner's file, unless another command has already done so."""
-        mine = self._path.with_name(f"{FILE}.{uuid.uuid4().hex}")
+    def _remove(self, owner: dict[str, Any], touched: float) -> None:
+        """Removes a dead owner's file, unless another command has already done so.
+
+        One command at a time removes, so that none removes the fresh lock of another. Returns
+        without having removed anything while another command does it.
+        """
+        guard = self._path.with_name(f"{FILE}.removing")
         try:
-            os.rename(self._path, mine)
-        except FileNotFoundError:
+            os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if self._age(guard.stat().st_mtime) > self._stale_seconds:
+                    guard.unlink()
+            time.sleep(0.02)
             return
-        if _read(mine)[0] != owner:
-            # Another command had already replaced the dead lock with its own: restore it.
-            with contextlib.suppress(OSError):
-                os.link(mine, self._path)
-        mine.unlink(missing_ok=True)
+        try:
+            if _read(self._path) == (owner, touched):
+                self._path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _age(self, touched: float) -> float:
         """Returns the seconds since a touch, by the file system's clock instead of this host's."""
