@@ -71,7 +71,7 @@ def family_of_source(source: str | Path) -> str:
         held = " and ".join(TITLES[family] for family in found) or "weights of no known network"
         raise ConversionError(
             f"{source} holds {held}, not a denoiser",
-            f"give a checkpoint of one of {', '.join(TITLES[name] for name in DENOISERS)}",
+            f"give one of {', '.join(TITLES.get(name, name) for name in DENOISERS)}",
         )
     return denoisers[0]
 
