@@ -255,27 +255,36 @@ class Checkpoints:
             self._manager = self._open()
         return later
 
-    def set_aside_damaged(self, error: DamagedCheckpointError) -> None:
-        """Moves a damaged newest step aside, so that the run continues from the one before.
+    def leave_to_next_start(self, error: DamagedCheckpointError) -> None:
+        """Leaves a damaged step to the next start, in a run of several processes.
 
-        In a run of several processes, of which perhaps one alone cannot read the step, the next
-        start moves it.
+        Perhaps one of them alone cannot read it; the next start sets it aside.
 
         Raises:
-          DamagedCheckpointError: If there is no earlier step, or if the next start is to do it;
-            the exit status then asks launchers for one.
+          DamagedCheckpointError: In such a run; its exit status asks launchers for another start
+            if there is an earlier step.
         """
-        earlier = [step for step in self.steps() if step < error.step]
-        if not earlier:
-            raise error
-        if jax.process_count() > 1:
+        if jax.process_count() == 1:
+            return
+        if min(self.steps()) < error.step:
             mark_damaged(self.directory, error.step)
             error.exit_status = ProcessError.exit_status
-            raise error
+        raise error
+
+    def set_aside_damaged(self, errors: Sequence[DamagedCheckpointError], used: int) -> None:
+        """Moves damaged steps aside, once the run continues from an earlier one.
+
+        Args:
+          errors: Errors of the damaged steps.
+          used: Step from which the run continues.
+        """
+        if not errors:
+            return
         self._manager.close()
-        moved = move_aside(self.directory, error.step)
+        for error in errors:
+            moved = move_aside(self.directory, error.step)
+            log(f"{error.problem}; it was set aside: {moved}; step {used} is used")
         self._manager = self._open()
-        log(f"{error.problem}; it was set aside: {moved}; step {earlier[-1]} is used")
 
     def close(self) -> None:
         """Waits for saves and ends the threads; not for those of a save that does not end."""

@@ -137,21 +137,52 @@ def start_or_resume(
     if restore_step < 0:
         state, extra = _restore_newest(checkpoints, abstract)
     else:
-        state, extra = checkpoints.restore(abstract, restore_step)
+        state, extra = _restore_step(checkpoints, abstract, restore_step)
         checkpoints.set_aside_after(restore_step)
         record.note_went_back(restore_step)
     return state, ResumeState(MetricWindow(extra.get("window")), extra.get("seconds", 0.0))
 
 
+def _restore_step(
+    checkpoints: Checkpoints, abstract: TrainState, step: int
+) -> tuple[TrainState, dict[str, Any]]:
+    """Restores the step that config.checkpoint.restore_step names, and no other."""
+    try:
+        return checkpoints.restore(abstract, step)
+    except DamagedCheckpointError as error:
+        others = ", ".join(str(other) for other in checkpoints.steps() if other != step)
+        raise DamagedCheckpointError(
+            step,
+            error.problem,
+            f"set config.checkpoint.restore_step to another step ({others or 'there is none'}), or "
+            "leave it out to continue from the newest",
+        ) from error
+
+
 def _restore_newest(
     checkpoints: Checkpoints, abstract: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Restores the newest step that is not damaged, and sets damaged ones aside."""
-    while True:
+    """Restores the newest step that is not damaged, then sets the damaged ones aside.
+
+    Where none can be read, nothing is moved: the cause may be the storage, or a package.
+    """
+    damaged: list[DamagedCheckpointError] = []
+    for step in reversed(checkpoints.steps()):
         try:
-            return checkpoints.restore(abstract)
+            found = checkpoints.restore(abstract, step)
         except DamagedCheckpointError as error:
-            checkpoints.set_aside_damaged(error)
+            checkpoints.leave_to_next_start(error)
+            damaged.append(error)
+        else:
+            checkpoints.set_aside_damaged(damaged, step)
+            return found
+    steps = ", ".join(str(error.step) for error in damaged)
+    raise DamagedCheckpointError(
+        damaged[0].step,
+        f"none of the checkpoints {steps} can be read; {damaged[0].problem}",
+        "nothing was moved: check the storage, and that the packages are those of the run "
+        "(provenance.json); then restore the folder from a copy, or start in a new --workdir",
+    )
 
 
 def train_loop(

@@ -1,6 +1,8 @@
 """The loop: exact resume, log records, hooks, and stopping at numbers that are none."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from dsr_jax.core.errors import CheckpointError, DamagedCheckpointError, NumericsError
 from dsr_jax.parallel.mesh import MeshShape
 from dsr_jax.telemetry.writers import read_metrics
+from dsr_jax.training import checkpoint_reading
 from dsr_jax.training.checkpoints import list_steps
 from dsr_jax.training.loop import Hook
 from dsr_jax.training.metrics import MetricWindow
@@ -191,17 +194,35 @@ def test_a_damaged_checkpoint_without_an_earlier_one_is_an_error(again: Run) -> 
     for step in (4, 6):
         damage(again.workdir / "checkpoints" / str(step))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="4 is damaged.*\n.*no other step"):
+        with pytest.raises(CheckpointError, match="none of .* 6, 4 can be read.*6 is damaged"):
             again.train(STEPS)
-    assert list_steps(again.workdir / "checkpoints") == [4]
+    assert list_steps(again.workdir / "checkpoints") == [4, 6]
+
+
+def test_checkpoints_behind_unreadable_storage_stay_where_they_are(
+    whole: Any, again: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for all of them is no damage of one, and may pass."""
+    again.train(STEPS, stop_after_steps=6)
+
+    def stale(*_: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Stale.*\n.*storage"):
+        patch.setattr(checkpoint_reading, "_restore", stale)
+        again.train(STEPS)
+    summary = again.train(STEPS)
+    assert summary.steps_here == STEPS - 6
+    equal(summary.state, whole[1])
 
 
 def test_a_damaged_step_that_was_asked_for_is_an_error(again: Run) -> None:
     again.train(STEPS)
     damage(again.workdir / "checkpoints" / "8")
-    with pytest.raises(CheckpointError, match="8 is damaged"):
+    with pytest.raises(CheckpointError, match="8 is damaged.*\n.*another step .10.*leave it out"):
         again.train(STEPS, restore_step=8)
     assert list_steps(again.workdir / "checkpoints") == [8, 10]
+    assert again.train(STEPS, restore_step=10).steps_here == 0
 
 
 def test_several_processes_leave_a_damaged_step_to_the_next_start(
@@ -213,7 +234,7 @@ def test_several_processes_leave_a_damaged_step_to_the_next_start(
     with again.checkpoints() as checkpoints, pytest.raises(CheckpointError) as caught:
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
-            checkpoints.set_aside_damaged(DamagedCheckpointError(6, "6 is damaged"))
+            checkpoints.leave_to_next_start(DamagedCheckpointError(6, "6 is damaged"))
     assert caught.value.exit_status == 75
     assert list_steps(again.workdir / "checkpoints") == [4, 6]
     assert again.train(STEPS).steps_here == STEPS - 4
