@@ -113,7 +113,7 @@ def check(config: ConfigDict) -> None:
     require(
         ema in ("none", *known),
         f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
-        f"choose from none, {', '.join(known)}",
+        f"choose from {', '.join(['none', *known])}",
     )
     for key in _NOT_NEGATIVE:
         require(values[key] >= 0, f"config.{key}={values[key]}", "use 0 for none, or more")

@@ -73,8 +73,8 @@ def check_workdir(
     if refused:
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise ConfigError(
-            f"workdir {str(folder)!r} holds a run with other settings of what is learned:\n    "
-            + "\n    ".join(list(refused.values())[:MAX_LINES]),
+            f"workdir {str(folder)!r} holds a run with other settings, which decide what is "
+            "learned:\n    " + "\n    ".join(list(refused.values())[:MAX_LINES]),
             f"use another --workdir or the run's own settings; to continue all the same: {flags}",
         )
     return sorted([*changes.free.values(), *changes.ask.values()])
