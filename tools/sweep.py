@@ -87,10 +87,16 @@ def make_points(args: argparse.Namespace, steps: Sequence[int]) -> Iterator[Poin
     Raises:
       EvaluationError: If the run has no checkpoints, or lacks a requested one.
     """
-    chosen = args.steps or list(steps)[-1:]
-    if not chosen or not set(chosen) <= set(steps):
+    if not steps:
         raise EvaluationError(
-            f"{args.workdir} has no checkpoints {args.steps}", f"there are {list(steps)}"
+            f"{args.workdir} holds no checkpoints",
+            "give the --workdir of a run of python -m dsr_jax.train that has saved",
+        )
+    chosen = args.steps or list(steps)[-1:]
+    if missing := sorted(set(chosen) - set(steps)):
+        raise EvaluationError(
+            f"{args.workdir} holds no checkpoints of steps {', '.join(map(str, missing))}",
+            f"choose --steps from {', '.join(map(str, steps))}",
         )
     combinations = itertools.product(chosen, args.ema, args.guidance, args.interval)
     yield from dict.fromkeys(

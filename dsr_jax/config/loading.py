@@ -88,8 +88,11 @@ def load_file(path_and_arg: str) -> ConfigDict:
     """
     path, _, arg = path_and_arg.partition(":")
     if not Path(path).is_file():
-        others = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise ConfigError(f"config file {path!r} not found", f"here are {', '.join(others)}")
+        others = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+        raise ConfigError(
+            f"config file {path!r} not found",
+            f"choose from {others}" if others else "check the path, or run from the repository",
+        )
     if Path(path).suffix == ".json":
         return from_json(files.read_json(path), path)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)

@@ -34,7 +34,7 @@ def labels_of(names: Sequence[str], class_map: str = "") -> dict[str, int]:
         raise DataError(
             f"class map {class_map} lacks {len(missing)} classes of the data set: "
             f"{', '.join(missing[:8])}",
-            "add them to the file that config.data.class_map names",
+            "add them to that file",
         )
     return labels
 

@@ -55,18 +55,18 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
     path = Path(path)
     try:
         content = read_json(path)
-        scores, recipe = content["scores"], content["recipe"]
+        scores, recipe = dict(content["scores"]), dict(content["recipe"])
+        record = (content["samples"].get("record") or {}).get("recipe") or {}
+        values = {**record, **record.get("sampler", {})}
+        packages = dict(content.get("provenance", {}).get("packages", {}))
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error}", "check the path") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{path} holds no scores with their recipe",
             "give files that python -m dsr_jax.evaluate wrote with --reference",
         ) from error
-    record = (content["samples"].get("record") or {}).get("recipe") or {}
-    values = {**record, **record.get("sampler", {})}
     sampling = {key: values[key] for key in _SETTINGS if key in values}
-    packages = content.get("provenance", {}).get("packages", {})
     name = path.name.removesuffix(".json").removesuffix(".scores")
     return Scores(name, scores, recipe, sampling, packages)
 

@@ -58,8 +58,12 @@ def test_bad_overrides_name_the_key(override: str, message: str) -> None:
         configs.load(DIGITS, [override])
 
 
-def test_missing_and_foreign_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not found"):
+def test_missing_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(DIGITS).parents[1])
+    with pytest.raises(ConfigError, match=r"not found\n.*choose from .*configs/digits.py"):
+        configs.load(str(tmp_path / "no.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"not found\n.*run from the repository"):
         configs.load(str(tmp_path / "no.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match="no get_config"):

@@ -82,6 +82,10 @@ def test_other_files_are_refused(tmp_path):
     write_json(tmp_path / "classifier.json", {"scores": {"classifier_accuracy": 1.0}})
     with pytest.raises(EvaluationError, match="no scores with their recipe"):
         compare_scores.main([str(tmp_path / "classifier.json")])
+    for content in ({"scores": {}, "recipe": {}}, {"scores": 1, "recipe": 2, "samples": 3}):
+        write_json(tmp_path / "other.json", content)
+        with pytest.raises(EvaluationError, match="other.json holds no scores with their recipe"):
+            compare_scores.main([str(tmp_path / "other.json")])
     with pytest.raises(EvaluationError, match="cannot be read"):
         compare_scores.main([str(tmp_path / "none.json")])
 

@@ -31,8 +31,11 @@ def test_all_combinations_but_intervals_without_guidance():
         *("--ema", "none", "--interval", "0.1,0.9"),
     ]
     assert [point.step for point in points([10, 20], steps=[10, 20])] == [10, 20]
-    for existing, asked in (([10], [10, 30]), ([], [])):
-        with pytest.raises(EvaluationError, match="has no checkpoints"):
+    for existing, asked, problem in (
+        ([10], [10, 30], r" of steps 30\n.*choose --steps from 10"),
+        ([], [], r"\n.*--workdir"),
+    ):
+        with pytest.raises(EvaluationError, match=f"run holds no checkpoints{problem}"):
             points(existing, steps=asked)
 
 
