@@ -88,7 +88,7 @@ class Reconstructions:
         if not is_process_zero():
             return
         folder = self.workdir / f"decoder_{summary.step:08d}"
-        self._export(folder, params, summary.step)
+        self._export(folder, params, summary.step, replace=summary.steps_here > 0)
         losses = [r["loss"] for r in read_metrics(self.workdir) if "loss" in r]
         record = {
             "steps": summary.step,
@@ -133,9 +133,16 @@ class Reconstructions:
         inputs, outputs = (np.concatenate([empty, *arrays])[: self._count] for arrays in found)
         return inputs, outputs
 
-    def _export(self, folder: Path, params: Params, step: int) -> None:
-        """Writes the decoder; a folder is there whole or not at all, and stays as it is."""
-        if folder.exists():
+    def _export(self, folder: Path, params: Params, step: int, *, replace: bool) -> None:
+        """Writes the decoder; a folder is there whole or not at all.
+
+        Args:
+          folder: Folder to write.
+          params: The decoder's parameters.
+          step: Steps done.
+          replace: Replaces the folder of a run that has gone back since; otherwise it stays.
+        """
+        if folder.exists() and not replace:
             return
         unfinished = folder.with_name(f".{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -146,6 +153,8 @@ class Reconstructions:
             "trained_with": file_digests(self.config),
         }
         save_decoder(unfinished, self._sizes, params, record)
+        if folder.exists():
+            shutil.rmtree(folder)
         unfinished.rename(folder)
 
 

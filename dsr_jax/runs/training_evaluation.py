@@ -77,18 +77,24 @@ class Results:
             path = self.workdir / "samples" / f"step_{step:08d}.png"
             save_png_grid(path, images, columns=len(classes))
 
-    def score(self, step: int, state: TrainState) -> dict[str, float]:
+    def score(self, step: int, state: TrainState, *, trained_here: bool = True) -> dict[str, float]:
         """Samples and scores as config.eval asks; returns the numbers for the log.
 
         The samples of the last step stay, those on the way are removed. The scores with their
         recipe go to `scores/`, where tools/compare_scores.py finds them.
+
+        Args:
+          step: Steps done.
+          state: The state.
+          trained_here: Whether this start has trained the state, so that samples of this step which
+            are there already are of other weights: of a run that went back, or of a stop that no
+            checkpoint kept.
         """
         scores: dict[str, Any] = {}
         section, last = self.config.eval, step == self.config.train.steps
         if section.num_samples and (section.classifier or self._scorer is not None):
             name = f"{'final' if last else 'scored'}_{step:08d}"
-            if not last:
-                # What a stop has left may be of weights that no checkpoint kept.
+            if not last or trained_here:
                 self._remove(name)
             path = self._save_samples(step, state, name)
             if self._scorer is not None:
@@ -106,7 +112,7 @@ class Results:
     def finish(self, summary: Summary) -> None:
         """Samples and scores where the config asks for it; writes summary.json."""
         if self._last[0] != summary.step:
-            self.score(summary.step, summary.state)
+            self.score(summary.step, summary.state, trained_here=summary.steps_here > 0)
         scores, path = self._last[1], self.workdir / "summary.json"
         if not is_process_zero():
             return

@@ -159,3 +159,28 @@ def test_pictures_show_trained_classes_alone(tmp_path: Path) -> None:
     make_results(tmp_path, sample).save_grid(4, state)
     assert seen[0].tolist() == [0, 2, 0, 2, 0, 2]
     assert (tmp_path / "samples" / "step_00000004.png").is_file()
+
+
+def test_final_samples_of_a_run_that_went_back_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete run that is started again keeps them, and so does one that was stopped there."""
+
+    def sample(params: Any, variables: Any, indices: np.ndarray, labels: np.ndarray) -> Samples:
+        images = jnp.full((len(indices), 8, 8, 1), params["level"], jnp.uint8)
+        return Samples(images, jnp.ones(len(indices), bool), jnp.asarray(indices))
+
+    def mean(self: Results, path: Path) -> dict[str, float]:
+        return {"mean": float(np.load(path)["arr_0"].mean())}
+
+    monkeypatch.setattr(Results, "_classify", mean)
+    results = make_results(tmp_path, sample)
+    results.config.train.steps = 4
+    results.config.eval.update(classifier="digits", num_samples=6)
+
+    def score(level: int, **how: bool) -> float:
+        params = {"level": np.uint8(level)}
+        state = TrainState(step=np.int32(4), params=params, ema={}, opt_state=())
+        return results.score(4, state, **how)["mean"]
+
+    assert [score(1), score(2), score(3, trained_here=False)] == [1, 2, 2]
