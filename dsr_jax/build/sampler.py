@@ -68,7 +68,10 @@ def compile_sampler(
 
 def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> dict[str, Any]:
     """Returns what decides a checkpoint's images, besides their indices and labels."""
-    guide = guide_recipe(config)
+    guide, settings = guide_recipe(config), architecture(config)
+    if not config.space.shift:
+        # Jobs of earlier versions, which must continue, do not record it.
+        settings.pop("config.space.shift", None)
     return {
         "step": step,
         "ema": ema,
@@ -76,5 +79,5 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
         **({"autoguidance": guide} if guide else {}),
         "objective": {key: config.objective[key] for key in ("path", "prediction", "noise_scale")},
         "precision": config.precision.to_dict(),
-        "architecture": architecture(config) | file_digests(config),
+        "architecture": settings | file_digests(config),
     }
