@@ -34,7 +34,11 @@ from dsr_jax.runs.official_sources import (
     family_of_source,
     is_converted,
 )
-from dsr_jax.runs.sampled_classes import classes_to_sample, parse_classes
+from dsr_jax.runs.sampled_classes import (
+    classes_of_converted,
+    classes_to_sample,
+    parse_classes,
+)
 from dsr_jax.runs.sampling import save_samples
 from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
@@ -57,7 +61,7 @@ def sample(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         convert_sources(args)
     folder = Path(args.workdir or args.converted).expanduser()
     config = load_config(args, overrides)
-    data = None if args.converted else read_class_names(folder)
+    data = classes_of_converted(folder) if args.converted else read_class_names(folder)
     labels = make_labels(args, config, data)
     build.set_precision(config)
     if data is not None:

@@ -1,10 +1,13 @@
 """Classes of a run's samples, by label or name."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from dsr_jax.build.fine_tuning import names_of_record
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.files import read_json
 from dsr_jax.data.classes import DataDescription, label_of, trained_labels
 
 
@@ -22,6 +25,14 @@ def classes_to_sample(config: ConfigDict, data: DataDescription | None) -> list[
     if data is None or config.sample.all_classes:
         return list(range(rows))
     return trained_labels(data, rows)
+
+
+def classes_of_converted(folder: Path) -> DataDescription | None:
+    """Returns the classes that a converted folder records; None without names, as official ones."""
+    names = list(names_of_record(read_json(folder / "conversion.json")))
+    if not names:
+        return None
+    return {"source": str(folder), "images": 0, "names": names, "counts": [], "fingerprint": ""}
 
 
 def parse_classes(text: str, data: DataDescription | None) -> list[int]:

@@ -1,8 +1,19 @@
 """Classes that are sampled by default."""
 
+from pathlib import Path
+
+import pytest
+
 from dsr_jax.config import base_config
+from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.files import write_json
 from dsr_jax.data.classes import DataDescription
-from dsr_jax.runs.sampled_classes import class_notes, classes_to_sample
+from dsr_jax.runs.sampled_classes import (
+    class_notes,
+    classes_of_converted,
+    classes_to_sample,
+    parse_classes,
+)
 
 DATA: DataDescription = {
     "source": "folder",
@@ -19,6 +30,18 @@ def test_classes_without_images_are_left_out_unless_asked() -> None:
     assert classes_to_sample(config, None) == list(range(10))
     config.sample.all_classes = True
     assert classes_to_sample(config, DATA) == list(range(10))
+
+
+def test_an_exported_run_brings_its_class_names(tmp_path: Path) -> None:
+    write_json(tmp_path / "conversion.json", {"class_names": ["cat", "dog", "eel"]})
+    data = classes_of_converted(tmp_path)
+    assert classes_to_sample(base_config(), data) == [0, 1, 2]
+    assert parse_classes("eel,1", data) == [2, 1]
+    write_json(tmp_path / "conversion.json", {"family": "sit"})
+    assert classes_of_converted(tmp_path) is None
+    write_json(tmp_path / "conversion.json", {"class_names": [1]})
+    with pytest.raises(ConversionError, match="class_names"):
+        classes_of_converted(tmp_path)
 
 
 def test_records_name_the_classes_that_were_sampled() -> None:
