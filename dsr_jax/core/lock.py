@@ -8,6 +8,7 @@ lock.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -113,10 +114,12 @@ class FolderLock:
                 json.dump(self._owner, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
-            # On a full disk the next command would wait for the owner of an empty file.
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        except OSError as error:
+            # The next command would wait for the owner of an empty file. After any other error the
+            # file may be another's, as on a mounted bucket where two hosts created it at once.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
             raise
         return True
 

@@ -190,6 +190,21 @@ def test_a_full_disk_leaves_no_empty_lock(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_another_host_wrote_first_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted bucket takes both hosts' new files, and refuses the one that is written later."""
+
+    def clobbered(handle: int) -> None:
+        write_lock(tmp_path, machine="another", pid=7)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(locks.os, "fsync", clobbered)
+    with pytest.raises(LockError, match="Stale"):
+        FolderLock(tmp_path).acquire()
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == 7
+
+
 def test_the_owner_touches_its_lock(tmp_path: Path) -> None:
     with FolderLock(tmp_path, touch_seconds=0.05):
         path = tmp_path / FILE
