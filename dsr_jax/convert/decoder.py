@@ -22,6 +22,7 @@ from dsr_jax.convert.encoders import layer_rules, mae_table, norm_rules, stacked
 from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.readers import read_state, shape_of
 from dsr_jax.convert.rules import Rule, RuleSet, lazy_params, shapes_of, torch_to_flax
+from dsr_jax.core.cli import positive_int
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
@@ -180,7 +181,7 @@ def add_decoder_command(families: Any) -> None:
     add_source_arguments(parser, "its own file, or a checkpoint of RAE")
     parser.add_argument(
         "--num-heads",
-        type=int,
+        type=positive_int,
         default=0,
         help="number of heads, for decoders of other sizes than the released ones",
     )

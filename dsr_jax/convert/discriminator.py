@@ -32,6 +32,7 @@ from dsr_jax.convert.rules import (
     shapes_of,
     torch_to_flax,
 )
+from dsr_jax.core.cli import positive_int
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params, PyTree
@@ -227,7 +228,7 @@ def add_discriminator_command(families: Any) -> None:
     add_source_arguments(parser, "dino_vit_small_patch8_224.pth")
     parser.add_argument(
         "--num-heads",
-        type=int,
+        type=positive_int,
         default=0,
         help="number of heads, for ViTs of other widths than the released ones",
     )

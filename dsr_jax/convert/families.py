@@ -11,6 +11,7 @@ from dsr_jax.convert.commands import add_source_arguments, open_for
 from dsr_jax.convert.converter import DenoiserConverter, find_converter, require_converter
 from dsr_jax.convert.files import save_converted
 from dsr_jax.convert.rules import flax_to_torch, lazy_params
+from dsr_jax.core.cli import positive_int
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
@@ -86,5 +87,7 @@ def add_denoiser_commands(families: Any) -> None:
         for option in family.options:
             default, explanation = _OPTIONS[option]
             flag = f"--{option.replace('_', '-')}"
-            parser.add_argument(flag, type=int, default=default, help=explanation)
+            # Block 0 is the first; numbers of heads and blocks are positive.
+            kind = int if default < 0 else positive_int
+            parser.add_argument(flag, type=kind, default=default, help=explanation)
         parser.set_defaults(run=convert_denoiser, family=name)

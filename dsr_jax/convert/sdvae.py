@@ -33,6 +33,7 @@ from dsr_jax.convert.rules import (
     shapes_of,
 )
 from dsr_jax.convert.vae_names import NameStyle, modernize, restyle
+from dsr_jax.core.cli import positive_int
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import count_params, flatten_names, unflatten_names
@@ -387,21 +388,9 @@ def add_vae_command(families: Any) -> None:
         FAMILY, help="AutoencoderKL: the VAE of SD and SiT, Flux's, VA-VAE, MAR's KL-16"
     )
     add_source_arguments(parser, "snapshot folder, hub id or file")
-    parser.add_argument(
-        "--num-groups",
-        type=int,
-        default=0,
-        help="groups of the norms, without a config.json; default 32",
-    )
-    parser.add_argument(
-        "--scale", type=float, help="factor on latents; default: that of config.json"
-    )
-    parser.add_argument(
-        "--shift",
-        type=float,
-        help="subtracted from latents before scaling; default: that of config.json",
-    )
-    parser.add_argument(
-        "--statistics", help="file of mean and std of the latents' channels (latents_stats.pt)"
-    )
+    add, groups = parser.add_argument, "groups of the norms, without a config.json; default 32"
+    add("--num-groups", type=positive_int, default=0, help=groups)
+    add("--scale", type=float, help="factor on latents; default: that of config.json")
+    add("--shift", type=float, help="subtracted before scaling; default: that of config.json")
+    add("--statistics", help="file of mean and std of the latents' channels (latents_stats.pt)")
     parser.set_defaults(run=convert_vae)

@@ -83,7 +83,7 @@ def to_numpy(name: str, tensor: Any) -> np.ndarray:
     """Returns a CPU tensor's values without copying them; NumPy's missing types by ml_dtypes.
 
     Raises:
-      ConversionError: If the tensor is sparse or quantized.
+      ConversionError: If the tensor is sparse, quantized or without values.
     """
     import torch
 
@@ -93,6 +93,10 @@ def to_numpy(name: str, tensor: Any) -> np.ndarray:
         raise ConversionError(
             f"{name} is a {'quantized' if tensor.is_quantized else 'sparse'} tensor of {kind}",
             "save the weights as plain float32 or bfloat16 tensors",
+        )
+    if tensor.is_meta:
+        raise ConversionError(
+            f"{name} is on PyTorch's meta device, without values", "save the weights themselves"
         )
     if hasattr(ml_dtypes, kind):
         dtype = np.dtype(getattr(ml_dtypes, kind))

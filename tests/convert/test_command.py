@@ -108,6 +108,13 @@ def test_refused_source_leaves_nothing_behind(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("family", ["lightningdit --register-start=1", "decoder"])
+def test_numbers_of_heads_are_positive(family, source, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*family.split(), f"--source={source}", f"--out={tmp_path / 'o'}", "--num-heads=-2"])
+    assert "--num-heads: -2 is not positive" in capsys.readouterr().err
+
+
 def test_damaged_conversions_are_refused(converted, tmp_path):
     with pytest.raises(ConversionError, match="conversion.json and params.safetensors missing"):
         load_converted(tmp_path)

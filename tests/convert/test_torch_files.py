@@ -105,6 +105,8 @@ def test_tensors_are_views_in_their_own_types(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array.astype(np.float32), tensor.float().numpy())
     with pytest.raises(ConversionError, match="x is a sparse tensor"):
         to_numpy("x", whole.to_sparse())
+    with pytest.raises(ConversionError, match="x is on PyTorch's meta device"):
+        to_numpy("x", whole.to("meta"))
 
 
 def test_files_are_mapped(tmp_path: Path) -> None:
