@@ -149,7 +149,6 @@ ENCODER = (
     "--config.space.encoder=random:my_encoder:ConvStem",
     "--config.space.image_size=16",
     "--config.data.channels=3",
-    "--config.sample.num=0",
     "--config.model.num_heads=2",
 )
 
