@@ -207,14 +207,24 @@ def _run(
     if not configs.trains_decoder(config):
         for warning in warnings_of(job.data, config.data.num_classes):
             log(f"warning: {warning}")
+    continues = (workdir / "config.json").is_file()
+    if not continues:
+        # First of all, since a folder without config.json is taken for somebody else's.
+        _record_start(job, config, workdir)
+    return _train(job, config, workdir, watch, continues)
+
+
+def _record_start(job: TrainingJob, config: configs.ConfigDict, workdir: Path) -> None:
+    """Writes the files that describe the run and this start of it, on process 0."""
     if is_process_zero():
         write_run_files(config, workdir)
         write_class_names(workdir, job.data)
         write_atomic(workdir / "parameters.txt", parameter_table(job.abstract.params) + "\n")
-    return _train(job, config, workdir, watch)
 
 
-def _train(job: TrainingJob, config: configs.ConfigDict, workdir: Path, watch: Watch) -> int:
+def _train(
+    job: TrainingJob, config: configs.ConfigDict, workdir: Path, watch: Watch, continues: bool
+) -> int:
     """Trains to the end or until stopped; returns the exit status."""
     section = config.checkpoint
     steps, images = config.train.steps, config.data.global_batch
@@ -230,6 +240,9 @@ def _train(job: TrainingJob, config: configs.ConfigDict, workdir: Path, watch: W
         state, resume_state = start_or_resume(
             checkpoints, job.init, job.abstract, section.restore_step
         )
+        if continues:
+            # Settings with which no checkpoint can be restored are not the run's.
+            _record_start(job, config, workdir)
         summary = _loop(job, config, workdir, state, resume_state, checkpoints, watch)
     if not summary.stopped:
         watch.enter("finishing", summary.step)
