@@ -102,8 +102,12 @@ class Arrays(Mapping[str, np.ndarray]):
         return len(self._arrays)
 
     def unread(self) -> list[str]:
-        """Returns the sorted names of the arrays that were not read."""
-        return sorted(set(self._arrays) - self._read)
+        """Returns the sorted names of the arrays that were not read.
+
+        Those called "neg_..." are left out: what other conventions give, for contrast.
+        """
+        unread = set(self._arrays) - self._read
+        return sorted(name for name in unread if not name.split("/")[-1].startswith("neg_"))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from dsr_jax.evaluation import clip_score, dpg, geneval
 from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
@@ -38,6 +39,9 @@ def run_inception_score(case: Case) -> list[Check]:
     logits = io["logits_unbiased_f32"].astype(np.float64)
     ours = io["pool"].astype(np.float64) @ io["fc_weight_in_out"].astype(np.float64)
     checks.append(Check("logits", ours, logits, "forward"))
+    if "probs" in io:
+        probabilities = scipy.special.softmax(logits[: len(io["probs"])], axis=-1)
+        checks.append(Check("probs", probabilities, io["probs"], "forward"))
     shuffled = logits[np.random.RandomState(2020).permutation(len(logits))]
     for key, want in case.config["expected"].items():
         if key.startswith("torch_fidelity_splits"):
