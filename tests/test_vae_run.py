@@ -132,5 +132,5 @@ def test_bad_settings_are_refused_before_anything_is_written(
 
 def test_an_encoder_is_no_vae(overrides, tmp_path: Path) -> None:
     save_rae(tmp_path)
-    with pytest.raises(ConversionError, match="holds a siglip2, not an SD-VAE"):
+    with pytest.raises(ConversionError, match="holds a siglip2, not an autoencoder"):
         start(tmp_path / "new", *overrides, f"--config.space.vae={tmp_path / 'encoder'}")
