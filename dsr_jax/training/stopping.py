@@ -36,6 +36,7 @@ class StopRequest:
         self._nothing_to_save = False
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
+        self._reader: threading.Thread | None = None
 
     def reached(self, step: int) -> bool:
         """Whether to stop after `step`; every process asks after every step."""
@@ -68,6 +69,9 @@ class StopRequest:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._pipe[1])
             self._pipe = None
+        if self._reader is not None:
+            self._reader.join(timeout=5)
+            self._reader = None
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
@@ -76,10 +80,10 @@ class StopRequest:
         In a run of several processes a signal waits for its end all the same.
         """
         self._nothing_to_save = True
-        if self._signal is not None and not self._several:
-            # It came while the first batch was read.
-            _end_in_first_step(self._signal)
         try:
+            if self._signal is not None and not self._several:
+                # It came while the first batch was read.
+                _end_in_first_step(self._signal)
             yield
         finally:
             self._nothing_to_save = False
@@ -89,7 +93,10 @@ class StopRequest:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        threading.Thread(target=self._read_signals, args=(self._pipe[0],), daemon=True).start()
+        self._reader = threading.Thread(
+            target=self._read_signals, args=(self._pipe[0],), daemon=True
+        )
+        self._reader.start()
 
     def _read_signals(self, reading: int) -> None:
         """Ends the process where nothing is lost; returns once the pipe is closed."""
