@@ -66,7 +66,7 @@ class Reconstructions:
 
     def report(self, step: int, state: TrainState) -> dict[str, float]:
         """Writes held-out images above their reconstructions; returns their PSNR and SSIM."""
-        inputs, outputs = self._pairs(self._weights(state))
+        inputs, outputs = self._pairs(state.weights(self.config.sample.ema))
         scores = {}
         if is_process_zero() and self._count:
             path = self.workdir / "samples" / f"step_{step:08d}.png"
@@ -84,7 +84,7 @@ class Reconstructions:
         done, scores = self._last
         if done != summary.step:
             scores = self.report(summary.step, summary.state)
-        params = fetch(self._weights(summary.state))
+        params = fetch(summary.state.weights(self.config.sample.ema))
         if not is_process_zero():
             return
         folder = self.workdir / f"decoder_{summary.step:08d}"
@@ -109,11 +109,6 @@ class Reconstructions:
             f"pictures: {self.workdir / 'samples'}; summary: {path}\n"
             f"next, decode with it: --config.space.decoder={folder}"
         )
-
-    def _weights(self, state: TrainState) -> Params:
-        """Returns the parameters, or the EMA that config.sample.ema names."""
-        name = self.config.sample.ema
-        return state.params if name == "none" else state.ema[name]
 
     def _pairs(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Returns held-out images and reconstructions, uint8 [N, H, W, 3], on every host."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.files import write_json
-from dsr_jax.core.typing import Params, PyTree
+from dsr_jax.core.typing import PyTree
 from dsr_jax.data.classes import DataDescription
 from dsr_jax.data.sources import read_all
 from dsr_jax.evaluation.classifier import classifier_scores
@@ -71,7 +71,9 @@ class Results:
         batch = self._batch_for(section.num)
         indices = np.arange(batch, dtype=np.uint32)
         labels = cycled_labels(classes, batch)
-        samples = self._sample(self._weights(state), self._variables, indices, labels)
+        samples = self._sample(
+            state.weights(self.config.sample.ema), self._variables, indices, labels
+        )
         images = fetch(samples.images)[: section.num]
         if is_process_zero():
             path = self.workdir / "samples" / f"step_{step:08d}.png"
@@ -146,17 +148,12 @@ class Results:
             words.append("--guidance=2.0")
         return shlex.join([*words, "--grid"])
 
-    def _weights(self, state: TrainState) -> Params:
-        """Returns the parameters, or the EMA weights that config.sample.ema selects."""
-        name = self.config.sample.ema
-        return state.params if name == "none" else state.ema[name]
-
     def _batch_for(self, count: int) -> int:
         """Returns the smallest batch of at least `count` that divides over the devices."""
         return -(-count // self._num_devices) * self._num_devices
 
     def _save_samples(self, step: int, state: TrainState, name: str) -> Path:
-        config, weights = self.config, self._weights(state)
+        config, weights = self.config, state.weights(self.config.sample.ema)
         job = SampleJob(
             self.workdir / "samples",
             name,

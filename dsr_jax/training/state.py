@@ -31,6 +31,10 @@ class TrainState:
     ema: dict[str, Params]
     opt_state: PyTree
 
+    def weights(self, ema: str) -> Params:
+        """Returns the EMA weights of a decay, the parameters themselves for "none"."""
+        return self.params if ema == "none" else self.ema[ema]
+
 
 def create_state(
     params: Params, optimizer: Optimizer, ema_decays: Sequence[float] = ()
