@@ -26,7 +26,7 @@ read -r step status < "$plan"
 echo "from the job: $step $status"
 case $status in
     wait) exec sleep 60 ;;
-    late) sleep 2; status=1 ;;
+    late) sleep 0.3; status=1 ;;
     preempt) echo SUSPENDED > "$IMITATION/slice"; exec sleep 60 ;;
 esac
 exit "$status"
