@@ -169,5 +169,6 @@ def test_config_of_other_sizes(converted, config_file, tmp_path, override, patte
 def test_converted_encoder_is_no_denoiser(converted, config_file, tmp_path):
     params, record = load_converted(converted)
     save_converted(tmp_path / "encoder", params, {**record, "family": "siglip"})
-    with pytest.raises(ConversionError, match="holds a siglip, but config.model.name"):
+    problem = "holds a siglip, but config.model.name='lightningdit'"
+    with pytest.raises(ConversionError, match=problem):
         sample.main([f"--converted={tmp_path / 'encoder'}", f"--config={config_file}"])
