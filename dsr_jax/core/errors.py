@@ -41,6 +41,10 @@ class UnreadableRecord(DataError):
     """The content of a record cannot be decoded; reading it again does not help."""
 
 
+class PromptError(DataError):
+    """A prompt or caption cannot be encoded."""
+
+
 class DamagedFileError(DsrError, ValueError):
     """A file that this project wrote is damaged."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -13,10 +13,15 @@ HELDOUT_EVERY = 5
 
 
 class Record(TypedDict):
-    """One labeled image: uint8 [H, W, C] (of `CachedLatents` floats) and a scalar."""
+    """One image, uint8 [H, W, C] (of `CachedLatents` floats), with its label or caption.
+
+    A caption is int32 `tokens` and `targets` [T], see `core.prompts`.
+    """
 
     image: np.ndarray
-    label: np.int32
+    label: NotRequired[np.int32]
+    tokens: NotRequired[np.ndarray]
+    targets: NotRequired[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,9 @@ class SourceOptions:
 
 
 class Source(Protocol):
-    """Labeled images by index; the same index gives the same record in every process.
+    """Labeled or captioned images by index; the same index gives the same record in every process.
 
+    A source of captions has `caption_length`, the length of its token sequences, and 0 classes.
     A source may also have `class_names` (names by label), `class_counts` (records by label) and
     `fingerprint` (a digest of its listing), see `classes.describe`.
 
@@ -90,6 +96,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+
+def caption_length(source: Source) -> int:
+    """Returns the length of the token sequences of a source of captions, 0 for labels."""
+    length: int = getattr(source, "caption_length", 0)
+    return length
 
 
 def split_indices(num_records: int, split: str, name: str) -> np.ndarray:

@@ -26,8 +26,9 @@ import numpy as np
 from absl import flags
 
 from dsr_jax.core.errors import DataError
+from dsr_jax.core.prompts import IGNORED
 from dsr_jax.core.workers import end_with_parent
-from dsr_jax.data.base import Record, Source, check_label
+from dsr_jax.data.base import Record, Source, caption_length, check_label
 
 HostBatch = dict[str, np.ndarray]
 
@@ -60,7 +61,7 @@ def make_batches(
       start_step: Steps done before: the step number of the restored state.
       rows: Rows [b] of each global batch to read; None for all. A process of several reads those
         that its devices hold (`parallel.shardings.process_rows`).
-      flip: Mirror half of the images, left to right.
+      flip: Mirror half of the images, left to right; not for captions, which may name sides.
       crop: Side of a square to crop at a random position; 0 takes images as they are.
       workers: Reader processes; 0 reads with threads of this process, which is right unless
         decoding is the bottleneck. With workers, the main module must be guarded by
@@ -68,14 +69,20 @@ def make_batches(
 
     Returns:
       Iterator of "image" uint8 [b, H, W, C], "label" int32 [b] and "index" int64 [b], the sample's
-      position in the run: step * global_batch + row in the global batch.
+      position in the run: step * global_batch + row in the global batch. Of captions, "tokens" and
+      "targets" int32 [b, T] in place of the label.
 
     Raises:
-      DataError: If a row is outside the batch, the source is empty or the seed out of range; later,
-        if a record cannot be read.
+      DataError: If a row is outside the batch, the source is empty, the seed out of range, or
+        captioned images are to be mirrored; later, if a record cannot be read.
     """
     rows = _check_rows(rows, global_batch)
     _check_source(source, seed, global_batch, warn=0 in rows)
+    if flip and caption_length(source):
+        raise DataError(
+            f"{source.name} cannot be mirrored: captions name left and right",
+            "set config.data.flip=False",
+        )
     checked = functools.partial(_check_record, source.name, source.num_classes)
     records = grain.MapDataset.source(source).map_with_index(checked)
     records = records.seed(seed).shuffle().repeat(None).map_with_index(_add_index)
@@ -167,7 +174,8 @@ def _read_rows(
 
 
 def _check_record(name: str, num_classes: int, index: int, record: Record) -> Record:
-    check_label(int(record["label"]), num_classes, index, name)
+    if "label" in record:
+        check_label(int(record["label"]), num_classes, index, name)
     return record
 
 
@@ -195,12 +203,20 @@ def _flip(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 def _read_or_pad(source: Source, index: int) -> dict[str, Any]:
     real = index < len(source)
     record = source[index] if real else _padding(source)
-    check_label(int(record["label"]), source.num_classes, index, source.name)
+    if "label" in record:
+        check_label(int(record["label"]), source.num_classes, index, source.name)
     return {**record, "index": np.int64(index), "mask": np.bool_(real)}
 
 
 def _padding(source: Source) -> Record:
-    return {"image": np.zeros(source.image_shape, np.uint8), "label": np.int32(0)}
+    image = np.zeros(source.image_shape, np.uint8)
+    if length := caption_length(source):
+        return {
+            "image": image,
+            "tokens": np.zeros(length, np.int32),
+            "targets": np.full(length, IGNORED, np.int32),
+        }
+    return {"image": image, "label": np.int32(0)}
 
 
 def _read_options(source: Source, local_batch: int, workers: int) -> grain.ReadOptions:

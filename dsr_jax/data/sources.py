@@ -12,10 +12,13 @@ import numpy as np
 
 from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.core.plugins import is_reference, load_object
-from dsr_jax.data.base import Record, Source, SourceOptions, check_label
+from dsr_jax.core.prompts import PromptTokenizer
+from dsr_jax.data.base import Record, Source, SourceOptions, caption_length, check_label
+from dsr_jax.data.captions import CaptionSource, TokenizedCaptions
 from dsr_jax.data.classes import describe
 from dsr_jax.data.folder import ImageFolder
 from dsr_jax.data.records import ArrayRecords, Tfds
+from dsr_jax.data.shapes import CaptionedShapes
 from dsr_jax.data.toy import Digits, Shapes
 
 MAX_SUBSTITUTIONS = 100
@@ -76,6 +79,50 @@ def make_source(name: str, *, on_corrupt: str = "error", **options: Any) -> Sour
     return SkipUnreadable(source) if on_corrupt == "skip" else source
 
 
+CAPTION_SOURCES: Mapping[str, Callable[[SourceOptions], CaptionSource]] = MappingProxyType(
+    {"shapes": CaptionedShapes}
+)
+"""The sources of captioned images of this package, by the name in configs."""
+
+
+def make_caption_source(
+    name: str,
+    tokenizer: PromptTokenizer,
+    n_queries: int,
+    length: int,
+    *,
+    on_corrupt: str = "error",
+    **options: Any,
+) -> Source:
+    """Makes the source of captioned images called `name`, whose records hold tokens and targets.
+
+    Args:
+      name: A name in CAPTION_SOURCES, or "package.module:Class", a class of that module which takes
+        a `SourceOptions` and is a `CaptionSource`.
+      tokenizer: Makes the token sequences.
+      n_queries: Slots of an answer image.
+      length: Length of the sequences.
+      on_corrupt: "error" raises on a record that cannot be used; "skip" leaves it out.
+      **options: Fields of `SourceOptions`.
+
+    Raises:
+      DataError: If there is no such source, or its files are not there.
+      ConfigError: If "package.module:Class" cannot be imported.
+    """
+    values = SourceOptions(**options)
+    if name in CAPTION_SOURCES:
+        source = CAPTION_SOURCES[name](values)
+    elif is_reference(name):
+        source = load_object("config.data.source", name)(values)
+    else:
+        raise DataError(
+            f"no source of captions is called {name!r}",
+            f"choose from {', '.join(CAPTION_SOURCES)}, package.module:Class",
+        )
+    records = TokenizedCaptions(source, tokenizer, n_queries, length)
+    return SkipUnreadable(records) if on_corrupt == "skip" else records
+
+
 def check_label_table(source: Source, num_classes: int | None) -> None:
     """Checks that the model's label table has a row for each class.
 
@@ -118,6 +165,7 @@ class SkipUnreadable:
         description = describe(source)
         self.class_names, self.class_counts = description["names"], description["counts"]
         self.fingerprint = description["fingerprint"]
+        self.caption_length = caption_length(source)
 
     def __len__(self) -> int:
         return len(self._source)
