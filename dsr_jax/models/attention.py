@@ -71,6 +71,7 @@ class Attention(nn.Module):
             first = 1
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")
         q, k, v = (self.constrain(self.precision.to_compute(y), *names) for y in (q, k, v))
+        self.sow("intermediates", "qk", (q, k))
         mixed = attend(q, k, v, self.kernel, constrain=self.constrain)
         if self.gated is not None:
             first, count = first + self.gated[0], self.gated[1]

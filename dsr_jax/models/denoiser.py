@@ -15,7 +15,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope
 from dsr_jax.models.blocks import make_norm, make_stack, mlp_width, modulation
-from dsr_jax.models.depth import Stack, split_into_stacks
+from dsr_jax.models.depth import Stack, TokenRows, split_into_stacks, token_rows
 from dsr_jax.models.dropout import Dropout
 from dsr_jax.models.embeddings import sincos_init, unpatchify
 from dsr_jax.models.flops import block_macs
@@ -249,6 +249,10 @@ class DiffusionTransformer(Denoiser):
         firsts = {kind: first for kind, (first, _) in self.insertions().items()}
         return split_into_stacks(self.depth, firsts, self.stack_prefix)
 
+    def token_rows(self) -> tuple[TokenRows, ...]:
+        """Returns the rows of tokens in every scanned stack of the network, in order."""
+        return token_rows(self.stacks(), self.insertions())
+
     def _mlp_hidden(self, width: int) -> int:
         return mlp_width(width, self.mlp_ratio, self.use_swiglu)
 
@@ -312,16 +316,11 @@ class DiffusionTransformer(Denoiser):
             "reg": lambda tokens: self._add_registers(tokens, self.stack_prefix),
             **insert,
         }
-        registers_at = None
-        for stack in self.stacks():
-            for kind, (first, count) in self.insertions().items():
-                if first != stack.first:
-                    continue
-                tokens = inserters[kind](tokens)
-                if kind == "reg":
-                    registers_at = 0
-                elif registers_at is not None:
-                    registers_at += count
+        for rows in token_rows(self.stacks(), self.insertions()):
+            stack = rows.stack
+            for kind, (first, _) in self.insertions().items():
+                if first == stack.first:
+                    tokens = inserters[kind](tokens)
             tokens = self._run_stack(
                 stack.name,
                 stack.end - stack.first,
@@ -329,16 +328,14 @@ class DiffusionTransformer(Denoiser):
                 tokens,
                 condition,
                 dropout and dropout.layers(stack.first, stack.end),
-                gated=self._gated(registers_at),
+                gated=self._gated(rows),
                 **block,
             )
         return tokens
 
-    def _gated(self, registers_at: int | None) -> tuple[int, int] | None:
+    def _gated(self, rows: TokenRows) -> tuple[int, int] | None:
         """Returns index of the first and number of gated registers; None without a gate."""
-        if registers_at is None or not self.register_gate:
-            return None
-        return registers_at, self.num_registers
+        return rows.registers if self.register_gate and rows.registers[1] else None
 
     def _run_stack(
         self,

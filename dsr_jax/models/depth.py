@@ -1,9 +1,9 @@
-"""Division of a network's blocks into scanned stacks, where tokens are inserted.
+"""Division of a network's blocks into scanned stacks, where tokens are inserted, and their rows.
 
 Plain data, no network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -46,3 +46,39 @@ def split_into_stacks(
         for (kind, first), end in zip(begins, ends, strict=True)
         if first < end
     )
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of the tokens in a stack: inserted tokens in front, patches behind them.
+
+    Attributes:
+      stack: The stack.
+      patches: Row of the first patch.
+      registers: Row of the first register, and number of registers.
+    """
+
+    stack: Stack
+    patches: int
+    registers: tuple[int, int]
+
+
+def token_rows(
+    stacks: Sequence[Stack], insertions: Mapping[str, tuple[int, int]]
+) -> tuple[TokenRows, ...]:
+    """Returns the rows of tokens in each stack.
+
+    Args:
+      stacks: Result of `split_into_stacks`.
+      insertions: For every kind of inserted tokens, the index of the first block that sees them and
+        their number; "reg" are the registers. Each kind is put in front of the rows that are there.
+    """
+    found, patches, registers = [], 0, (0, 0)
+    for stack in stacks:
+        for kind, (first, count) in insertions.items():
+            if first == stack.first:
+                patches += count
+                first_row = 0 if kind == "reg" else registers[0] + count * bool(registers[1])
+                registers = (first_row, count if kind == "reg" else registers[1])
+        found.append(TokenRows(stack, patches, registers))
+    return tuple(found)

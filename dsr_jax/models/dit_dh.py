@@ -12,6 +12,7 @@ import jax
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.denoiser import DiffusionTransformer, check_heads
+from dsr_jax.models.depth import Stack, TokenRows
 from dsr_jax.models.dit import DIT
 from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
 from dsr_jax.models.flops import block_macs, final_layer_macs, time_macs
@@ -76,7 +77,7 @@ class DiTDH(DiffusionTransformer):
             self.decoder_num_heads,
             tokens,
             condition,
-            gated=self._gated(0),
+            gated=self._gated(self._head_rows()),
             linear_init=TORCH_DEFAULT,
         )
         tokens, condition = (x[:, self.num_registers :] for x in (tokens, condition))
@@ -112,6 +113,14 @@ class DiTDH(DiffusionTransformer):
         """
         super().check_sizes()
         check_heads(self.decoder_hidden_size, self.decoder_num_heads, self.use_rope, "decoder_")
+
+    def token_rows(self) -> tuple[TokenRows, ...]:
+        """Returns the rows of tokens in every scanned stack of the network, the head's last."""
+        return (*super().token_rows(), self._head_rows())
+
+    def _head_rows(self) -> TokenRows:
+        stack = Stack("dec_blocks", self.depth, self.depth + self.decoder_depth)
+        return TokenRows(stack, self.num_registers, (0, self.num_registers))
 
     def _encode(self, x: Array, t: Array, labels: Array) -> Array:
         """Returns the head's conditions [B, R+N, E]."""

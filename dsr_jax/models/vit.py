@@ -112,6 +112,7 @@ class ViTAttention(nn.Module):
             q, k = (rotate_halves(self.precision.to_float32("rope", y), *rope) for y in (q, k))
         names = ("act_batch", "act_len", "act_heads", "act_head_dim")
         q, k, v = (self.constrain(self.precision.to_compute(y), *names) for y in (q, k, v))
+        self.sow("intermediates", "qk", (q, k))
         return Dense(
             x.shape[-1:],
             ("heads", "head_dim", "embed"),
@@ -184,8 +185,9 @@ class ViT(nn.Module):
     """A frozen image encoder; its depth is one scan.
 
     With `mutable=["intermediates"]` it sows "embeddings" [B, S, D], and by block, stacked,
-    "block_out" [L, B, S, D] and "mlp/mlp_act" [L, B, S, M] (with an intervention also
-    "mlp/mlp_act_before"). Rows S are class token, trained registers, patches, test-time registers.
+    "block_out" [L, B, S, D], "attn/qk", queries and keys [L, B, S, H, K], and "mlp/mlp_act"
+    [L, B, S, M] (with an intervention also "mlp/mlp_act_before"). Rows S are class token, trained
+    registers, patches, test-time registers.
 
     Attributes:
       config: Sizes and flags.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsr_jax.models.depth import Stack, split_into_stacks
+from dsr_jax.models.depth import Stack, TokenRows, split_into_stacks, token_rows
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,19 @@ def test_names_take_a_prefix():
         "enc_blocks_pre",
         "enc_blocks_reg",
     ]
+
+
+@pytest.mark.parametrize(
+    ("insertions", "rows"),
+    [
+        ({}, [(0, (0, 0))]),
+        ({"reg": (2, 4)}, [(0, (0, 0)), (4, (0, 4))]),
+        ({"ctx": (4, 3), "reg": (2, 4)}, [(0, (0, 0)), (4, (0, 4)), (7, (3, 4))]),
+        ({"ctx": (2, 3), "reg": (4, 4)}, [(0, (0, 0)), (3, (0, 0)), (7, (0, 4))]),
+        ({"ctx": (2, 3), "reg": (2, 4)}, [(0, (0, 0)), (7, (0, 4))]),
+    ],
+)
+def test_rows_of_tokens_by_stack(insertions, rows):
+    stacks = split_into_stacks(6, {kind: first for kind, (first, _) in insertions.items()})
+    want = [TokenRows(stack, *each) for stack, each in zip(stacks, rows, strict=True)]
+    assert list(token_rows(stacks, insertions)) == want
