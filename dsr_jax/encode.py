@@ -24,6 +24,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.cli import count, make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.latents import DTYPES
+from dsr_jax.parallel.processes import lock_folder
 from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.encoder_pass import EncoderPass, cache_latents, take_statistics
 
@@ -40,19 +41,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 def encode(args: argparse.Namespace, config: configs.ConfigDict) -> None:
     """Runs the pass that the command line names, on all processes."""
     build.set_precision(config)
-    if args.what == "statistics":
-        work = EncoderPass(config, args.images)
-        take_statistics(work, Path(args.out), args.save_every, args.stop_after)
-        return
-    images = args.images or len(build.make_source(config))
-    cache_latents(
-        EncoderPass(config, args.copies * images),
-        Path(args.out),
-        args.dtype,
-        args.copies,
-        args.shard_batches,
-        args.stop_after,
-    )
+    out = Path(args.out)
+    with lock_folder(out):
+        if args.what == "statistics":
+            take_statistics(EncoderPass(config, args.images), out, args.save_every, args.stop_after)
+            return
+        images = args.images or len(build.make_source(config))
+        cache_latents(
+            EncoderPass(config, args.copies * images),
+            out,
+            args.dtype,
+            args.copies,
+            args.shard_batches,
+            args.stop_after,
+        )
 
 
 def load_config(args: argparse.Namespace, overrides: Sequence[str]) -> configs.ConfigDict:

@@ -26,7 +26,7 @@ from dsr_jax.evaluation.metrics import DEFAULT, METRICS, find_metrics
 from dsr_jax.evaluation.passes import SAVE_EVERY
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.models.inception_input import RESIZES
-from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.processes import is_process_zero, lock_folder
 from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.scoring import (
     check_output,
@@ -68,6 +68,7 @@ def compare(args: argparse.Namespace) -> None:
 
     Raises:
       EvaluationError: If samples, reference and metrics do not fit.
+      LockError: If another command writes the same scores.
       ConversionError: If the weights are missing, with where to get them.
     """
     path = Path(args.samples)
@@ -75,15 +76,16 @@ def compare(args: argparse.Namespace) -> None:
     out = args.out or path.with_name(f"{path.stem}.scores.json")
     # What files tell is checked before weights are read.
     check_output(out, images, args.reference)
-    scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
-    result = score_to_file(
-        scorer,
-        images,
-        args.metrics,
-        out,
-        allow_constant=args.allow_constant,
-        save_every=args.save_every,
-    )
+    with lock_folder(out.parent, out.name):
+        scorer = make_scorer(args.reference, args.inception, args.dinov2, args.batch, args.resize)
+        result = score_to_file(
+            scorer,
+            images,
+            args.metrics,
+            out,
+            allow_constant=args.allow_constant,
+            save_every=args.save_every,
+        )
     if not is_process_zero():
         return
     print(f"{path}: {images.shape[0]} images against {args.reference}")

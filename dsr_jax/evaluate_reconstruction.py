@@ -26,7 +26,7 @@ from dsr_jax.core.provenance import provenance
 from dsr_jax.evaluation.pairs import PairScorer
 from dsr_jax.evaluation.passes import forget
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.parallel.processes import is_process_zero
+from dsr_jax.parallel.processes import is_process_zero, lock_folder
 from dsr_jax.parallel.watch import join_job
 from dsr_jax.runs.decoder_evaluation import COLUMNS, save_pairs
 from dsr_jax.runs.reconstruction import Reconstruction, rfid
@@ -47,6 +47,12 @@ def score(args: argparse.Namespace, config: configs.ConfigDict) -> None:
     build.set_precision(config)
     out = args.out
     check_writable(out)
+    with lock_folder(out):
+        _score(args, config, out)
+
+
+def _score(args: argparse.Namespace, config: configs.ConfigDict, out: Path) -> None:
+    """Scores into a folder that no other command writes."""
     # Missing weights end the command before anything is reconstructed.
     extractor = make_extractor(args.inception, None, args.batch) if args.inception else None
     perceptual = _open_lpips(args.lpips) if args.lpips else None

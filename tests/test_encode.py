@@ -10,8 +10,9 @@ import pytest
 from dsr_jax import build, encode, train
 from dsr_jax import config as configs
 from dsr_jax.convert.statistics import load_statistics
-from dsr_jax.core.errors import ConfigError, DataError
+from dsr_jax.core.errors import ConfigError, DataError, LockError
 from dsr_jax.core.files import read_json
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.data.latents import CachedLatents
 from dsr_jax.data.sources import read_all
 from dsr_jax.parallel.shardings import batch_sharding
@@ -187,6 +188,34 @@ def test_a_cache_in_pieces_has_the_same_bytes(cached, overrides, tmp_path) -> No
         assert (out / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(ConfigError, match="other settings:\n.*images: 40 -> 20"):
         cache(out, overrides, "--copies=1")
+
+
+def test_damaged_shards_are_made_again(cached, overrides, tmp_path, capsys) -> None:
+    out = shutil.copytree(cached, tmp_path / "damaged")
+    first, second = sorted(out.glob("*.array_record"))[:2]
+    first.write_bytes(first.read_bytes()[:-40])
+    content = bytearray(second.read_bytes())
+    content[len(content) // 2] ^= 1
+    second.write_bytes(content)
+    cache(out, overrides, "--copies=2")
+    shown = capsys.readouterr().err
+    assert all(f"{path} is damaged; it is made again" in shown for path in (first, second))
+    for path in sorted(cached.glob("*.array_record")):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_damaged_statistics_are_written_again(whole, overrides, tmp_path, capsys) -> None:
+    out = shutil.copytree(whole, tmp_path / "damaged")
+    path = out / "statistics.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(out, overrides, "--no-flip")
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert path.read_bytes() == (whole / path.name).read_bytes()
+
+
+def test_one_command_at_a_time_encodes_into_a_folder(cached, overrides) -> None:
+    with FolderLock(cached), pytest.raises(LockError, match="in use by process"):
+        cache(cached, overrides, "--copies=2")
 
 
 def test_training_reads_the_latents_that_the_encoder_computes(cached, overrides, tmp_path) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsr_jax.core.cli import leave, make_parser, run_main
 from dsr_jax.core.errors import DataError, DsrError, UnreadableRecord
-from dsr_jax.core.files import file_digest, leftovers, read_json, write_json
+from dsr_jax.core.files import file_digest, read_json, remove_leftovers, write_json
 from dsr_jax.core.images import is_hidden
 from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.workers import end_with_parent
@@ -138,8 +138,7 @@ def prepare(recipe: Recipe, out: Path, workers: int) -> None:
       LockError: If another command packs into the folder.
     """
     with FolderLock(out, lost=leave):
-        for part in leftovers(out):
-            part.unlink(missing_ok=True)
+        remove_leftovers(out)
         _prepare(recipe, out, workers)
 
 

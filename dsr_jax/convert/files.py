@@ -1,5 +1,6 @@
 """Converted models on disk: `params.safetensors` and `conversion.json` in one folder."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,17 @@ import numpy as np
 
 from dsr_jax.convert.tensors import LazyArray, write_safetensors
 from dsr_jax.convert.torch_files import save_torch
+from dsr_jax.core.cli import leave
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
+from dsr_jax.core.files import (
+    file_digest,
+    leftovers,
+    open_atomic,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from dsr_jax.core.lock import FolderLock, is_lock
 from dsr_jax.core.trees import flatten_names, unflatten_names
 
 _PARAMS, _RECORD = "params.safetensors", "conversion.json"
@@ -28,29 +38,44 @@ def save_converted(
 
     Raises:
       ConversionError: If the folder is not empty.
+      LockError: If another command writes there.
+      StorageError: If the files cannot be written.
     """
     folder = Path(folder)
-    check_new_folder(folder)
     flat = {
         name: leaf if isinstance(leaf, LazyArray) else np.asarray(leaf)
         for name, leaf in flatten_names(params).items()
     }
-    with open_atomic(folder / _PARAMS) as file:
-        write_safetensors(file, flat)
-    write_json(folder / _RECORD, {**record, "params_digest": file_digest(folder / _PARAMS)})
+    with FolderLock(folder, lost=leave):
+        check_new_folder(folder)
+        remove_leftovers(folder)
+        with open_atomic(folder / _PARAMS) as file:
+            write_safetensors(file, flat)
+            file.seek(0)
+            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            # Before the weights get their name: a killed command leaves a record alone at most.
+            write_json(folder / _RECORD, {**record, "params_digest": digest})
 
 
 def check_new_folder(folder: str | os.PathLike[str]) -> None:
-    """Checks that a folder for a converted model is new or empty.
+    """Checks that a folder for a converted model is new or empty, but for what a kill has left.
 
     Raises:
       ConversionError: If it is not.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists():
+        return
+    if not folder.is_dir() or _foreign_names(folder) not in (set(), {_RECORD}):
         raise ConversionError(
             f"{folder} is not an empty folder", "name a new folder; nothing was written"
         )
+
+
+def _foreign_names(folder: Path) -> set[str]:
+    """Returns the names in a folder except locks and the temporary files of killed commands."""
+    ours = {path.name for path in leftovers(folder)}
+    return {p.name for p in folder.iterdir() if p.name not in ours and not is_lock(p.name)}
 
 
 def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:

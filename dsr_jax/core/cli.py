@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dsr_jax.core.errors import DsrError, StuckSaveError
+from dsr_jax.core.files import name_storage_errors
 from dsr_jax.core.lock import release_all
 
 END_SECONDS = 15.0
@@ -87,7 +88,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     A failed command ends within END_SECONDS, even if other threads are blocked.
     """
     try:
-        status = main()
+        with name_storage_errors(None):
+            status = main()
     except StuckSaveError as error:
         leave(error)
     except DsrError as error:

@@ -49,6 +49,10 @@ class DamagedFileError(DsrError, ValueError):
     """A file that this project wrote is damaged."""
 
 
+class StorageError(DsrError, OSError):
+    """A file cannot be written: the disk is full, or the folder is not writable."""
+
+
 class CheckpointError(DsrError):
     """A checkpoint or run folder is missing, damaged or belongs to another model."""
 

@@ -1,6 +1,7 @@
 """Atomic writes, JSON files and digests of files."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsr_jax.core.errors import DamagedFileError
+from dsr_jax.core.errors import DamagedFileError, StorageError
 
 MAX_JSON_BYTES = 256 * 2**20
+
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+"""Numbers of the errors of storage that takes no more, which only writing meets."""
 
 _TEMPORARY = ".tmp"
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
@@ -24,28 +28,100 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     After a crash, and for concurrent readers, the file has either its old or its new content. The
     temporary file is in the same folder, since a rename is atomic only within one file system;
-    `leftovers` finds the temporary files of killed processes.
+    `leftovers` finds the temporary files of killed processes. The file can be read back within the
+    block.
+
+    Raises:
+      StorageError: If the file cannot be written, as on a full disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY
-    )
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with name_storage_errors(path), temporary_file(path) as temporary:
+        with temporary.open("w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Creates an empty file next to `path`, which is renamed to it only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        rename_synced(name, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
         raise
 
 
-def leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Lists the temporary files of interrupted `open_atomic` calls in a folder."""
-    return [path for path in Path(folder).iterdir() if _LEFTOVER.fullmatch(path.name)]
+def rename_synced(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Renames a finished file or folder once its content is on disk.
+
+    Without this, a power cut may leave the new name with an empty file behind it.
+    """
+    source = Path(source)
+    for path in [*source.rglob("*"), source] if source.is_dir() else [source]:
+        _sync(path)
+    os.replace(source, target)
+    _sync(Path(target).parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems have no fsync of folders.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def name_storage_errors(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turns the errors of storage that takes no more into one with the file's name.
+
+    Args:
+      path: File that the block writes; None for any, of which only a full disk is recognized.
+
+    Raises:
+      StorageError: In place of an `OSError`.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        denied = path is not None and error.errno in (errno.EACCES, errno.EPERM)
+        if error.errno not in FULL and not denied:
+            raise
+        raise StorageError(
+            f"{path or error.filename or 'a file'} cannot be written: {error.strerror or error}",
+            "make room on the disk or make the folder writable, then run the same command again",
+        ) from error
+
+
+def leftovers(folder: str | os.PathLike[str], name: str = "") -> list[Path]:
+    """Lists the temporary files of interrupted `open_atomic` calls in a folder.
+
+    Args:
+      folder: The folder.
+      name: Start of the names of the files that were being written; "" for any.
+    """
+    return [
+        path
+        for path in Path(folder).iterdir()
+        if _LEFTOVER.fullmatch(path.name) and path.name.startswith(f".{name}")
+    ]
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str = "") -> None:
+    """Removes what `leftovers` lists. The caller holds the lock on what it writes."""
+    for path in leftovers(folder, name) if Path(folder).is_dir() else []:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

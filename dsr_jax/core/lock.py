@@ -1,4 +1,4 @@
-"""Lock on a folder, so that only one command at a time writes to it, also on shared storage.
+"""Lock on a folder or a name in it: one command at a time writes there, also on shared storage.
 
 The lock is a file with the host, process and command of its owner. It is created with O_EXCL, which
 is atomic over NFS as well, and its owner touches it every few seconds. A second command determines
@@ -41,6 +41,7 @@ class FolderLock:
 
     Args:
       folder: Folder to lock.
+      name: Locks only the files of this name in it; "" for the whole folder.
       lost: Called from a thread if another command has taken the lock, for example while this
         machine was suspended; it must end the process.
       log: Prints a line about waiting for the owner.
@@ -51,13 +52,15 @@ class FolderLock:
     def __init__(
         self,
         folder: str | os.PathLike[str],
+        name: str = "",
         *,
         lost: Callable[[LockError], Any] | None = None,
         log: Callable[[str], Any] = lambda text: print(text, file=sys.stderr, flush=True),
         touch_seconds: float = TOUCH_SECONDS,
         stale_seconds: float = STALE_SECONDS,
     ) -> None:
-        self._folder, self._path = Path(folder), Path(folder) / FILE
+        self._folder, self._what = Path(folder), Path(folder) / name
+        self._path = Path(folder) / (f".{name}{FILE}" if name else FILE)
         self._lost, self._log = lost, log
         self._touch_seconds, self._stale_seconds = touch_seconds, stale_seconds
         self._made_folder = False
@@ -79,7 +82,7 @@ class FolderLock:
                 self._wait_for_owner()
         except OSError as error:
             raise LockError(
-                f"{self._folder} cannot be written: {error}",
+                f"{self._what} cannot be written: {error}",
                 "check its permissions and the disk, or name another folder",
             ) from error
         _held.add(self)
@@ -142,7 +145,7 @@ class FolderLock:
             if not logged:
                 logged = True
                 self._log(
-                    f"{self._folder} is locked by {describe(owner)}: waiting up to "
+                    f"{self._what} is locked by {describe(owner)}: waiting up to "
                     f"{self._stale_seconds - age:.0f} s for its heartbeat"
                 )
             time.sleep(min(1.0, self._touch_seconds / 4))
@@ -152,7 +155,7 @@ class FolderLock:
             alive = True if now != (owner, touched) else None
         if alive:
             raise LockError(
-                f"{self._folder} is in use by {describe(owner)}",
+                f"{self._what} is in use by {describe(owner)}",
                 "wait for that process or stop it, then run the same command again to continue",
             )
         self._remove(owner, touched)
@@ -163,7 +166,7 @@ class FolderLock:
         One command at a time removes, so that none removes the fresh lock of another. Returns
         without having removed anything while another command does it.
         """
-        guard = self._path.with_name(f"{FILE}.removing")
+        guard = self._path.with_name(f"{self._path.name}.removing")
         try:
             os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:
@@ -180,7 +183,7 @@ class FolderLock:
 
     def _age(self, touched: float) -> float:
         """Returns the seconds since a touch, by the file system's clock instead of this host's."""
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=f"{FILE}.") as probe:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=f"{self._path.name}.") as probe:
             return os.fstat(probe.fileno()).st_mtime - touched
 
     def _keep(self) -> None:
@@ -192,7 +195,7 @@ class FolderLock:
                 if owner is not None and self._lost is not None:
                     self._lost(
                         LockError(
-                            f"the lock of {self._folder} was lost to {describe(owner)}",
+                            f"the lock of {self._what} was lost to {describe(owner)}",
                             "this process exits, so that only one writes to the folder; run the "
                             "command again when the other has ended",
                         )
@@ -217,6 +220,11 @@ class FolderLock:
 
     def _is_ours(self) -> bool:
         return _read(self._path)[0] == self._owner
+
+
+def is_lock(name: str) -> bool:
+    """Whether a file name is that of a lock, or of a lock's own temporary file."""
+    return name.startswith(".") and FILE in name
 
 
 def release_all() -> None:

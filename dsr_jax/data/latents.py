@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from dsr_jax.core.errors import DataError, DsrError
-from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.errors import DamagedFileError, DataError, DsrError
+from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.core.images import MAX_PIXELS
 from dsr_jax.data.base import Record
 from dsr_jax.data.classes import fingerprint, is_description
 from dsr_jax.data.records import open_records, write_records
 
 MANIFEST = "latents.json"
+DIGESTS = "digests.json"
 MAX_SHARDS = 100_000
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -141,18 +142,80 @@ def shard_path(root: str | Path, shard: int, shards: int) -> Path:
     return Path(root) / f"latents-{shard:05d}-of-{shards:05d}.array_record"
 
 
-def write_shard(path: Path, latents: Iterable[tuple[np.ndarray, int]], dtype: str) -> None:
-    """Writes one shard, which appears under its name only when it is whole.
+def write_shard(
+    root: str | Path, shard: int, shards: int, latents: Iterable[tuple[np.ndarray, int]], dtype: str
+) -> None:
+    """Writes one shard, which appears under its name only when it is whole, and its digest.
 
     Args:
-      path: Result of `shard_path`.
+      root: Folder of the cache.
+      shard: Number of the shard, from 0.
+      shards: Number of all shards.
       latents: Latent [h, w, C] and label of each record.
       dtype: A name in DTYPES.
 
     Raises:
       DataError: If a value is no number, or too large for the dtype.
+      StorageError: If the shard cannot be written.
     """
+    path = shard_path(root, shard, shards)
     write_records(path, (_pack(latent, label, dtype) for latent, label in latents))
+    write_json(Path(root) / DIGESTS, {**_read_digests(root), path.name: file_digest(path)})
+
+
+def remove_damaged(root: str | Path, sizes: Sequence[int]) -> list[Path]:
+    """Removes the shards that are not as they were written, so that they are made again.
+
+    A shard without a digest, as of an earlier version or a killed command, is read from end to end
+    instead, which verifies the checksums that ArrayRecord keeps, and then gets its digest.
+
+    Args:
+      root: Folder of the cache.
+      sizes: Number of records of each shard.
+
+    Returns:
+      The paths of the removed files.
+    """
+    digests, removed = _read_digests(root), []
+    before = dict(digests)
+    for shard, size in enumerate(sizes):
+        path = shard_path(root, shard, len(sizes))
+        if not path.exists():
+            continue
+        digest = file_digest(path)
+        if path.name in digests:
+            intact = digest == digests[path.name]
+        else:
+            intact = _is_readable(path, size)
+        if intact:
+            digests[path.name] = digest
+        else:
+            digests.pop(path.name, None)
+            path.unlink()
+            removed.append(path)
+    if digests != before:
+        write_json(Path(root) / DIGESTS, digests)
+    return removed
+
+
+def _read_digests(root: str | Path) -> dict[str, Any]:
+    """Reads the shards' digests by name; {} if there are none, or the file is damaged."""
+    try:
+        found = read_json(Path(root) / DIGESTS)
+    except (FileNotFoundError, DamagedFileError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_readable(path: Path, size: int) -> bool:
+    """Whether an ArrayRecord file has `size` records, all with the checksums they were written."""
+    try:
+        records = open_records([path])
+        for index in range(len(records)):
+            records[index]
+    except (DataError, RuntimeError, ValueError, OSError):
+        return False
+    return len(records) == size
 
 
 def _pack(latent: np.ndarray, label: int, dtype: str) -> bytes:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import operator
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import grain
 import numpy as np
 
 from dsr_jax.core.errors import DataError, DsrError
-from dsr_jax.core.files import read_json
+from dsr_jax.core.files import name_storage_errors, read_json, temporary_file
 from dsr_jax.core.images import to_array, to_mode
 from dsr_jax.data.base import Record, SourceOptions
 from dsr_jax.data.classes import fingerprint
@@ -186,37 +184,19 @@ def write_array_records(path: Path, images: Iterable[tuple[bytes, int]]) -> None
 def write_records(path: Path, records: Iterable[bytes]) -> None:
     """Writes one ArrayRecord file, which appears under its name only when it is whole and on disk.
 
-    The temporary file has a name of its own, so that two writers do not mix.
+    Raises:
+      StorageError: If it cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
+    with name_storage_errors(path), temporary_file(path) as temporary:
         # One record per compressed group: random access reads nothing that it does not need.
-        writer = ArrayRecordWriter(temporary, "group_size:1")
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
             for record in records:
                 writer.write(record)
         finally:
             writer.close()
-        os.fsync(handle)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(handle)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names of a folder's files survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def count_records(path: Path) -> int:

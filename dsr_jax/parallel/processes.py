@@ -1,18 +1,22 @@
 """Start-up of JAX's multi-controller runtime."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from dsr_jax.core.cli import leave
 from dsr_jax.core.errors import ClusterError
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.memory import keep_freed_memory
 from dsr_jax.core.rng import pin_generator
 from dsr_jax.parallel import clusters
@@ -140,6 +144,29 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has called it with the same `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | os.PathLike[str], name: str = "") -> Iterator[None]:
+    """Holds the lock on a folder that all processes of a command write, within the block.
+
+    Args:
+      folder: The folder, which is created if it is missing.
+      name: Locks only the files of this name in it; "" for the whole folder.
+
+    Raises:
+      LockError: On process 0, if another command writes there.
+    """
+    folder = Path(folder)
+    lock = FolderLock(folder, name, lost=leave, log=log)
+    # A name that is no folder is for the checks of the command to refuse.
+    if is_process_zero() and (folder.is_dir() or not folder.exists()):
+        lock.acquire()
+    try:
+        wait_for_all("folder locked")
+        yield
+    finally:
+        lock.release()
 
 
 def is_process_zero() -> bool:

@@ -12,7 +12,7 @@ from dsr_jax import build
 from dsr_jax.build.rae import file_digests
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.decoder import save_decoder
-from dsr_jax.core.files import write_json
+from dsr_jax.core.files import rename_synced, write_json
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.data.pipeline import iterate_once
 from dsr_jax.evaluation.reconstruction import psnr, ssim
@@ -150,7 +150,7 @@ class Reconstructions:
         save_decoder(unfinished, self._sizes, params, record)
         if folder.exists():
             shutil.rmtree(folder)
-        unfinished.rename(folder)
+        rename_synced(unfinished, folder)
 
 
 def save_pairs(path: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:

@@ -16,9 +16,17 @@ import numpy as np
 from dsr_jax import build
 from dsr_jax.build.rae import encoding_recipe
 from dsr_jax.config import ConfigDict
-from dsr_jax.convert.statistics import FILE, save_statistics
-from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.files import leftovers, write_atomic, write_json
+from dsr_jax.convert.statistics import FILE, load_statistics, save_statistics
+from dsr_jax.core.errors import ConfigError, DsrError
+from dsr_jax.core.files import (
+    file_digest,
+    leftovers,
+    read_json,
+    remove_leftovers,
+    write_atomic,
+    write_json,
+)
+from dsr_jax.core.lock import is_lock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Batch
 from dsr_jax.data import latents as cache
@@ -139,7 +147,7 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
     """
     saved = _read_progress(out, work.recipe)
     start = int(saved["step"]) if saved else 0
-    if start == work.steps and (out / FILE).exists():
+    if start == work.steps and _are_written(out):
         log(f"complete: {out / FILE}")
         return
     statistics = LatentStatistics(work.latent_shape)
@@ -156,7 +164,11 @@ def take_statistics(work: EncoderPass, out: Path, save_every: int, stop_after: i
     log(f"{statistics.count} images")
     if stop == work.steps and is_process_zero():
         save_statistics(out / FILE, statistics.finish())
-        details = {"images": statistics.count, "data_wait_share": round(waiting, 4)}
+        details = {
+            "images": statistics.count,
+            "data_wait_share": round(waiting, 4),
+            "digest": file_digest(out / FILE),
+        }
         write_json(out / _RECORD, {"recipe": work.recipe, **details, "provenance": provenance()})
         log(f"statistics: {out / FILE}; use them with --config.space.statistics={out}")
 
@@ -167,7 +179,7 @@ def cache_latents(
     """Packs the latents of an encoder into ArrayRecord shards, from which training can read.
 
     Copy c of an image is mirrored or not as in epoch c of training. A shard is written whole or not
-    at all, so that the same call continues what was stopped.
+    at all, so that the same call continues what was stopped, and makes damaged shards again.
 
     Args:
       work: Data and encoder of the pass: `copies` times the data set.
@@ -197,6 +209,11 @@ def cache_latents(
     if is_process_zero() and not (out / cache.MANIFEST).exists():
         out.mkdir(parents=True, exist_ok=True)
         cache.write_manifest(out, {**manifest, "provenance": provenance()})
+    if is_process_zero():
+        remove_leftovers(out)
+        for path in cache.remove_damaged(out, _shard_sizes(work, shard_steps)):
+            log(f"{path} is damaged; it is made again")
+    wait_for_all("latents verified")
     missing = [i for i in range(shards) if not cache.shard_path(out, i, shards).exists()]
     wait_for_all("latents listed")
     for first, end in _stretches(missing[: stop_after or None]):
@@ -204,6 +221,28 @@ def cache_latents(
         work.run(steps, _ShardWriter(work, out, manifest))
     if not missing[stop_after or shards :]:
         log(f"latents: {out}; train on them with --config.data.latents={out}")
+
+
+def _are_written(out: Path) -> bool:
+    """Whether the statistics are there as they were written, by the digest in their record."""
+    try:
+        digest = read_json(out / _RECORD).get("digest")
+        # Earlier versions recorded none.
+        found = file_digest(out / FILE) if digest else load_statistics(out)
+    except FileNotFoundError:
+        return False
+    except (DsrError, AttributeError) as error:
+        log(f"{out / FILE} is damaged ({error}); it is made again")
+        return False
+    if digest and found != digest:
+        log(f"{out / FILE} is damaged: it is not what was written; it is made again")
+    return not digest or found == digest
+
+
+def _shard_sizes(work: EncoderPass, shard_steps: int) -> list[int]:
+    """Returns the number of latents in each shard."""
+    size = shard_steps * work.batch
+    return [min(size, work.count - first) for first in range(0, work.count, size)]
 
 
 def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -229,9 +268,8 @@ class _ShardWriter:
         if (step + 1) % shard_steps and step + 1 != self._work.steps:
             return
         if is_process_zero():
-            shards = self._manifest["shards"]
             cache.write_shard(
-                cache.shard_path(self._out, step // shard_steps, shards), self._rows, dtype
+                self._out, step // shard_steps, self._manifest["shards"], self._rows, dtype
             )
         self._rows.clear()
 
@@ -260,7 +298,11 @@ def _check_cache(out: Path, manifest: dict[str, Any]) -> None:
 
 def _refuse_foreign(out: Path) -> None:
     """Checks that `out` is new, empty or left by a pass that was killed before its first save."""
-    if out.exists() and (not out.is_dir() or {*out.iterdir()} - {*leftovers(out)}):
+    if not out.exists():
+        return
+    if not out.is_dir() or any(
+        not is_lock(path.name) for path in {*out.iterdir()} - {*leftovers(out)}
+    ):
         raise ConfigError(f"{out} holds other files", "name a new folder; nothing was written")
 
 

@@ -1,9 +1,8 @@
 """Folder of a run: checks whether a start may use it, and writes the files of each start."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ from dsr_jax.config.loading import read_values
 from dsr_jax.config.resume import CLASSES, check_allowed, compare_configs, is_allowed
 from dsr_jax.config.schema import leaves
 from dsr_jax.core import files
-from dsr_jax.core.cli import leave
 from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
-from dsr_jax.core.lock import FILE as LOCK
-from dsr_jax.core.lock import FolderLock
+from dsr_jax.core.lock import is_lock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.classes import DataDescription, compare, read_class_names
-from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
 from dsr_jax.parallel.watch import FOLDER as FAILURES
 from dsr_jax.telemetry.writers import METRICS_FILE, read_metrics
 from dsr_jax.training.save_record import SaveRecord
@@ -80,30 +76,11 @@ def check_workdir(
     return sorted([*changes.free.values(), *changes.ask.values()])
 
 
-@contextlib.contextmanager
-def lock_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock on a folder that all processes of a command write, within the block.
-
-    Raises:
-      LockError: On process 0, if another command writes there.
-    """
-    folder = Path(workdir)
-    lock = FolderLock(folder, lost=leave, log=log)
-    # A name that is no folder is for the checks of the command to refuse.
-    if is_process_zero() and (folder.is_dir() or not folder.exists()):
-        lock.acquire()
-    try:
-        wait_for_all("folder locked")
-        yield
-    finally:
-        lock.release()
-
-
 def _foreign_names(folder: Path) -> list[str]:
     """Lists what is in a folder besides what a start leaves that was killed before config.json."""
     ours = {path.name for path in files.leftovers(folder)} | {FAILURES}
     names = sorted(path.name for path in folder.iterdir() if path.name not in ours)
-    return [name for name in names if not name.startswith(LOCK)]
+    return [name for name in names if not is_lock(name)]
 
 
 def _has_saved(folder: Path, saved: Mapping[str, Any]) -> bool:
@@ -167,8 +144,7 @@ def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None
     """
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in files.leftovers(folder):
-        leftover.unlink(missing_ok=True)
+    files.remove_leftovers(folder)
     path = folder / "provenance.json"
     starts = files.read_json(path, f"remove {path}") if path.is_file() else []
     # First, since a folder without it is taken for somebody else's.

@@ -16,7 +16,7 @@ from dsr_jax.convert import __main__ as convert
 from dsr_jax.convert.readers import open_source
 from dsr_jax.convert.recognize import TITLES, recognize
 from dsr_jax.core.errors import ConfigError, ConversionError
-from dsr_jax.core.files import file_digest, read_json
+from dsr_jax.core.files import file_digest, read_json, rename_synced
 from dsr_jax.models.registry import DENOISERS, REGISTERS
 from dsr_jax.telemetry.progress import announce
 
@@ -108,7 +108,7 @@ def convert_cached(source: str, family: str, options: str, cache: Path) -> Path:
                 + shlex.split(options)
             )
         with contextlib.suppress(OSError):
-            own.rename(folder)
+            rename_synced(own, folder)
     finally:
         shutil.rmtree(own, ignore_errors=True)
     return folder

@@ -34,12 +34,13 @@ from dsr_jax.parallel.processes import (
     HEARTBEAT_SECONDS,
     coordination_client,
     is_process_zero,
+    lock_folder,
     log,
     start_processes,
     wait_for_all,
 )
 from dsr_jax.parallel.watch import Limits, Watch, join_watch
-from dsr_jax.runs.folder import check_data, check_workdir, lock_workdir, write_run_files
+from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
 from dsr_jax.telemetry import flops
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.parameters import parameter_table
@@ -119,7 +120,7 @@ def run_command(
     start_processes(HEARTBEAT_SECONDS + round(lost_seconds))
     with join_watch(workdir, _limits(config), config.failures.end_hung, lost_seconds) as watch:
         check_processes(configs.to_json(config))
-        with lock_workdir(workdir), explain_out_of_memory():
+        with lock_folder(workdir), explain_out_of_memory():
             return _run(config, workdir, args.allow_change, make_job, watch)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dsr_jax.convert.hub import load_class_encoder
 from dsr_jax.convert.inception import load_inception
 from dsr_jax.core.errors import EvaluationError
-from dsr_jax.core.files import read_json, write_json
+from dsr_jax.core.files import read_json, remove_leftovers, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.classifier import classifier_scores
@@ -66,7 +66,8 @@ def check_output(out: Path, samples: ImageSet, reference: str | None = None) -> 
         found = content["samples"]["digest"], content.get("recipe", {}).get("reference")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
-            f"{out} exists and holds no scores", "name another --out; nothing was written"
+            f"{out} exists and holds no scores",
+            "name another --out, or remove the file; nothing was written",
         ) from error
     wanted = samples.describe()["digest"], open_reference(reference).digest() if reference else None
     for name, ours, theirs in zip(("samples", "reference"), wanted, found, strict=True):
@@ -150,6 +151,9 @@ def score_to_file(
       EvaluationError: If samples, reference and metrics do not fit.
     """
     folder = out.with_name(f"{out.name}.parts")
+    if is_process_zero():
+        for place, name in ((out.parent, out.name), (folder, "")):
+            remove_leftovers(place, name)
     chosen = None if metrics is None else list(metrics)
     result = scorer.score(
         images, chosen, folder=folder, allow_constant=allow_constant, save_every=save_every

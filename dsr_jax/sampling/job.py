@@ -22,8 +22,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsr_jax.core.cli import leave
 from dsr_jax.core.errors import CheckpointError, NumericsError
-from dsr_jax.core.files import file_digest, open_atomic, read_json, write_json
+from dsr_jax.core.files import file_digest, open_atomic, read_json, remove_leftovers, write_json
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
 from dsr_jax.parallel.processes import is_process_zero, wait_for_all
@@ -118,11 +120,22 @@ class SampleJob:
 
         Raises:
           CheckpointError: If the folder holds a job of another recipe.
+          LockError: If another command makes the same files.
           NumericsError: If an image is not finite.
           MeshError: If images come back in another order than their indices.
         """
-        total = len(self.labels)
         log = report if is_process_zero() else _silent
+        lock = FolderLock(self.folder, self.name, lost=leave, log=log)
+        nothing = np.zeros(0, bool)
+        try:
+            _on_process_zero(lambda: lock.acquire() or nothing, nothing)
+            return self._run(sample, batch, log)
+        finally:
+            lock.release()
+
+    def _run(self, sample: SampleBatchFn, batch: int, log: Callable[[str], None]) -> Path:
+        """Runs the job while no other command makes the same files."""
+        total = len(self.labels)
         missing = np.flatnonzero(
             _on_process_zero(lambda: self._plan(batch, log), np.zeros(total, bool))
         )
@@ -142,6 +155,7 @@ class SampleJob:
 
     def _plan(self, batch: int, log: Callable[[str], None]) -> np.ndarray:
         """Looks at what is there and returns which images are missing [N]."""
+        remove_leftovers(self.folder, f"{self.name}.")
         if self._finished(log):
             return np.zeros(len(self.labels), bool)
         self._start(batch)

@@ -1,5 +1,7 @@
 """The conversion command, its way back, and images from converted weights."""
 
+import os
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save, save_file
@@ -129,6 +131,19 @@ def test_damaged_conversions_are_refused(converted, tmp_path):
     path.unlink()
     with pytest.raises(ConversionError, match="no converted model: params.safetensors missing"):
         load_converted(tmp_path / "copy")
+
+
+def test_a_killed_conversion_does_not_block_its_folder(converted, tmp_path):
+    params, record = load_converted(converted)
+    out = tmp_path / "out"
+    save_converted(out, params, record)
+    (out / "params.safetensors").rename(out / ".params.safetensors.ab12cd_9.tmp")
+    (out / ".lock.json").write_text("")
+    os.utime(out / ".lock.json", (0, 0))
+    save_converted(out, params, record)
+    assert sorted(p.name for p in out.iterdir()) == ["conversion.json", "params.safetensors"]
+    with pytest.raises(ConversionError, match="is not an empty folder"):
+        save_converted(out, params, record)
 
 
 @pytest.fixture

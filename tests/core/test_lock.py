@@ -235,3 +235,14 @@ def test_a_process_that_ends_at_once_can_release_all(tmp_path: Path) -> None:
     FolderLock(tmp_path / "b").acquire()
     release_all()
     assert list(tmp_path.iterdir()) == [] and not locks._held
+
+
+def test_names_in_a_folder_have_locks_of_their_own(tmp_path: Path) -> None:
+    with FolderLock(tmp_path, "a"), FolderLock(tmp_path, "b"):
+        assert all(locks.is_lock(path.name) for path in tmp_path.iterdir())
+        with (
+            pytest.raises(LockError, match=f"{tmp_path / 'a'} is in use"),
+            FolderLock(tmp_path, "a"),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,11 @@ import pytest
 from dsr_jax.core.errors import DataError
 from dsr_jax.data.classes import describe
 from dsr_jax.data.latents import (
+    DIGESTS,
     DTYPES,
     CachedLatents,
     read_manifest,
+    remove_damaged,
     shard_path,
     write_manifest,
     write_shard,
@@ -31,8 +33,7 @@ def save(folder: Path, dtype: str = "float32", shards: int = 2) -> None:
     write_manifest(folder, manifest)
     for shard in range(shards):
         rows = range(6)[shard * 6 // shards : (shard + 1) * 6 // shards]
-        path = shard_path(folder, shard, shards)
-        write_shard(path, [(LATENTS[i], i % 3) for i in rows], dtype)
+        write_shard(folder, shard, shards, [(LATENTS[i], i % 3) for i in rows], dtype)
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -78,8 +79,30 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
 def test_a_value_that_the_dtype_does_not_hold_is_refused(tmp_path: Path) -> None:
     path = shard_path(tmp_path, 0, 1)
     with pytest.raises(DataError, match="float16 does not hold.*\n.*bfloat16"):
-        write_shard(path, [(LATENTS[0] + 1e6, 0)], "float16")
+        write_shard(tmp_path, 0, 1, [(LATENTS[0] + 1e6, 0)], "float16")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("digests", ["kept", "absent", "damaged"])
+@pytest.mark.parametrize("fault", ["none", "flipped", "cut", "empty", "short"])
+def test_damaged_shards_are_removed(tmp_path: Path, fault: str, digests: str) -> None:
+    """Also without the file of digests, as in caches of earlier versions."""
+    save(tmp_path)
+    path = shard_path(tmp_path, 1, 2)
+    content = bytearray(path.read_bytes())
+    # Within the second record: the file begins with blocks of padding.
+    where = content.find(LATENTS[4].tobytes()[:16])
+    content[where if where > 0 else len(content) - 20] ^= 1 if fault == "flipped" else 0
+    path.write_bytes(content[: {"cut": len(content) // 2, "empty": 0}.get(fault, len(content))])
+    if digests == "absent":
+        (tmp_path / DIGESTS).unlink()
+    elif digests == "damaged":
+        (tmp_path / DIGESTS).write_text("[")
+    sizes = [3, 2 if fault == "short" and digests != "kept" else 3]
+    found = remove_damaged(tmp_path, sizes)
+    whole = fault == "none" or (fault == "short" and digests == "kept")
+    assert found == ([] if whole else [path]) and path.exists() == whole
+    assert remove_damaged(tmp_path, sizes) == []
 
 
 def test_classes_are_those_of_the_encoded_images(tmp_path: Path) -> None:

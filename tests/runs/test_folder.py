@@ -14,7 +14,8 @@ from dsr_jax.core.errors import (
     LockError,
 )
 from dsr_jax.data import classes
-from dsr_jax.runs.folder import check_data, check_workdir, lock_workdir, write_run_files
+from dsr_jax.parallel.processes import lock_folder
+from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
 from dsr_jax.training.save_record import SaveRecord
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
@@ -144,8 +145,8 @@ def test_leftovers_of_a_killed_start_are_no_foreign_files(tmp_path: Path) -> Non
 
 
 def test_one_command_at_a_time_writes_a_folder(tmp_path: Path) -> None:
-    with lock_workdir(tmp_path / "run"):
-        with pytest.raises(LockError, match="is in use by process"), lock_workdir(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
+        with pytest.raises(LockError, match="is in use by process"), lock_folder(tmp_path / "run"):
             pass
     assert not (tmp_path / "run").exists()
 

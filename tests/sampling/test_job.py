@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsr_jax.core.errors import CheckpointError, MeshError, NumericsError
+from dsr_jax.core.errors import CheckpointError, LockError, MeshError, NumericsError
 from dsr_jax.core.files import file_digest, read_json
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.sampling.job import SampleJob, Samples
 
 SHAPE = (2, 3, 1)
@@ -251,3 +252,22 @@ def test_progress_names_what_is_done_and_what_is_left(tmp_path, monkeypatch):
     assert lines[0] == "sampled 8/24"
     assert lines[1] == "sampled 16/24, 0.8 images/s, 0:00:10 left"
     assert lines[2] == "sampled 24/24, 0.8 images/s, 0:00:00 left"
+
+
+def test_one_command_at_a_time_makes_the_files_of_a_name(tmp_path):
+    job, other = make_job(tmp_path), dataclasses.replace(make_job(tmp_path), name="others")
+    with FolderLock(tmp_path, "samples"):
+        with pytest.raises(LockError, match="samples is in use by process"):
+            job.run(sample, 5, quiet)
+        other.run(sample, 5, quiet)
+    job.run(sample, 5, quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"{name}.{end}" for name in ("others", "samples") for end in ("json", "npz")
+    ]
+
+
+def test_leftovers_of_a_killed_assembly_are_removed(tmp_path):
+    for name in (".samples.npz.ab12cd_9.tmp", ".others.npz.ab12cd_9.tmp"):
+        (tmp_path / name).touch()
+    make_job(tmp_path).run(sample, 5, quiet)
+    assert [p.name for p in tmp_path.glob("*.tmp")] == [".others.npz.ab12cd_9.tmp"]
