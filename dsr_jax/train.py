@@ -50,7 +50,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     if config.train.init_from and not list_steps(workdir / "checkpoints"):
         init = build.start_from(config, model, optimizer, abstract, data["names"])
     step = build.jit_step(
-        build.make_step(config, model, space, optimizer, abstract),
+        build.skip_batches(config, build.make_step(config, model, space, optimizer, abstract)),
         abstract,
         sharding,
         mesh,
@@ -72,6 +72,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         init=init,
         step=lambda state, batch: step(state, batch, variables),
         batches=build.global_batches(config, source, sharding),
+        records=build.batch_records(config, source),
         hooks=[
             Hook(config.sample.every_steps, results.save_grid),
             Hook(config.eval.every_steps, results.score),

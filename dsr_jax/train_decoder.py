@@ -47,12 +47,15 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     abstract, init = build.make_decoder_state(config, parts, optimizer, mesh, rules)
     settings = build.make_loss_settings(config)
     step = build.jit_step(
-        make_decoder_step(
-            parts.networks,
-            settings,
-            optimizer,
-            seed=config.seed,
-            reshard=make_reshard(abstract),
+        build.skip_batches(
+            config,
+            make_decoder_step(
+                parts.networks,
+                settings,
+                optimizer,
+                seed=config.seed,
+                reshard=make_reshard(abstract),
+            ),
         ),
         abstract,
         sharding,
@@ -74,6 +77,7 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         init=init,
         step=lambda state, batch: step(state, batch, parts.variables),
         batches=build.global_batches(config, source, sharding),
+        records=build.batch_records(config, source),
         hooks=[Hook(config.sample.every_steps, reconstructions.report)],
         finish=reconstructions.finish,
         data=data,

@@ -11,6 +11,7 @@ from dsr_jax.build.decoding import make_decoding_space as make_decoding_space
 from dsr_jax.build.denoiser import make_model as make_model
 from dsr_jax.build.denoiser import restore_converted as restore_converted
 from dsr_jax.build.denoiser import start_from as start_from
+from dsr_jax.build.experiment import batch_records as batch_records
 from dsr_jax.build.experiment import global_batches as global_batches
 from dsr_jax.build.experiment import jit_step as jit_step
 from dsr_jax.build.experiment import make_denoise_fn as make_denoise_fn
@@ -24,6 +25,7 @@ from dsr_jax.build.experiment import make_step as make_step
 from dsr_jax.build.experiment import make_time_sampler as make_time_sampler
 from dsr_jax.build.experiment import make_token_weights as make_token_weights
 from dsr_jax.build.experiment import set_precision as set_precision
+from dsr_jax.build.experiment import skip_batches as skip_batches
 from dsr_jax.build.experiment import xla_options as xla_options
 from dsr_jax.build.guide import find_guide as find_guide
 from dsr_jax.build.guide import weights_digest as weights_digest

@@ -17,7 +17,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.base import Source
 from dsr_jax.data.latents import CachedLatents
-from dsr_jax.data.pipeline import make_batches
+from dsr_jax.data.pipeline import make_batches, record_numbers
 from dsr_jax.data.sources import check_label_table
 from dsr_jax.data.sources import make_source as open_source
 from dsr_jax.diffusion.objectives import Objective
@@ -32,6 +32,7 @@ from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
+from dsr_jax.training import skipping
 from dsr_jax.training.optimizers import LearningRate, Optimizer
 from dsr_jax.training.state import TrainState, make_reshard
 from dsr_jax.training.step import TrainStep
@@ -255,6 +256,27 @@ def make_step(
         num_time_bins=config.objective.time_bins,
         reshard=make_reshard(abstract) if abstract is not None else None,
     )
+
+
+def skip_batches(config: ConfigDict, step: Step) -> Step:
+    """Returns the step with the config's batches skipped (`training.skipping`)."""
+    wrapped: Any = skipping.skip_batches(
+        step,
+        nonfinite=config.failures.on_nonfinite == "skip",
+        steps=tuple(config.train.skip_steps),
+    )
+    return wrapped
+
+
+def batch_records(config: ConfigDict, source: Source) -> Callable[[int], Sequence[int]]:
+    """Returns a function from a step's number, from 1, to the numbers of its records."""
+    size = config.data.global_batch
+
+    def records(step: int) -> Sequence[int]:
+        positions = range((step - 1) * size, step * size)
+        return record_numbers(len(source), config.seed, positions)
+
+    return records
 
 
 def xla_options(config: ConfigDict) -> dict[str, Any]:

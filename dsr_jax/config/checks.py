@@ -154,8 +154,24 @@ def check(config: ConfigDict) -> None:
         f"config.eval.classifier={config.eval.classifier!r} is unknown",
         "choose digits, or leave it empty for no classifier",
     )
+    _check_skipping(config, require)
     _check_guidance(config, require)
     _check_scores(config, require)
+
+
+def _check_skipping(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    """Checks which batches a run skips."""
+    require(
+        config.failures.on_nonfinite in ("stop", "skip"),
+        f"config.failures.on_nonfinite={config.failures.on_nonfinite!r} is unknown",
+        "choose stop or skip",
+    )
+    steps = config.train.skip_steps
+    require(
+        all(type(step) is int and step > 0 for step in steps),
+        f"config.train.skip_steps={steps}",
+        "name steps from 1, as in --config.train.skip_steps=(1200,1201)",
+    )
 
 
 def _check_guidance(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:

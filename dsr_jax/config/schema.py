@@ -149,6 +149,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "ema.decays": free((0.9999,), "decays of the EMA weights; each costs a copy of them"),
         "train.steps": free(100_080, "length of the run in steps"),
         "train.stop_after_steps": free(0, "end this start after so many steps; 0 for no limit"),
+        "train.skip_steps": free((), "steps whose batches are skipped, as (1200, 1201)"),
         "train.init_from": free("", "converted folder whose weights a new run starts from"),
         "train.init_labels": free(
             "", "label table of init_from: names, extend, reset or unconditional; empty: as it is"
@@ -174,6 +175,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "failures.step_seconds": free(900.0, "longest step with its batch; 0 for no limit"),
         "failures.pause_seconds": free(7200.0, "longest start, compilation or evaluation; 0: none"),
         "failures.end_hung": free(True, "end a run that hangs, so that it can be started again"),
+        "failures.on_nonfinite": free("stop", "batches that are not finite: stop, or skip them"),
         "failures.check_replicas": free(True, "compare the replicas of the state between devices"),
         "log.every_steps": free(100, "steps between records of metrics.jsonl"),
         "log.tensorboard": free(False, "also write TensorBoard events"),

@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -97,6 +97,21 @@ def make_batches(
     if workers:
         dataset = _in_processes(dataset, workers)
     return _closing(dataset)
+
+
+def record_numbers(size: int, seed: int, positions: Iterable[int]) -> list[int]:
+    """Returns the numbers of the records at some positions of the run, in the order of training.
+
+    Args:
+      size: Number of records of the source.
+      seed: Seed of the order.
+      positions: `index` of the samples in the batches of `make_batches`.
+    """
+    # The operations before the shuffle are those of `make_batches`, as Grain derives its seed from
+    # their number.
+    numbers = grain.MapDataset.range(size).map_with_index(lambda index, record: record)
+    numbers = numbers.seed(seed).shuffle().repeat(None)
+    return [int(numbers[position]) for position in positions]
 
 
 def iterate_once(

@@ -157,7 +157,11 @@ def make_objective(
 
 
 def bin_losses(loss: Array, t: Array, num_bins: int) -> tuple[Array, Array]:
-    """Sums and counts [num_bins] of per-sample losses [B] over equal bins of t in [0, 1]."""
+    """Sums and counts [num_bins] of per-sample losses [B] over equal bins of t in [0, 1].
+
+    A loss that is no number is so in its own bin alone.
+    """
     index = jnp.clip((t * num_bins).astype(jnp.int32), 0, num_bins - 1)
-    member = (index[:, None] == jnp.arange(num_bins)).astype(jnp.float32)  # [B, bins]
-    return loss @ member, jnp.sum(member, axis=0)
+    member = index[:, None] == jnp.arange(num_bins)  # [B, bins]
+    sums = jnp.sum(jnp.where(member, loss[:, None], 0.0), axis=0)
+    return sums, jnp.sum(member, axis=0, dtype=jnp.float32)

@@ -71,7 +71,7 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
     sharding = shardings.batch_sharding(mesh, rules)
     batch = abstract_batch(config, space, sharding)
     step = build.jit_step(
-        build.make_step(config, model, space, optimizer, abstract),
+        build.skip_batches(config, build.make_step(config, model, space, optimizer, abstract)),
         abstract,
         sharding,
         mesh,

@@ -39,6 +39,7 @@ from dsr_jax.parallel.processes import (
     start_processes,
     wait_for_all,
 )
+from dsr_jax.parallel.watch import FOLDER as FAILURES
 from dsr_jax.parallel.watch import Limits, Watch, join_watch
 from dsr_jax.runs.folder import check_data, check_workdir, write_run_files
 from dsr_jax.telemetry import flops
@@ -70,6 +71,7 @@ class TrainingJob:
       init: Makes the state before the first step.
       step: The compiled step, `(state, batch) -> (state, metrics)`.
       batches: `batches(first step)` yields global batches for ever.
+      records: Returns the numbers of the records in the batch of a step, from 1.
       hooks: Periodic actions on the state, such as sampling.
       finish: Action at the end of a complete run.
       data: Description of the training data.
@@ -83,6 +85,7 @@ class TrainingJob:
     init: Callable[[], Any]
     step: Callable[[Any, Batch], tuple[Any, Any]]
     batches: Callable[[int], Iterator[Batch]]
+    records: Callable[[int], Sequence[int]]
     hooks: Sequence[Hook]
     finish: Callable[[Summary], None]
     data: DataDescription
@@ -306,7 +309,9 @@ def _instruments(
     profile = ProfileWindow(workdir, config.log.profile_start, config.log.profile_steps)
     with writer, progress, profile:
         clock = StepClock(config.data.global_batch, config.train.steps)
-        yield Instruments(writer, progress, clock, profile, mfu, watch)
+        yield Instruments(
+            *(writer, progress, clock, profile, mfu, watch), job.records, workdir / FAILURES
+        )
 
 
 _CONFIG_HELP = (

@@ -28,6 +28,7 @@ from dsr_jax.training.adversarial import (
 from dsr_jax.training.decoder_state import DecoderState, DiscriminatorState
 from dsr_jax.training.diffaug import NUM_UNIFORMS, augment
 from dsr_jax.training.optimizers import Optimizer
+from dsr_jax.training.skipping import array_norms
 from dsr_jax.training.state import Reshard
 from dsr_jax.training.step import apply_gradients, to_unit_range
 
@@ -316,9 +317,10 @@ def make_decoder_step(
 
     Returns:
       `step(state, batch, variables) -> (state, metrics)`. Metrics: "loss" (the total), "l1",
-      "lpips", "gan" and "adaptive_weight" (0 where off), "grad_norm", "param_norm",
-      "learning_rate", "finite"; with a discriminator also "discriminator_loss" and
-      "discriminator_accuracy", 0 before its start, and "discriminator_learning_rate".
+      "lpips", "gan" and "adaptive_weight" (0 where off), "grad_norm", "array_norms"
+      by name, "param_norm", "learning_rate", "finite"; with a discriminator also
+      "discriminator_loss" and "discriminator_accuracy", 0 before its start, and
+      "discriminator_learning_rate".
     """
 
     divide = reshard or (lambda tree: tree)
@@ -373,6 +375,7 @@ def _generator_metrics(
         "gan": terms.gan,
         "adaptive_weight": terms.weight,
         "grad_norm": optax.tree.norm(grads),
+        "array_norms": array_norms(grads),
         "param_norm": optax.tree.norm(new.params),
         "learning_rate": learning_rate,
     }

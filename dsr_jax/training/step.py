@@ -19,6 +19,7 @@ from dsr_jax.diffusion.guidance import drop_labels
 from dsr_jax.diffusion.objectives import Objective, bin_losses
 from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.training.optimizers import Optimizer
+from dsr_jax.training.skipping import array_norms
 from dsr_jax.training.state import Reshard, TrainState, update_ema
 
 State = TypeVar("State", bound=TrainState)
@@ -181,9 +182,9 @@ class TrainStep:
 
         Returns:
           The state after it, and metrics: "loss", "grad_norm" before clipping, "param_norm" after
-          the update, "learning_rate", "dropped_labels" (fraction), "bin_loss" and "bin_count"
-          [num_time_bins] (sum and count), and "finite", False where any of these or of the
-          parameters is no number: such a state must not be kept.
+          the update, "array_norms" of the gradients by name, "learning_rate", "dropped_labels"
+          (fraction), "bin_loss" and "bin_count" [num_time_bins] (sum and count), and "finite",
+          False where any of these or of the parameters is no number: such a state must not be kept.
         """
         grads, sums = self._gradients(state, batch, variables)
         new_state = apply_gradients(state, grads, self.optimizer, self._divide)
@@ -193,6 +194,7 @@ class TrainStep:
             "loss": sums["loss"] / size,
             "dropped_labels": sums["dropped_labels"] / size,
             "grad_norm": optax.tree.norm(grads),
+            "array_norms": array_norms(grads),
             "param_norm": optax.tree.norm(new_state.params),
             "learning_rate": self.optimizer.learning_rate(state.step),
         }

@@ -1,15 +1,18 @@
 """Log of a training loop's steps, whose metrics are fetched with a delay."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dsr_jax.core.errors import NumericsError
+from dsr_jax.core.files import write_json
 from dsr_jax.core.typing import Array, Metrics
+from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.parallel.watch import Watch
 from dsr_jax.telemetry.clock import StepClock
 from dsr_jax.telemetry.profiler import ProfileWindow
@@ -17,10 +20,14 @@ from dsr_jax.telemetry.progress import Progress
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.metrics import MetricWindow
+from dsr_jax.training.nonfinite import NonFiniteStep, describe_step
 from dsr_jax.training.replicas import ReplicaCheck
 
 RUN_AHEAD = 2
 """Steps that may be under way before the host waits for the oldest one's metrics."""
+
+MAX_SKIPPED = 10
+"""Batches in a row that may be skipped because they are not finite."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Instruments:
       profile: Traces some steps.
       mfu: Fraction of the devices' peak from the seconds per step; None if unknown.
       watch: Receives the phase that the loop is in.
+      records: Returns the numbers of the records in the batch of a step, from 1.
+      failures: Folder for descriptions of steps that are not finite; None writes none.
     """
 
     writer: MetricWriter
@@ -42,6 +51,8 @@ class Instruments:
     profile: ProfileWindow
     mfu: Callable[[float], float | None] = field(default=lambda step_seconds: None)
     watch: Watch = field(default_factory=Watch)
+    records: Callable[[int], Sequence[int]] = field(default=lambda step: ())
+    failures: Path | None = None
 
 
 class PendingStep(NamedTuple):
@@ -62,6 +73,7 @@ class StepLog:
         self.window = window
         self._out, self._every, self._checkpoints = out, every, checkpoints
         self._pending: deque[PendingStep] = deque()
+        self._skipped_in_a_row = 0
 
     def add(self, pending: PendingStep, *, wait: bool) -> None:
         """Notes a step that was just dispatched; `wait` starts the clock after it."""
@@ -83,11 +95,17 @@ class StepLog:
 
     def _take(self) -> None:
         step, metrics, sums, check = self._pending.popleft()
-        host: dict[str, Any] = {name: np.asarray(v) for name, v in jax.device_get(metrics).items()}
-        self.window.add(host)
+        host: dict[str, Any] = dict(jax.device_get(metrics))
+        norms = host.pop("array_norms", {})
+        skipped = bool(host.pop("skipped", False))
+        if skipped:
+            self._skip(step, host, norms)
+        else:
+            self._skipped_in_a_row = 0
+            self.window.add(host)
         if not host["finite"]:
             self._out.writer.write(step, self.window.flush())
-            raise self._not_finite(step, host)
+            raise self._not_finite(self._describe(step, host, norms))
         if check is not None and sums is not None:
             check.verify(step, np.asarray(sums))
         if step % self._every == 0:
@@ -103,20 +121,49 @@ class StepLog:
             record["images_per_second"] = timing.images_per_second
             record["mfu"] = mfu
         self._out.writer.write(step, record)
-        self._out.progress.update(step, loss=record["loss"], timing=timing, mfu=mfu)
+        loss = float("nan") if record["loss"] is None else record["loss"]
+        self._out.progress.update(step, loss=loss, timing=timing, mfu=mfu)
 
-    def _not_finite(self, step: int, host: Mapping[str, Any]) -> NumericsError:
-        values = ", ".join(
-            f"{name} {float(host[name]):g}"
-            for name in ("loss", "grad_norm", "param_norm", "learning_rate")
-        )
+    def _skip(self, step: int, host: dict[str, Any], norms: dict[str, Any]) -> None:
+        """Notes a step whose batch did not change the state.
+
+        Raises:
+          NumericsError: After too many in a row that are not finite.
+        """
+        self.window.add_skipped()
+        if np.isfinite(host["loss"]) and np.isfinite(host["grad_norm"]):
+            self._skipped_in_a_row = 0
+            self._out.progress.log(f"step {step}: its batch is skipped, as the config asks")
+            return
+        self._skipped_in_a_row += 1
+        found = self._describe(step, host, norms)
+        self._out.progress.log("\n    ".join([*found.lines(), "its batch is skipped"]))
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise NumericsError(
+                f"{MAX_SKIPPED} steps in a row are not finite, the last is step {step}",
+                "the cause is not a single batch: check the frozen networks and the data, or "
+                "continue with a lower config.optim.lr from the newest checkpoint",
+            )
+
+    def _describe(self, step: int, host: dict[str, Any], norms: dict[str, Any]) -> NonFiniteStep:
+        """Describes a step that is not finite, and writes all of it to a file."""
+        records = [int(number) for number in self._out.records(step)]
+        found = describe_step(step, host, norms, records)
+        if self._out.failures is not None and is_process_zero():
+            write_json(self._out.failures / f"step_{step:08d}.json", found.to_json())
+        return found
+
+    def _not_finite(self, found: NonFiniteStep) -> NumericsError:
         self._checkpoints.wait()
         good = self._checkpoints.latest_step()
         kept = (
             "there is no checkpoint yet" if good is None else f"the newest is step {good}, finite"
         )
+        lines = [*found.lines(), f"its state was not saved ({kept})"]
         return NumericsError(
-            f"step {step} is not finite: {values}; its state was not saved ({kept})",
+            "\n    ".join(lines),
             "lower config.optim.lr, set config.optim.clip_norm, warm up longer, or check the data; "
-            "the same command continues from the newest checkpoint",
+            "the same command continues from the newest checkpoint, and leaves out this batch with "
+            f"--config.train.skip_steps=({found.step},), or all that are not finite with "
+            "--config.failures.on_nonfinite=skip",
         )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.data.base import Record
-from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches
+from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches, record_numbers
 from dsr_jax.data.sources import make_source
 from tests.processes import running
 
@@ -52,6 +52,16 @@ class Coordinates:
         rows, columns = np.mgrid[: 6 + index % 3, : 6 + index % 2]
         image = np.stack([rows, columns], axis=-1).astype(np.uint8)
         return {"image": image, "label": np.int32(0)}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_positions_lead_to_record_numbers(flip: bool) -> None:
+    batches = make_batches(Numbers(23), 5, 8, start_step=2, flip=flip)
+    for _ in range(6):
+        batch = next(batches)
+        # The smaller of i and 255 - i is i, mirrored or not.
+        numbers = batch["image"].reshape(8, 2).min(axis=1).tolist()
+        assert record_numbers(23, 5, batch["index"].tolist()) == numbers
 
 
 def test_crops_are_random_squares_fixed_by_the_sample() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import list_steps
 from tests.multiprocess.test_training import finish, start
 from tests.processes import start as start_command
@@ -119,9 +120,10 @@ def test_a_full_disk_under_process_0_ends_commands_without_training_too(
         module, full = "tests.sampling.job_worker", "samples.npz"
         words = [str(tmp_path / "out"), "0"]
     started = start_command("tests.disk_full", (full, module, *words), 2, 2)
-    errors = finish(started, 1, 75 if command == "evaluate" else 2, timeout=100)
-    assert f"OSError: [Errno 28] No space left on device: '{full}'" in errors[0]
-    assert "process 0" in errors[1] and "OSError: [Errno 28] No space left" in errors[1]
+    errors = finish(started, 2, 75 if command == "evaluate" else 2, timeout=100)
+    assert f"{full} cannot be written: No space left on device" in errors[0]
+    assert "process 0" in errors[1]
+    assert "cannot be written: No space left" in errors[1]
 
 
 def test_a_corrupted_copy_is_named_and_never_saved(
@@ -136,6 +138,19 @@ def test_a_corrupted_copy_is_named_and_never_saved(
     assert list_steps(tmp_path / "checkpoints") == [10]
     monkeypatch.setenv("TOY_FAULT", "none:-1:-1")
     finish(start(tmp_path, 15, 2, "--data-parallel"))
+
+
+def test_both_processes_skip_a_batch_that_is_not_finite_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their replicas stay equal, which is compared at every log record and save."""
+    monkeypatch.setenv("TOY_FAULT", "nan:1:12")
+    options = ("--data-parallel", "--skip-nonfinite", "--save-every=5")
+    errors = finish(start(tmp_path, 15, 2, *options))
+    assert "step 13 is not finite: loss nan" in errors[0] and "its batch is skipped" in errors[0]
+    assert [r["step"] for r in read_metrics(tmp_path) if r.get("skipped_steps")] == [15]
+    with np.load(tmp_path / "final.npz") as final:
+        assert all(np.isfinite(array).all() for array in final.values())
 
 
 def test_samples_of_another_step_are_detected(

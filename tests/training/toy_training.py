@@ -8,7 +8,8 @@ As a script it is a whole run, for tests that need processes of their own:
 It writes the final parameters to WORKDIR/final.npz and prints `step N` after each step. With
 TOY_FAULT=KIND:PROCESS:STEP something goes wrong in one process behind a step: "corrupt" changes its
 copy of an array, "data" lets it wait for a batch for ever, "skip" gives it those of another step,
-"raise" raises an error, "disk" that of a full disk.
+"raise" raises an error, "disk" that of a full disk, "nan" makes one of its samples no number, which
+--skip-nonfinite skips.
 """
 
 import argparse
@@ -58,6 +59,7 @@ from dsr_jax.training.loop import (
     train_loop,
 )
 from dsr_jax.training.optimizers import LearningRate, Optimizer
+from dsr_jax.training.skipping import skip_batches
 from dsr_jax.training.state import TrainState, create_state
 from dsr_jax.training.step import TrainStep
 
@@ -152,6 +154,7 @@ class Run:
         self.mesh = make_mesh(mesh_shape, jax.devices()[:devices])
         self.batch_sharding = batch_sharding(self.mesh, rules)
         tx = changes.pop("tx", None) or optimizer()
+        skip = changes.pop("skip", None) or {"nonfinite": False}
 
         def init() -> TrainState:
             example = jnp.zeros((1, SIZE, SIZE, 1)), jnp.zeros(1), jnp.zeros(1, int)
@@ -167,7 +170,7 @@ class Run:
         )
         self.init = jax.jit(lambda: nn.unbox(init()), out_shardings=self.shardings)
         self.step = jax.jit(
-            train_step(model, tx, **changes),
+            skip_batches(train_step(model, tx, **changes), **skip),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, replicated(self.mesh)),
             donate_argnums=0,
@@ -184,6 +187,13 @@ class Run:
         """The global batch of one step."""
         rows = process_rows(self.batch_sharding, BATCH)
         return host_to_global(host_batch(step, rows), self.batch_sharding, BATCH)
+
+    def float_batch(self, step: int, nan: bool = False) -> dict[str, jax.Array]:
+        """The same with images of floats; the first of this process's rows may be no number."""
+        rows = host_batch(step, process_rows(self.batch_sharding, BATCH))
+        image = rows["image"].astype(np.float32) / 255
+        image[:1] = np.nan if nan else image[:1]
+        return host_to_global({**rows, "image": image}, self.batch_sharding, BATCH)
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Batches from one step on."""
@@ -211,7 +221,12 @@ class Run:
                 ProfileWindow(self.workdir, 0, 0) as profile,
             ):
                 clock = StepClock(BATCH, steps)
-                out = Instruments(writer, progress, clock, profile, watch=watch or Watch())
+                out = Instruments(
+                    *(writer, progress, clock, profile),
+                    watch=watch or Watch(),
+                    records=lambda step: range((step - 1) * BATCH, step * BATCH),
+                    failures=self.workdir / "failures",
+                )
                 return train_loop(
                     state,
                     step_fn or self.step,
@@ -253,6 +268,7 @@ def main() -> int:
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--long-compilation", action="store_true")
     parser.add_argument("--data-parallel", action="store_true")
+    parser.add_argument("--skip-nonfinite", action="store_true")
     args = parser.parse_args()
     start_processes()
     with join_watch(args.workdir, Limits(args.step_seconds), True, lost_seconds=8.0) as watch:
@@ -264,7 +280,8 @@ def run_script(args: argparse.Namespace, watch: Watch) -> int:
     kind, process, at = os.environ.get("TOY_FAULT", "none:-1:-1").split(":")
     faulty = int(process) == jax.process_index()
     mesh = MeshShape(jax.device_count(), 1, 1) if args.data_parallel else MeshShape()
-    run = Run(args.workdir, mesh, every_steps=args.save_every)
+    skip = {"nonfinite": args.skip_nonfinite}
+    run = Run(args.workdir, mesh, every_steps=args.save_every, skip=skip)
 
     def step_fn(state: TrainState, batch: Any) -> Any:
         if args.long_compilation:
@@ -288,7 +305,10 @@ def run_script(args: argparse.Namespace, watch: Watch) -> int:
             late = faulty and step >= int(at)
             if late and kind == "data":
                 time.sleep(1000)
-            yield run.batch(step + 1 if late and kind == "skip" else step)
+            if kind == "nan":
+                yield run.float_batch(step, nan=faulty and step == int(at))
+            else:
+                yield run.batch(step + 1 if late and kind == "skip" else step)
 
     summary = run.train(args.steps, step_fn=step_fn, batches=batches, watch=watch)
     final = flat(summary.state)
