@@ -51,8 +51,9 @@ def save_converted(
         remove_leftovers(folder)
         with open_atomic(folder / _PARAMS) as file:
             write_safetensors(file, flat)
-            file.seek(0)
-            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            written: Any = file
+            written.seek(0)
+            digest = "sha256:" + hashlib.file_digest(written, "sha256").hexdigest()
             # Before the weights get their name: a killed command leaves a record alone at most.
             write_json(folder / _RECORD, {**record, "params_digest": digest})
 

@@ -126,9 +126,13 @@ class SampleJob:
         """
         log = report if is_process_zero() else _silent
         lock = FolderLock(self.folder, self.name, lost=leave, log=log)
-        nothing = np.zeros(0, bool)
+
+        def acquire() -> np.ndarray:
+            lock.acquire()
+            return np.zeros(0, bool)
+
         try:
-            _on_process_zero(lambda: lock.acquire() or nothing, nothing)
+            _on_process_zero(acquire, np.zeros(0, bool))
             return self._run(sample, batch, log)
         finally:
             lock.release()
