@@ -1,5 +1,6 @@
 """A small tokenizer folder of Qwen's kind: byte-level BPE with its control words."""
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,4 +32,7 @@ def write_folder(folder: Path, words: tuple[str, ...] = WORDS) -> Path:
     tokenizer.add_special_tokens(list(words))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
     fast.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tokenizer_class": "Qwen2Tokenizer"}))
     return folder

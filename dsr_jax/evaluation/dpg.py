@@ -61,6 +61,22 @@ def read_questions(text: str) -> dict[str, list[Question]]:
     return {item: list(questions.values()) for item, questions in found.items()}
 
 
+def tiles(count: int, size: int) -> list[tuple[int, int, int, int]]:
+    """Returns the boxes left, top, right, bottom of an image's tiles, row by row, two in a row.
+
+    Args:
+      count: Number of tiles, 1 to 4.
+      size: Side of a tile in pixels.
+
+    Raises:
+      EvaluationError: If there is no such arrangement.
+    """
+    if not 1 <= count <= 4:
+        raise EvaluationError(f"DPG-Bench has no image of {count} tiles", "choose 1 to 4")
+    corners = [(size * (n % 2), size * (n // 2)) for n in range(count)]
+    return [(left, top, left + size, top + size) for left, top in corners]
+
+
 def score_image(
     questions: Sequence[Question], answers: Sequence[Mapping[str, str]]
 ) -> tuple[list[float], dict[int, float]]:

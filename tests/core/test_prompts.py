@@ -130,7 +130,7 @@ def test_unknown_roles_and_formats(chat: PromptTokenizer) -> None:
 
 def test_tokenizer_folders_of_other_models(tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", ("<s>", "</s>"))
-    with pytest.raises(DataError, match=r"another model than Qwen: it lacks <\|endoftext\|>"):
+    with pytest.raises(DataError, match=r"another model than Qwen: it lacks <\|im_start\|>"):
         FolderTokenizer(other)
     with pytest.raises(DataError, match="does not exist"):
         FolderTokenizer(tmp_path / "missing")

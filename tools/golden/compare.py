@@ -77,7 +77,7 @@ ABSOLUTE = frozenset(
 
 RUNNER_MODULES = (
     *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit", "jit", "vae"),
-    *("stage1", "inception", "evaluation"),
+    *("stage1", "inception", "evaluation", "prompts"),
 )
 
 

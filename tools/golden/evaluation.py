@@ -1,5 +1,7 @@
 """Golden cases of scores: Frechet distance, IS, KID, precision and recall, T2I verdicts."""
 
+import csv
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from dsr_jax.evaluation.frechet import frechet_distance, gaussian_moments
 from dsr_jax.evaluation.inception_score import InceptionScore, score_splits
 from dsr_jax.evaluation.kid import kernel_inception_distance, squared_mmd
 from dsr_jax.evaluation.precision_recall import neighbor_radii, precision_recall
-from tools.golden.compare import Case, Check
+from tools.golden.compare import Case, Check, checks_of
 
 
 def run_frechet(case: Case) -> list[Check]:
@@ -196,6 +198,63 @@ def run_dpg(case: Case) -> list[Check]:
     return checks
 
 
+def run_geneval_cases(case: Case) -> list[Check]:
+    """Compares the outcome of every made-up image, and the scores of the tasks."""
+    verdicts, tags = [], []
+    for image in case.config["cases"]:
+        boxes: dict[str, list[Any]] = {}
+        colors: dict[str, list[str]] = {}
+        for found in image["detections"]:
+            boxes.setdefault(found["cls"], []).append(found["box"])
+            colors.setdefault(found["cls"], []).append(found["color"])
+        verdicts.append(
+            geneval.is_correct(
+                image["metadata"],
+                boxes,
+                lambda name, numbers, colors=colors: [colors[name][n] for n in numbers],
+            )
+        )
+        tags.append(image["metadata"]["tag"])
+    want = [image["correct"] for image in case.config["cases"]]
+    found = geneval.summarize(tags, range(len(tags)), verdicts)
+    return [
+        Check("verdicts", verdicts, want, "exact"),
+        Check("overall", found["overall"], case.config["overall"], "logic"),
+        *checks_of(found["task_scores"], case.config["per_task"], "logic"),
+    ]
+
+
+def run_dpg_rows(case: Case) -> list[Check]:
+    """Compares the scores of every image and category, and the total, of made-up answers."""
+    rows, config = case.config["rows"], case.config
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    questions = dpg.read_questions(text.getvalue())
+    answers = {
+        item: [
+            {q.text: config["answers"][f"{q.text}|{tile}"] for q in asked}
+            for tile in range(config["pic_num"])
+        ]
+        for item, asked in questions.items()
+    }
+    found = dpg.score_benchmark(questions, answers)
+    images = {name: np.mean(tiles) for name, tiles in found["per_image"].items()}
+    checks = [Check("score", found["score"], config["score"], "logic")]
+    checks.append(
+        Check("tiles", dpg.tiles(config["pic_num"], config["resolution"]), config["crops"], "exact")
+    )
+    for ours, want in (
+        (images, config["per_image"]),
+        (found["l1"], config["l1"]),
+        (found["l2"], config["l2"]),
+    ):
+        checks.append(Check("names", set(ours) == set(want), True, "exact"))
+        checks += checks_of(ours, want, "logic")
+    return checks
+
+
 def _expects(*keys: str) -> Any:
     """Returns a test for cases whose expected values have all of these keys."""
     return lambda config: all(key in config.get("expected", {}) for key in keys)
@@ -220,6 +279,8 @@ RUNNERS = {
     "eval_prec_recall*": (run_precision_recall, _expects_rows("float64_exact")),
     "eval_kid*": (run_kid, lambda config: "rng_seed" in config and "expected" in config),
     "eval_clipscore*": (run_clip_score, _expects("clip_s_mean", "ref_clip_s_mean")),
+    "t2i_geneval*": (run_geneval_cases, lambda config: "cases" in config),
+    "t2i_dpg*": (run_dpg_rows, lambda config: "answers" in config),
     "eval_geneval*": (run_geneval, lambda config: "expected_summary" in config),
     "eval_dpg*": (run_dpg, _expects("dpg_score_x100", "per_item")),
 }
