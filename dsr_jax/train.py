@@ -2,7 +2,8 @@
 
 Any key of the config can be set behind it, as in `--config.optim.lr=1e-3`. The same command
 continues a run that was stopped. The run's folder holds config.json, provenance.json,
-metrics.jsonl, checkpoints/, samples/ and, at the end, summary.json.
+metrics.jsonl, checkpoints/, samples/, with config.log.outliers outliers/ and, at the end,
+summary.json.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from dsr_jax.data.classes import DataDescription, describe, trained_labels
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.runs.outliers import OutlierMonitor
 from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.runs.training_evaluation import Results, open_scorer
 from dsr_jax.telemetry.progress import announce_first_call
@@ -65,18 +67,23 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     sample = announce_first_call(sampler, "the sampler")
     scorer = open_scorer(config, mesh, image_shape)
     results = Results(config, workdir, sample, variables, mesh.size, image_shape, data, scorer)
+    batches = build.global_batches(config, source, sharding)
+    hooks = [
+        Hook(config.sample.every_steps, results.save_grid),
+        Hook(config.eval.every_steps, results.score),
+    ]
+    if config.log.outliers:
+        monitor = OutlierMonitor(config, workdir, model, space, variables, batches, mesh)
+        hooks.append(Hook(config.log.outliers, monitor))
     return TrainingJob(
         summary_text=_run_summary(config, model, abstract.params, data, mesh),
         mesh=mesh,
         abstract=abstract,
         init=init,
         step=lambda state, batch: step(state, batch, variables),
-        batches=build.global_batches(config, source, sharding),
+        batches=batches,
         records=build.batch_records(config, source),
-        hooks=[
-            Hook(config.sample.every_steps, results.save_grid),
-            Hook(config.eval.every_steps, results.score),
-        ],
+        hooks=hooks,
         finish=results.finish,
         data=data,
         forward_flops=model.forward_flops(),

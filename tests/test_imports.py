@@ -15,7 +15,8 @@ LEAVES = {
     "core": set(),
     "parallel": {"core"},
     "models": {"core", "parallel.axes"},
-    "registers": {"core", "parallel", "models"},
+    "reports": {"core", "telemetry"},
+    "registers": {"core", "parallel", "models", "reports"},
     "spaces": {"core", "models", "registers"},
     "diffusion": {"core"},
     "data": {"core"},
@@ -31,7 +32,7 @@ LEAVES = {
 ALLOWED = {
     **LEAVES,
     "build": set(LEAVES),
-    "planning": {"core", "parallel", "telemetry", "config", "build"},
+    "planning": {"core", "parallel", "telemetry", "config", "build", "reports"},
     "runs": {*LEAVES, "build"},
 }
 COMMANDS = {

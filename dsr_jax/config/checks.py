@@ -23,6 +23,7 @@ _POSITIVE = (
     *("model.decoder_depth", "model.decoder_hidden_size", "model.decoder_num_heads"),
     *("decoder.depth", "decoder.num_heads", "decoder.mlp_dim", "decoder.patch_size"),
     *("gan.kernel_size", "sample.num", "sample.batch", "eval.batch", "log.every_steps"),
+    "log.outlier_images",
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.save_seconds"),
     "failures.lost_seconds",
 )
@@ -30,7 +31,13 @@ _NOT_NEGATIVE = (
     *("decoder.hidden_size", "lpips.weight", "gan.weight", "data.crop_from", "data.workers"),
     *("eval.every_steps", "eval.num_samples", "sample.every_steps", "sample.guidance_channels"),
     *("registers.num", "registers.start", "checkpoint.keep_every", "train.stop_after_steps"),
-    *("log.profile_start", "log.profile_steps", "optim.warmup_steps", "optim.decay_end_steps"),
+    *(
+        "log.outliers",
+        "log.profile_start",
+        "log.profile_steps",
+        "optim.warmup_steps",
+        "optim.decay_end_steps",
+    ),
     *("gan.discriminator_start", "gan.generator_start"),
     *("failures.step_seconds", "failures.pause_seconds"),
 )
@@ -155,6 +162,17 @@ def check(config: ConfigDict) -> None:
         "choose digits, or leave it empty for no classifier",
     )
     _check_skipping(config, require)
+    times = config.log.outlier_times
+    require(
+        bool(times) and all(0 <= time <= 1 for time in times),
+        f"config.log.outlier_times={times}",
+        "give noise levels from 0, data, to 1, noise, for example 0.1,0.5,0.9",
+    )
+    require(
+        not config.log.outliers or not trains_decoder(config),
+        f"config.log.outliers={config.log.outliers}, but a decoder is trained",
+        "set it to 0: only denoisers are measured",
+    )
     _check_guidance(config, require)
     _check_scores(config, require)
 

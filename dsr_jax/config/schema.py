@@ -180,6 +180,11 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "log.every_steps": free(100, "steps between records of metrics.jsonl"),
         "log.tensorboard": free(False, "also write TensorBoard events"),
         "log.wandb": free("", "project of Weights & Biases to write to; empty for none"),
+        "log.outliers": free(0, "steps between outlier statistics of the denoiser; 0 for none"),
+        "log.outlier_images": free(8, "images that they are measured on"),
+        "log.outlier_times": free(
+            (0.1, 0.3, 0.5, 0.7, 0.9), "noise levels (0 data, 1 noise) that they are measured at"
+        ),
         "log.profile_start": free(0, "first step that is traced"),
         "log.profile_steps": free(0, "steps that are traced; 0 for none"),
         "sample.every_steps": free(10_000, "steps between grids of samples; 0 for none"),

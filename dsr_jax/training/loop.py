@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dsr_jax.core.errors import DamagedCheckpointError
 from dsr_jax.core.typing import Batch, Metrics
@@ -54,11 +55,11 @@ class Hook:
     Attributes:
       every_steps: Interval in steps; also called after the run's last step. 0 for never.
       call: `call(step, state)`; it must not donate the state. Numbers that it returns become a
-        log record.
+        log record, and pictures, uint8 [H, W, C], are shown where the log can show them.
     """
 
     every_steps: int
-    call: Callable[[int, TrainState], Mapping[str, float] | None]
+    call: Callable[[int, TrainState], Mapping[str, float | np.ndarray] | None]
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether to call after `step`."""
@@ -327,5 +328,9 @@ class _Loop:
         self._out.watch.enter("evaluating", step)
         with self._out.clock.pause(state):
             for hook in due:
-                if scores := hook.call(step, state):
+                found = hook.call(step, state) or {}
+                pictures = {k: x for k, x in found.items() if isinstance(x, np.ndarray)}
+                if scores := {k: float(x) for k, x in found.items() if k not in pictures}:
                     self._out.writer.write(step, scores)
+                for name, picture in pictures.items():
+                    self._out.writer.write_image(step, name, picture)
