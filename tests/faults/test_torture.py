@@ -1,0 +1,66 @@
+"""The torture tool: it finds what a careless command loses, and the commands lose nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults.worker import TOTAL
+from tools import torture
+from tools.faults.injection import Round, play_round
+from tools.faults.jobs import Job
+
+
+def numbers_job(*words: str) -> Job:
+    """A job of tests/faults/worker.py."""
+    return Job(
+        "tests.faults.worker",
+        lambda inputs, folder: [str(folder), *words],
+        lambda folder: sorted(folder.glob("*.done")),
+        lambda folder: [],
+        lambda folder: {"numbers": (folder / "numbers.txt").read_text().split()},
+    )
+
+
+def play(tmp_path: Path, job: Job, seed: int) -> Round:
+    reference = {"numbers": [str(i) for i in range(TOTAL)]}
+    return play_round(
+        job,
+        tmp_path,
+        tmp_path / f"out{seed}",
+        tmp_path,
+        reference,
+        np.random.default_rng(seed),
+        processes=1,
+        budget=4,
+    )
+
+
+def test_a_careful_command_loses_nothing(tmp_path: Path) -> None:
+    found = play(tmp_path, numbers_job(), 1)
+    assert found.problem == "" and found.faults.total() > 0
+
+
+@pytest.mark.slow
+def test_a_careless_command_is_found(tmp_path: Path) -> None:
+    rounds = [play(tmp_path, numbers_job("--careless"), seed) for seed in range(3)]
+    ended = [found for found in rounds if found.faults["kill"] or found.faults["term"]]
+    assert ended
+    for found in ended:
+        assert found.problem.startswith("another result: numbers: ") and found.starts > 1
+
+
+def test_a_command_that_fails_by_itself_is_found(tmp_path: Path) -> None:
+    job = numbers_job()
+    broken = Job("tests.faults.no_such_module", job.words, job.outputs, job.damageable, job.result)
+    assert "No module named" in play(tmp_path, broken, 2).problem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["encode", "train"])
+def test_commands_lose_nothing(tmp_path: Path, job: str, capsys) -> None:
+    words = [f"--job={job}", "--faults=4", "--seed=3", "--processes=1", f"--out={tmp_path}"]
+    assert torture.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "faults: 4, lost: 0"
+    # The same command again has nothing left to do.
+    assert torture.main(words) == 0

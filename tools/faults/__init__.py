@@ -1,0 +1,1 @@
+"""Fault injection into running commands, for tools/torture.py."""
