@@ -1,12 +1,15 @@
-"""Compiles a config's training step for an absent TPU slice, and reports memory and time.
+"""Compiles a config's training step for an absent TPU slice or absent GPUs; reports memory, time.
 
     python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --out=plans/rae_dit
 
 Prints memory per chip by purpose, FLOPs, memory traffic, collectives, and the least time of a step
 and of the run; --out also gets report.json and report.html. If the step does not fit, the exit
-status is 1 and the report advises. No TPU is needed, only its compiler: pip install 'dsr_jax[tpu]'.
-Any key of the config can be set, as in --config.mesh.fsdp=16. --topology=2xv5e:8x8 stands for two
-slices that communicate over the data-center network.
+status is 1 and the report advises. Any key of the config can be set, as in --config.mesh.fsdp=16.
+
+No TPU is needed, only its compiler: pip install 'dsr_jax[tpu]'. --topology=2xv5e:8x8 stands for two
+slices that communicate over the data-center network. Nor is a GPU: --topology=h100:8 is a node of
+eight, 2xh100:8 two of them (a100, h100, h200); pip install 'dsr_jax[cuda]'. The memory of a GPU is
+what JAX takes of it, three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 
     python -m dsr_jax.compile --config=configs/rae_dit.py --topology=v5e:8x8 --sweep
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args, overrides = _parser().parse_known_args(words)
     config, topology = configs.load(args.config, overrides), find_topology(args.topology)
-    # Frozen networks and this program's own arithmetic stay off a TPU that may be here.
+    # Frozen networks and this program's own arithmetic stay off a TPU or GPU that may be here.
     jax.config.update("jax_platforms", "cpu")
     build.set_precision(config)
     subject = {
@@ -85,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="config file with its arguments, joined by commas: configs/x.py:key=value,key",
     )
-    parser.add_argument("--topology", required=True, help="TPU slice, as in v5e:4x4, or 2xv5e:4x4")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="TPU slices, as in v5e:4x4, 2xv5e:4x4, or nodes of GPUs, as in h100:8, 2xh100:8",
+    )
     parser.add_argument("--out", type=Path, help="folder for report.json and report.html")
     parser.add_argument("--hlo", type=Path, help="file for the text of the compiled program")
     parser.add_argument("--sampler", action="store_true", help="the sampler, not the training step")

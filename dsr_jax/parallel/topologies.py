@@ -1,4 +1,6 @@
-"""TPU slices by name, with the chips' limits, and their devices for compiling ahead of time.
+"""TPU slices by name, with the chips' limits, and devices for compiling ahead of time.
+
+GPUs are in `parallel.gpus`; `find_topology` and `compile_only_devices` take both.
 
 Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; link speeds from "How to scale your model"
 (jax-ml.github.io/scaling-book), chapter TPUs; memory as libtpu's compiler reports it. The pages
@@ -17,6 +19,7 @@ from typing import Any
 import jax
 
 from dsr_jax.core.errors import MeshError
+from dsr_jax.parallel.gpus import CARDS, GpuTopology, compile_only_gpus, find_gpus
 
 GIB = 2**30
 
@@ -100,6 +103,8 @@ class Topology:
     shape: tuple[int, ...]
     slices: int = 1
 
+    platform = "tpu"
+
     @property
     def num_chips(self) -> int:
         """Chips of all slices."""
@@ -124,6 +129,8 @@ class Topology:
         return f"{self.chip.accelerator}-{math.prod(self.shape) * cores}"
 
 
+AnyTopology = Topology | GpuTopology
+
 _ENVIRONMENT = MappingProxyType(
     {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -135,12 +142,17 @@ _ENVIRONMENT = MappingProxyType(
 """The last two only prevent warnings of libtpu."""
 
 
-def find_topology(name: str) -> Topology:
-    """Returns the slice called `name`, as in "v5e:4x4" or "v5p:2x2x4", or slices: "2xv5e:4x4".
+def find_topology(name: str) -> AnyTopology:
+    """Returns the TPU slice or GPUs called `name`, or several slices or nodes.
+
+    Args:
+      name: As in "v5e:4x4", "v5p:2x2x4", "2xv5e:4x4", "h100:8", "2xh100:8".
 
     Raises:
       MeshError: If there is none, with those that there are.
     """
+    if gpus := find_gpus(name):
+        return gpus
     generation, _, shape = name.partition(":")
     many, times, rest = generation.partition("x")
     if times and many.isdigit() and int(many):
@@ -149,8 +161,9 @@ def find_topology(name: str) -> Topology:
         many = "1"
     if generation not in CHIPS:
         raise MeshError(
-            f"unknown TPU {generation!r} in topology {name!r}",
-            f"choose from {', '.join(f'{chip}:{CHIPS[chip].shapes[-1]}' for chip in CHIPS)}",
+            f"unknown TPU or GPU {generation!r} in topology {name!r}",
+            f"choose from {', '.join(f'{chip}:{CHIPS[chip].shapes[-1]}' for chip in CHIPS)}, "
+            f"{', '.join(f'{card}:8' for card in CARDS)}",
         )
     chip = CHIPS[generation]
     if shape not in chip.shapes:
@@ -160,15 +173,18 @@ def find_topology(name: str) -> Topology:
     return Topology(name, chip, tuple(int(side) for side in shape.split("x")), int(many))
 
 
-def compile_only_devices(topology: Topology) -> list[jax.Device]:
-    """Returns the slice's devices as a compiler needs them; no TPU needs to be present.
+def compile_only_devices(topology: AnyTopology) -> list[jax.Device]:
+    """Returns the topology's devices as a compiler needs them; none of them needs to be present.
 
-    Sets the environment variables that libtpu reads, where they are not set: it would otherwise ask
-    the metadata server of a TPU virtual machine and lock a TPU of this machine.
+    For TPUs it sets the environment variables that libtpu reads, where they are not set: libtpu
+    would otherwise ask the metadata server of a TPU virtual machine and lock a TPU of this machine.
 
     Raises:
-      MeshError: If libtpu is not installed, or does not know the slice.
+      MeshError: If the compiler (libtpu, JAX's CUDA plugin) is not installed, or does not know the
+        topology.
     """
+    if isinstance(topology, GpuTopology):
+        return compile_only_gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise MeshError(
             "compiling for a TPU needs its compiler, libtpu, which is not installed",

@@ -20,7 +20,10 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TILE = re.compile(r"([\d,]+):T\(([\d,]+)\)")
-_OTHER_MEMORY = re.compile(r"S\(\d+\)")
+_TPU_OTHER_MEMORY = re.compile(r"S\(\d+\)")
+_GPU_OTHER_MEMORY = re.compile(r"S\(5\)")
+"""Memory spaces that are not the chip's main memory: on GPUs the host's alone, since S(1) is what
+NCCL has registered."""
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 
 
@@ -31,7 +34,7 @@ class Array:
     Attributes:
       dtype: XLA's name of the dtype.
       shape: Sizes of the dimensions.
-      in_hbm: False if the compiler keeps the array in the chip's fast memory.
+      in_hbm: False if the compiler keeps the array in the chip's fast memory, or on the host.
       padded: Sizes rounded up to the TPU's tiles; None without tiles.
     """
 
@@ -87,6 +90,11 @@ class Instruction:
         return found.group(1) if found else ""
 
     @property
+    def target(self) -> str:
+        """Target of a custom call; "" for other instructions."""
+        return self.attribute(r'custom_call_target="([^"]*)"')
+
+    @property
     def op_name(self) -> str:
         """Origin in the traced program; "" if unknown."""
         return self.attribute(r'op_name="([^"]*)"')
@@ -119,6 +127,15 @@ class Computation:
         steps = [i.attribute(r"^(\d+)") for i in added if i.opcode == "constant"]
         return max(1, int(steps[0])) if steps and steps[0] else 1
 
+    def operand_arrays(self, instruction: Instruction) -> list[Array]:
+        """Returns the shapes of the operands of one of its instructions."""
+        return [
+            array
+            for name in instruction.operands
+            if name in self.instructions
+            for array in self.instructions[name].arrays
+        ]
+
     def users(self, name: str) -> list[Instruction]:
         """Returns the instructions that read `name`."""
         return [i for i in self if name in i.operands]
@@ -136,18 +153,23 @@ class Program:
     Attributes:
       entry: Entry computation.
       computations: All computations by name.
-      slices: Number of TPU slices that the program runs on.
+      slices: Number of TPU slices, or of nodes of GPUs, that the program runs on.
+      gpus: Number of GPUs of a node; 0 in a TPU's program.
     """
 
     entry: Computation
     computations: Mapping[str, Computation]
     slices: int = 1
+    gpus: int = 0
 
     def trips(self, loop: Instruction) -> int | None:
-        """Returns the trip count of a `while` that counts from 0 in equal steps to a constant.
+        """Returns the trip count of a `while`; None if it depends on data, as in adaptive solvers.
 
-        Returns None for any other condition, such as that of an adaptive solver.
+        XLA records it in programs for GPUs and CPUs. In those for TPUs it is that of a loop that
+        counts from 0 in equal steps to a constant.
         """
+        if recorded := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(recorded)
         condition = self.computations[loop.called("condition")[0]]
         root, counters = condition.root, [i for i in condition if i.opcode == "get-tuple-element"]
         if root.opcode == "fusion":
@@ -161,8 +183,13 @@ class Program:
         return math.ceil(int(limits[0]) / step)
 
 
-def parse(text: str, slices: int = 1) -> Program:
-    """Parses `compiled.as_text()` of a program for `slices` TPU slices.
+def parse(text: str, slices: int = 1, gpus: int = 0) -> Program:
+    """Parses `compiled.as_text()`.
+
+    Args:
+      text: Text of the program.
+      slices: Number of TPU slices, or of nodes of GPUs, that it was compiled for.
+      gpus: Number of GPUs of a node; 0 for TPUs.
 
     Raises:
       ValueError: If the text has no entry computation.
@@ -177,14 +204,14 @@ def parse(text: str, slices: int = 1) -> Program:
             computations[computation.name] = computation
             entry = computation if header.group(1) else entry
         elif " = " in line and line.startswith(" "):
-            instruction = _instruction(line)
+            instruction = _instruction(line, _GPU_OTHER_MEMORY if gpus else _TPU_OTHER_MEMORY)
             lines[instruction.name] = instruction
     if entry is None:
         raise ValueError("the text of the program has no ENTRY computation")
-    return Program(entry, computations, slices)
+    return Program(entry, computations, slices, gpus)
 
 
-def _instruction(line: str) -> Instruction:
+def _instruction(line: str, other_memory: re.Pattern[str]) -> Instruction:
     left, _, right = line.strip().partition(" = ")
     end = _closing(right, 0) if right.startswith("(") else right.index(" ")
     result, rest = right[:end], right[end:].lstrip()
@@ -197,7 +224,7 @@ def _instruction(line: str) -> Instruction:
     return Instruction(
         left.removeprefix("ROOT ").removeprefix("%"),
         opcode,
-        tuple(_arrays(result)),
+        tuple(_arrays(result, other_memory)),
         operands,
         attributes,
         left.startswith("ROOT "),
@@ -214,10 +241,10 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no end of {text[start : start + 80]!r}")
 
 
-def _arrays(text: str) -> Iterator[Array]:
+def _arrays(text: str, other_memory: re.Pattern[str]) -> Iterator[Array]:
     for dtype, sizes, layout in _ARRAY.findall(text):
         shape = tuple(int(size) for size in sizes.split(",") if size)
-        yield Array(dtype, shape, not _OTHER_MEMORY.search(layout), _padded(shape, layout))
+        yield Array(dtype, shape, not other_memory.search(layout), _padded(shape, layout))
 
 
 def _padded(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:

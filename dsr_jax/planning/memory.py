@@ -12,9 +12,13 @@ import jax
 import numpy as np
 
 from dsr_jax.core.typing import PyTree
+from dsr_jax.parallel.gpus import MEMORY_FRACTION, Card
 
 GIB = 2**30
 TEMPORARIES = "activations and temporaries"
+_MAX_FRACTION = 0.95
+"""Fraction of a GPU's memory that JAX can take; CUDA and its libraries need the rest."""
+
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -129,6 +133,22 @@ def advice(layout: Layout, needed: int, limit: int, temporaries: int) -> list[st
     if layout.slices:
         found.append(f"use more chips: --topology={layout.slices[0]}")
     return found
+
+
+def gpu_advice(card: Card, needed: int) -> list[str]:
+    """Returns how JAX can take more of a GPU's memory than it does, if it can.
+
+    Args:
+      card: The GPU.
+      needed: Bytes needed on it.
+    """
+    most = int(_MAX_FRACTION * card.memory_bytes)
+    if card.hbm_bytes >= most:
+        return []
+    return [
+        f"let JAX take more of the GPU's memory, here and in the run: set the environment variable "
+        f"{MEMORY_FRACTION}={_MAX_FRACTION}{_outcome(needed, most)}"
+    ]
 
 
 def _smaller_micro_batches(layout: Layout, needed: int, limit: int, temporaries: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-from dsr_jax.planning.report import GIB, Report, resources, slices_text
+from dsr_jax.planning.report import GIB, Report, chips_text, resources, slices_text, words
 
 _COLORS = ("#4269d0", "#efb118", "#6cc5b0", "#ff725c", "#a463f2", "#9c6b4e", "#97bbf5", "#3ca951")
 _STYLE = """
@@ -21,15 +21,16 @@ def make_page(report: Report) -> str:
     """Returns the report as an HTML page."""
     title = f"{report['what']} of {report['config']} on {report['topology']}"
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
+    chip = words(report).chip
     outcome = "It fits." if report["fits"] else '<b class="bad">It does not fit.</b>'
     body = [
         f"<h1>{_text(title)}</h1>",
-        f"<p>{report['chips']} chips ({_text(slices_text(report))}), mesh "
-        f"{_text(report['mesh'])}, {report['images_per_chip']:g} images per chip, remat "
+        f"<p>{chips_text(report)} ({_text(slices_text(report))}), mesh "
+        f"{_text(report['mesh'])}, {report['images_per_chip']:g} images per {chip}, remat "
         f"{_text(report['remat'])}. Compiled in {report['compile_seconds']:.0f} s with "
         f"{_text(', '.join(f'{k} {v}' for k, v in report['versions'].items()))}.</p>",
         f"<p><code>{_text(report['command'])}</code></p>",
-        f"<h2>Memory per chip: {need / GIB:.2f} of {limit / GIB:.2f} GiB</h2><p>{outcome}</p>",
+        f"<h2>Memory per {chip}: {need / GIB:.2f} of {limit / GIB:.2f} GiB</h2><p>{outcome}</p>",
         _bar(report["memory"], max(need, limit)),
         _table(
             ("purpose", "GiB"),
@@ -47,7 +48,7 @@ def make_page(report: Report) -> str:
 
 
 def _speed(report: Report) -> list[str]:
-    names = resources(report)
+    names, called = resources(report), words(report)
     rows = (
         (
             _text(part["name"]),
@@ -56,17 +57,18 @@ def _speed(report: Report) -> list[str]:
             f"{part['hbm_bytes'] / 1e9:.1f}",
             f"{part['sent_bytes'] / 1e9:.3f}",
             *(f"{1e3 * part[f'{kind}_seconds']:.1f}" for kind in names),
-            _text(part["bound"]),
+            _text(names[part["bound"]]),
+            f"{part['kernels']:,}",
         )
         for part in report["parts"]
     )
-    heads = "part,runs,TFLOP,GB of HBM,GB sent,compute ms,HBM ms,ICI ms,DCN ms".split(",")
-    heads = [*heads[: 5 + len(names)], "bound by"]
+    heads = "part,layers,TFLOP,GB of HBM,GB sent".split(",")
+    heads += [*(f"{name} ms" for name in names.values()), "bound by", "kernels"]
     collectives = (
         (
             _text(row["kind"]),
             _text(row["part"]),
-            _text(row["network"]),
+            _text(called.networks[row["network"]]),
             str(row["group"]),
             f"{row['bytes'] / 1e6:.3f}",
             f"{row['count']:,}",
@@ -79,12 +81,15 @@ def _speed(report: Report) -> list[str]:
         f"<p>{report['images_per_second']:,.0f} images/s; MFU at most {report['mfu_bound']:.1%}, "
         f"{report['mfu_bound_of_compute_alone']:.1%} if bound by compute alone; "
         f"{report['steps']:,} steps are {report['days']:.2f} days and "
-        f"{report['chip_hours']:,.0f} chip-hours.</p>",
+        f"{report['chip_hours']:,.0f} {called.chip}-hours.</p>",
         _bar({part["name"]: part["seconds"] for part in report["parts"]}),
         _table(heads, rows),
         f"<p>{_text(report['how'])}</p>",
-        "<h2>Collectives per chip and step</h2>",
-        _table("kind,part,network,chips or slices,MB each,times,MB sent".split(","), collectives),
+        f"<h2>Collectives per {called.chip} and step</h2>",
+        _table(
+            f"kind,part,network,{called.chip}s or {called.slices},MB each,times,MB sent".split(","),
+            collectives,
+        ),
     ]
 
 

@@ -1,5 +1,6 @@
 """Ahead-of-time (AOT) programs: compiles a config without its devices, and reports on it."""
 
+import contextlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Mapping
@@ -17,13 +18,15 @@ from dsr_jax.core.provenance import git_revision
 from dsr_jax.core.typing import PyTree
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
-from dsr_jax.parallel.topologies import Topology, compile_only_devices
+from dsr_jax.parallel.gpus import CUDA_VERSIONS, GpuTopology
+from dsr_jax.parallel.topologies import AnyTopology, compile_only_devices
 from dsr_jax.planning.hlo import parse
 from dsr_jax.planning.memory import (
     TEMPORARIES,
     Layout,
     advice,
     bytes_per_chip,
+    gpu_advice,
     memory_parts,
     out_of_memory,
 )
@@ -61,7 +64,7 @@ def train_step(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> 
     Args:
       config: Experiment config.
       mesh: Compile-only devices.
-      slices: Names of larger slices, for the advice.
+      slices: Names of larger topologies, for the advice.
     """
     rules = build.make_rules(config)
     space, variables = abstract_space(config, mesh)
@@ -142,7 +145,7 @@ PROGRAMS: Mapping[str, Callable[[ConfigDict, Mesh, tuple[str, ...]], AotProgram]
 
 def compile_report(
     config: ConfigDict,
-    topology: Topology,
+    topology: AnyTopology,
     program: str,
     subject: Mapping[str, Any],
     keep_text: Callable[[str], None] = lambda text: None,
@@ -157,7 +160,7 @@ def compile_report(
       keep_text: Function that stores the text of the compiled program.
 
     Raises:
-      DsrError: If libtpu is not installed, or the config does not fit the mesh.
+      DsrError: If the compiler is not installed, or the config does not fit the mesh.
     """
     mesh = build.make_mesh(config, compile_only_devices(topology))
     aot = PROGRAMS[program](config, mesh, topology.larger)
@@ -168,7 +171,7 @@ def compile_report(
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "remat": config.model.remat,
         "global_batch": aot.images,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": _versions(topology.platform),
         "git_revision": git_revision(),
     }
     return make_report(
@@ -181,8 +184,21 @@ def compile_report(
     )
 
 
+def _versions(platform: str) -> dict[str, str]:
+    """Returns the versions of JAX and of the compiler's packages."""
+    if platform == "tpu":
+        names: tuple[str, ...] = ("jax", "libtpu")
+    else:
+        names = ("jax", *(f"jax-cuda{n}-pjrt" for n in CUDA_VERSIONS), "nvidia-cudnn-cu13")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _compile(
-    program: AotProgram, mesh: Mesh, topology: Topology, keep_text: Callable[[str], None]
+    program: AotProgram, mesh: Mesh, topology: AnyTopology, keep_text: Callable[[str], None]
 ) -> Compiled:
     arguments = {name: bytes_per_chip(tree) for name, tree in program.arguments.items()}
     limit, start = int(topology.chip.hbm_bytes), time.monotonic()
@@ -198,15 +214,25 @@ def _compile(
         needed, limit = refused
         memory = {**arguments, TEMPORARIES: needed - sum(arguments.values())}
         seconds = time.monotonic() - start
-        hints = advice(program.layout, needed, limit, memory[TEMPORARIES])
+        hints = _hints(program, topology, memory, needed, limit)
         return Compiled(memory, needed, limit, seconds, advice=hints)
     seconds = time.monotonic() - start
     memory = memory_parts(compiled.memory_analysis(), arguments)
     needed = sum(memory.values())
-    hints = (
-        [] if needed <= limit else advice(program.layout, needed, limit, memory.get(TEMPORARIES, 0))
-    )
+    hints = [] if needed <= limit else _hints(program, topology, memory, needed, limit)
     text = compiled.as_text()
     keep_text(text)
-    parts = split_program(parse(text, topology.slices))
+    gpus = topology.gpus if isinstance(topology, GpuTopology) else 0
+    parts = split_program(parse(text, topology.slices, gpus))
     return Compiled(memory, needed, limit, seconds, parts, hints)
+
+
+def _hints(
+    program: AotProgram,
+    topology: AnyTopology,
+    memory: Mapping[str, int],
+    needed: int,
+    limit: int,
+) -> list[str]:
+    first = gpu_advice(topology.chip, needed) if isinstance(topology, GpuTopology) else []
+    return [*first, *advice(program.layout, needed, limit, memory.get(TEMPORARIES, 0))]

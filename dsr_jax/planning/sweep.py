@@ -8,7 +8,7 @@ from typing import Any
 
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import MeshError
-from dsr_jax.parallel.topologies import Topology
+from dsr_jax.parallel.topologies import AnyTopology
 from dsr_jax.planning.programs import compile_report
 from dsr_jax.planning.report import Report
 
@@ -70,7 +70,7 @@ class Trial:
 
 def trials(
     config: ConfigDict,
-    topology: Topology,
+    topology: AnyTopology,
     fsdp: Sequence[int] = (),
     remat: Sequence[str] = (),
     accumulate: Sequence[int] = (),
@@ -112,7 +112,7 @@ def trials(
 
 def sweep(
     config: ConfigDict,
-    topology: Topology,
+    topology: AnyTopology,
     subject: dict[str, Any],
     chosen: Iterable[Trial],
     note: Callable[[str], None],

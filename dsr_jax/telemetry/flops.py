@@ -6,6 +6,7 @@ A network counts the FLOPs of its forward pass in `forward_flops` (`models.denoi
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from dsr_jax.parallel.gpus import CARDS
 from dsr_jax.parallel.topologies import CHIPS
 
 _TPUS: Mapping[str, float] = MappingProxyType(
@@ -19,12 +20,12 @@ _TPUS: Mapping[str, float] = MappingProxyType(
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {
         **{name: _TPUS[name] for name in sorted(_TPUS, key=len, reverse=True)},
-        "NVIDIA A100": 312e12,
+        "NVIDIA A100": CARDS["a100"].peak_flops,
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H100 NVL": 835e12,
-        "NVIDIA H100 80GB": 989e12,
+        "NVIDIA H100 80GB": CARDS["h100"].peak_flops,
         "NVIDIA H200 NVL": 835e12,
-        "NVIDIA H200": 989e12,
+        "NVIDIA H200": CARDS["h200"].peak_flops,
     }
 )
 """Dense bfloat16 FLOP/s of one device, by a prefix of JAX's `device_kind`. The first match is used,

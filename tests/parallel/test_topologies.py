@@ -35,7 +35,7 @@ def test_several_slices_are_written_in_front() -> None:
     assert (topology.slice_name, topology.accelerator_type) == ("v6e:4x4", "v6e-16")
     assert topology.larger[0] == "4xv6e:4x8" and find_topology("v6e:8x16").larger == ("v6e:16x16",)
     for name in ("0xv5e:2x2", "xv5e:2x2", "ax:2x2"):
-        with pytest.raises(MeshError, match="unknown TPU"):
+        with pytest.raises(MeshError, match="unknown TPU or GPU"):
             find_topology(name)
 
 

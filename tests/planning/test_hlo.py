@@ -65,6 +65,14 @@ def test_a_loop_with_a_data_dependent_end_has_no_trip_count() -> None:
     assert program.trips(program.entry.instructions["while.2"]) is None
 
 
+def test_a_recorded_trip_count_is_taken() -> None:
+    recorded = TEXT.replace(
+        "body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"20"}}'
+    )
+    program = parse(recorded)
+    assert recorded != TEXT and program.trips(program.entry.instructions["while.2"]) == 20
+
+
 def test_programs_of_this_machines_compiler_are_read() -> None:
     def scan(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=5)[0]

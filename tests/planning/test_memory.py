@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsr_jax.parallel.gpus import CARDS, MEMORY_FRACTION
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.planning.memory import (
     GIB,
@@ -14,6 +15,7 @@ from dsr_jax.planning.memory import (
     Layout,
     advice,
     bytes_per_chip,
+    gpu_advice,
     memory_parts,
     out_of_memory,
 )
@@ -113,3 +115,15 @@ def test_advice_leaves_out_what_is_done_already() -> None:
     assert "--config.sample.batch=2048" in words(accumulate=0)
     assert "fsdp" not in words(mesh={"data": 1, "fsdp": 128, "tensor": 1})
     assert "v5p:8x8x8" in words() and "--topology" not in words(slices=())
+
+
+def test_advice_names_the_fraction_of_a_gpus_memory_that_jax_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(MEMORY_FRACTION, raising=False)
+    card = CARDS["h200"]
+    (line,) = gpu_advice(card, 120 * GIB)
+    assert f"{MEMORY_FRACTION}=0.95; enough: about 120.00 GiB of 133.38 GiB" in line
+    assert "not enough by itself" in gpu_advice(card, 140 * GIB)[0]
+    monkeypatch.setenv(MEMORY_FRACTION, "0.95")
+    assert gpu_advice(card, 140 * GIB) == []

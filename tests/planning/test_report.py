@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from dsr_jax.parallel.topologies import find_topology
+from dsr_jax.planning.collectives import Collective
 from dsr_jax.planning.page import make_page
-from dsr_jax.planning.program_cost import Collective, Cost, Part
+from dsr_jax.planning.program_cost import Cost, Part
 from dsr_jax.planning.report import Compiled, Report, format_report, make_report
 from dsr_jax.planning.roofline import part_times
 
@@ -55,6 +56,24 @@ def test_several_slices_may_wait_for_the_network_between_them() -> None:
     assert "all-reduce of 2500.00 MB among 2 slices over the DCN, backward" in text
     assert "12.50 GB over the DCN" in text and "DCN ms" in make_page(found)
     assert "DCN" not in format_report(report()) and "DCN ms" not in make_page(report())
+
+
+def test_gpus_have_their_own_words_and_their_kernels_counted() -> None:
+    crossing = Counter({Collective("all-reduce", 2, 25 * 10**8, "DCN", 8): 5})
+    part = Part("backward", 4, Cost(19.7e12, 8.1e10, crossing, matmul_bytes=8e9, kernels=120))
+    compiled = Compiled(memory={"a": 3}, needed=7, limit=10, seconds=2.0, parts=(*PARTS, part))
+    settings = {"images": 64, "steps": 100, "model_flops": None}
+    found = make_report(SUBJECT, find_topology("2xh100:8"), compiled, **settings)
+    assert (found["chips"], found["slices"], found["kernels"]) == (16, 2, 120)
+    # Eight adapters share what a node sends.
+    assert found["dcn_bytes"] == 125e8 / 8 and found["parts"][2]["dcn_seconds"] == 125e8 / 8 / 5e10
+    text, page = format_report(found), make_page(found)
+    assert "2xh100:8 (16 GPUs, 2 nodes of 8 x NVIDIA H100 80GB HBM3)" in text
+    assert "among 2 nodes over the network, backward" in text and "1.56 GB over the network" in text
+    assert "GPU-hours" in text and "(8 GB by matmuls and attention)" in text
+    for line in (text, page):
+        assert "NVLink" in line and "kernels" in line and not re.search(r"\bICI\b|chip|DCN", line)
+    assert "ICI" in (ours := format_report(report())) and "kernels" not in ours
 
 
 def test_speed_follows_from_the_parts() -> None:
