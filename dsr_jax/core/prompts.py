@@ -62,6 +62,11 @@ class PromptTokenizer:
                 f"no format of prompts is called {self.format!r}",
                 f"choose from {', '.join(FORMATS)}",
             )
+        if self.request.count("{}") != 1:
+            raise ConfigError(
+                f"the request {self.request!r} has no single {{}} for the prompt",
+                f"write one, as in {REQUEST!r}",
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -114,7 +119,7 @@ class PromptTokenizer:
         """
         self._check(prompt)
         if self.format == "chat":
-            turns = [Turn("user", self.request.format(prompt)), Turn("assistant", ANSWER)]
+            turns = [Turn("user", self.request.replace("{}", prompt)), Turn("assistant", ANSWER)]
             return self.encode_conversation(turns, n_queries, length)
         words = self._words(prompt)
         tokens = [*words, self.image_start_id, IMAGE_SLOT, self.image_end_id]
@@ -141,7 +146,7 @@ class PromptTokenizer:
         self._check(prompt)
         if self.format == "plain":
             return self._words(prompt)
-        return self.encode_turns([Turn("user", self.request.format(prompt))])[0] + (
+        return self.encode_turns([Turn("user", self.request.replace("{}", prompt))])[0] + (
             self.text.encode("<|im_start|>assistant\n")
         )
 

@@ -37,6 +37,7 @@ class SourceOptions:
       fit: Method of resizing image files, a name in `images.FITS`.
       class_map: File that gives class names their labels, see `class_map.read_class_map`.
       dataset: Part of the source's name after the colon, as in "tfds:cifar10".
+      on_corrupt: "error" or "skip", for sources that check their records when they are opened.
     """
 
     image_size: int
@@ -47,6 +48,7 @@ class SourceOptions:
     fit: str = "center_crop"
     class_map: str = ""
     dataset: str = ""
+    on_corrupt: str = "error"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from dsr_jax.core.errors import PromptError, UnreadableRecord
-from dsr_jax.core.prompts import PromptTokenizer, Turn
+from dsr_jax.core.prompts import REQUEST, PromptTokenizer, Turn
 from dsr_jax.data.base import Record
 
 
@@ -44,20 +46,29 @@ class TokenizedCaptions:
       tokenizer: Makes the sequences.
       n_queries: Slots of an answer image.
       length: Length of every sequence.
+      requests: Phrases around captions that are no conversations; record i takes the i-th, in turn.
 
     Attributes:
       caption_length: Length of every sequence.
+      skipped: Number of records that the source left out.
     """
 
     num_classes = 0
 
     def __init__(
-        self, source: CaptionSource, tokenizer: PromptTokenizer, n_queries: int, length: int
+        self,
+        source: CaptionSource,
+        tokenizer: PromptTokenizer,
+        n_queries: int,
+        length: int,
+        requests: Sequence[str] = (REQUEST,),
     ) -> None:
-        self._source, self._tokenizer = source, tokenizer
+        self._source = source
+        self._tokenizers = [dataclasses.replace(tokenizer, request=each) for each in requests]
         self._n_queries, self.caption_length = n_queries, length
         self.name, self.image_shape = source.name, source.image_shape
         self.fingerprint = source.fingerprint
+        self.skipped: int = getattr(source, "skipped", 0)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -71,11 +82,12 @@ class TokenizedCaptions:
           DataError: If a file cannot be read at all.
         """
         caption, sizes = self._source.caption(index), (self._n_queries, self.caption_length)
+        tokenizer = self._tokenizers[index % len(self._tokenizers)]
         try:
             if isinstance(caption, str):
-                tokens, targets = self._tokenizer.encode_training(caption, *sizes)
+                tokens, targets = tokenizer.encode_training(caption, *sizes)
             else:
-                tokens, targets = self._tokenizer.encode_conversation(caption, *sizes)
+                tokens, targets = tokenizer.encode_conversation(caption, *sizes)
         except PromptError as error:
             raise UnreadableRecord(
                 f"{self._source.origin(index)}: {error.problem}",

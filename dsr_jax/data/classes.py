@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from dsr_jax.core.errors import DataError, DsrError
 from dsr_jax.core.files import read_json, write_json
@@ -25,6 +25,7 @@ class DataDescription(TypedDict):
       names: Class name by label; empty where the source has no names.
       counts: Records by label; empty where the source does not count them.
       fingerprint: Digest of the listing: equal for equal files in equal order, wherever they are.
+      skipped: Number of records that cannot be used and were left out, if any were.
     """
 
     source: str
@@ -32,23 +33,28 @@ class DataDescription(TypedDict):
     names: list[str]
     counts: list[int]
     fingerprint: str
+    skipped: NotRequired[int]
 
 
 def describe(source: Source) -> DataDescription:
     """Returns what `source` holds.
 
-    Uses the optional attributes `class_names`, `class_counts` and `fingerprint` of a source.
+    Uses the optional attributes `class_names`, `class_counts`, `fingerprint` and `skipped` of a
+    source.
     """
     names = [str(name) for name in getattr(source, "class_names", ())]
     counts = [int(count) for count in getattr(source, "class_counts", ())]
     listing = getattr(source, "fingerprint", "") or fingerprint([str(len(source)), *names])
-    return {
+    found: DataDescription = {
         "source": source.name,
         "images": len(source),
         "names": names,
         "counts": counts,
         "fingerprint": listing,
     }
+    if skipped := getattr(source, "skipped", 0):
+        found["skipped"] = int(skipped)
+    return found
 
 
 def fingerprint(lines: Iterable[str]) -> str:
@@ -79,13 +85,16 @@ def read_class_names(folder: str | os.PathLike[str]) -> DataDescription | None:
         raise DataError(f"{path} cannot be read: {error}", _REMEDY) from error
     if not is_description(found):
         raise DataError(f"{path} does not hold names, counts and a fingerprint", _REMEDY)
-    return {
+    description: DataDescription = {
         "source": str(found.get("source", "")),
         "images": int(found.get("images", 0)),
         "names": found["names"],
         "counts": found["counts"],
         "fingerprint": found["fingerprint"],
     }
+    if skipped := found.get("skipped", 0):
+        description["skipped"] = int(skipped)
+    return description
 
 
 _REMEDY = "delete it: the next start of the run writes it again"
@@ -103,7 +112,7 @@ def is_description(found: Any) -> bool:
         and is_list("names", str)
         and is_list("counts", int)
         and isinstance(found.get("fingerprint"), str)
-        and type(found.get("images", 0)) is int
+        and all(type(found.get(key, 0)) is int for key in ("images", "skipped"))
         and (
             not found["names"] or not found["counts"] or len(found["names"]) == len(found["counts"])
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,13 +12,15 @@ import numpy as np
 
 from dsr_jax.core.errors import DataError, UnreadableRecord
 from dsr_jax.core.plugins import is_reference, load_object
-from dsr_jax.core.prompts import PromptTokenizer
+from dsr_jax.core.prompts import REQUEST, PromptTokenizer
 from dsr_jax.data.base import Record, Source, SourceOptions, caption_length, check_label
+from dsr_jax.data.caption_files import CaptionFolder, JsonlCaptions
 from dsr_jax.data.captions import CaptionSource, TokenizedCaptions
 from dsr_jax.data.classes import describe
 from dsr_jax.data.folder import ImageFolder
 from dsr_jax.data.records import ArrayRecords, Tfds
 from dsr_jax.data.shapes import CaptionedShapes
+from dsr_jax.data.tar_captions import TarCaptions
 from dsr_jax.data.toy import Digits, Shapes
 
 MAX_SUBSTITUTIONS = 100
@@ -80,7 +82,12 @@ def make_source(name: str, *, on_corrupt: str = "error", **options: Any) -> Sour
 
 
 CAPTION_SOURCES: Mapping[str, Callable[[SourceOptions], CaptionSource]] = MappingProxyType(
-    {"shapes": CaptionedShapes}
+    {
+        "shapes": CaptionedShapes,
+        "webdataset": TarCaptions,
+        "jsonl": JsonlCaptions,
+        "captions": CaptionFolder,
+    }
 )
 """The sources of captioned images of this package, by the name in configs."""
 
@@ -91,25 +98,31 @@ def make_caption_source(
     n_queries: int,
     length: int,
     *,
+    requests: Sequence[str] = (REQUEST,),
     on_corrupt: str = "error",
     **options: Any,
 ) -> Source:
     """Makes the source of captioned images called `name`, whose records hold tokens and targets.
 
     Args:
-      name: A name in CAPTION_SOURCES, or "package.module:Class", a class of that module which takes
-        a `SourceOptions` and is a `CaptionSource`.
+      name: A name in CAPTION_SOURCES: "shapes" (rendered scenes), "webdataset" (tar shards),
+        "jsonl" (a file with paths of images), "captions" (a folder of image and text pairs); or
+        "package.module:Class", a class of that module which takes a `SourceOptions` and is a
+        `CaptionSource`.
       tokenizer: Makes the token sequences.
       n_queries: Slots of an answer image.
       length: Length of the sequences.
-      on_corrupt: "error" raises on a record that cannot be used; "skip" leaves it out.
+      requests: Phrases around captions that are no conversations, with {} in the caption's place;
+        record i takes the i-th, in turn.
+      on_corrupt: "error" raises on a record that cannot be used; "skip" leaves it out, and takes
+        the next one where that shows only when the record is read.
       **options: Fields of `SourceOptions`.
 
     Raises:
       DataError: If there is no such source, or its files are not there.
       ConfigError: If "package.module:Class" cannot be imported.
     """
-    values = SourceOptions(**options)
+    values = SourceOptions(**options, on_corrupt=on_corrupt)
     if name in CAPTION_SOURCES:
         source = CAPTION_SOURCES[name](values)
     elif is_reference(name):
@@ -119,7 +132,7 @@ def make_caption_source(
             f"no source of captions is called {name!r}",
             f"choose from {', '.join(CAPTION_SOURCES)}, package.module:Class",
         )
-    records = TokenizedCaptions(source, tokenizer, n_queries, length)
+    records = TokenizedCaptions(source, tokenizer, n_queries, length, requests)
     return SkipUnreadable(records) if on_corrupt == "skip" else records
 
 
@@ -166,6 +179,7 @@ class SkipUnreadable:
         self.class_names, self.class_counts = description["names"], description["counts"]
         self.fingerprint = description["fingerprint"]
         self.caption_length = caption_length(source)
+        self.skipped = description.get("skipped", 0)
 
     def __len__(self) -> int:
         return len(self._source)
