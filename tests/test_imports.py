@@ -37,7 +37,7 @@ ALLOWED = {
 }
 COMMANDS = {
     *("train", "train_decoder", "sample", "evaluate", "evaluate_reconstruction"),
-    *("encode", "compile", "export"),
+    *("encode", "compile", "export", "evaluate_prompts"),
 }
 ONLY_IN = {"orbax": "training/checkpoint", "grain": "data/", "torch": "convert/"}
 LAZY = {

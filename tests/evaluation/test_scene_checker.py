@@ -6,24 +6,9 @@ import pytest
 from dsr_jax.data import shapes
 from dsr_jax.data.shapes import Object, render
 from dsr_jax.evaluation.scene_checker import SceneChecker, shuffled
+from tests.shapes_generator import scene_of
 
 CHECKER = SceneChecker(shapes.PALETTE, shapes.BACKGROUND, shapes.masks(), shapes.SCENE_SIZE)
-
-
-def scene_of(prompt, rng) -> shapes.Scene:
-    """Returns a random scene that a prompt is true of."""
-    while True:
-        cells = [(int(n) // 3, int(n) % 3) for n in rng.permutation(9)]
-        kinds = [c["class"] for c in prompt["include"] for _ in range(c["count"])]
-        asked = [c.get("color") for c in prompt["include"] for _ in range(c["count"])]
-        scene = [
-            Object(color or str(rng.choice(list(shapes.PALETTE))), kind, cell)
-            for kind, color, cell in zip(kinds, asked, cells, strict=False)
-        ]
-        if prompt["tag"] != "position":
-            return tuple(scene)
-        if shapes.relation(scene[1], scene[0], rng) == prompt["include"][1]["position"][0]:
-            return tuple(scene)
 
 
 @pytest.fixture(scope="module")
