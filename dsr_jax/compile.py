@@ -32,7 +32,7 @@ from dsr_jax import config as configs
 from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.parallel.topologies import find_topology
-from dsr_jax.planning.page import make_page
+from dsr_jax.planning.page import make_plan_page
 from dsr_jax.planning.programs import compile_report
 from dsr_jax.planning.report import Report, format_report
 from dsr_jax.planning.sweep import line, sweep, trials
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _save(report: Report, folder: Path) -> None:
     write_json(folder / "report.json", report)
-    write_atomic(folder / "report.html", make_page(report))
+    write_atomic(folder / "report.html", make_plan_page(report))
     print(f"\n{folder / 'report.json'}, {folder / 'report.html'}")
 
 

@@ -37,7 +37,7 @@ ALLOWED = {
 }
 COMMANDS = {
     *("train", "train_decoder", "sample", "evaluate", "evaluate_reconstruction"),
-    *("encode", "compile", "export", "evaluate_prompts"),
+    *("encode", "compile", "export", "evaluate_prompts", "report"),
 }
 ONLY_IN = {"orbax": "training/checkpoint", "grain": "data/", "torch": "convert/"}
 LAZY = {

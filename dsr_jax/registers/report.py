@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib.util
 import io
 import json
@@ -16,6 +15,7 @@ import numpy as np
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import write_atomic, write_json
 from dsr_jax.registers.search import Round, SearchResult, rank_neurons
+from dsr_jax.reports.page import make_page, picture, table, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,12 +124,14 @@ def write_report(
         "maps.png": map_figure(result, picture),
         "scores.png": score_figure(result),
     }
+    files = {}
     for name, figure in figures.items():
         encoded = io.BytesIO()
         figure.savefig(encoded, format="png", dpi=110)
-        write_atomic(folder / name, encoded.getvalue())
+        files[name] = encoded.getvalue()
+        write_atomic(folder / name, files[name])
     write_json(folder / "report.json", summary)
-    write_atomic(folder / "report.html", _page(summary, list(figures)))
+    write_atomic(folder / "report.html", _page(summary, files))
 
 
 def norm_figure(result: SearchResult) -> Figure:
@@ -205,7 +207,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _page(summary: Mapping[str, Any], figures: list[str]) -> str:
+def _page(summary: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """Returns the HTML page with the numbers and the figures."""
     rows = []
     for number, found in enumerate(summary["rounds"]):
@@ -219,7 +221,7 @@ def _page(summary: Mapping[str, Any], figures: list[str]) -> str:
             f"{found['cosine_of_normal_patches']['mean']:.4f}",
             units,
         ]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
+        rows.append([text(cell) for cell in cells])
     head = (
         "round",
         "threshold",
@@ -230,17 +232,17 @@ def _page(summary: Mapping[str, Any], figures: list[str]) -> str:
         "units",
     )
     details = {key: summary[key] for key in summary if key not in ("rounds", "neurons")}
-    return "\n".join(
-        [
-            "<!doctype html><meta charset='utf-8'><title>Register neurons</title>",
-            "<style>body{font-family:sans-serif;margin:2em}td,th{border:1px solid #999;"
-            "padding:.3em;text-align:left}table{border-collapse:collapse}img{max-width:100%}</style>",
-            "<h1>Register neurons</h1>",
-            f"<p>{summary['distinct_neurons']} units; {html.escape(summary['ended'])}.</p>",
-            "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>",
-            *rows,
-            "</table>",
-            *(f"<h2>{name[:-4]}</h2><img src='{name}' alt='{name[:-4]}'>" for name in figures),
-            f"<pre>{html.escape(json.dumps(details, indent=2))}</pre>",
-        ]
+    captions = {
+        "norms.png": ("Norms", "patch norms before and after each round"),
+        "maps.png": ("Maps", "images with the most outliers: norms before and after each round"),
+        "scores.png": ("Scores", "scores of the units, and the chosen ones by block"),
+    }
+    sections = [("Rounds", table(head, rows, "rounds"))]
+    for name, encoded in figures.items():
+        title, caption = captions[name]
+        sections.append((title, picture(encoded, title, caption)))
+    sections.append(
+        ("Settings", f"<pre class='scroll'>{text(json.dumps(details, indent=2))}</pre>")
     )
+    intro = f"<p>{summary['distinct_neurons']} units; {text(summary['ended'])}.</p>"
+    return make_page("Register neurons", sections, intro=intro)

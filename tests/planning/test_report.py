@@ -2,16 +2,16 @@
 
 import re
 from collections import Counter
-from html.parser import HTMLParser
 
 import pytest
 
 from dsr_jax.parallel.topologies import find_topology
 from dsr_jax.planning.collectives import Collective
-from dsr_jax.planning.page import make_page
+from dsr_jax.planning.page import make_plan_page
 from dsr_jax.planning.program_cost import Cost, Part
 from dsr_jax.planning.report import Compiled, Report, format_report, make_report
 from dsr_jax.planning.roofline import part_times
+from tests.html_pages import check_page
 
 V5E = find_topology("v5e:2x2")
 SUBJECT = {
@@ -54,8 +54,8 @@ def test_several_slices_may_wait_for_the_network_between_them() -> None:
     text = format_report(found)
     assert "2xv5e:2x2 (8 chips, 2 slices of v5litepod-4)" in text
     assert "all-reduce of 2500.00 MB among 2 slices over the DCN, backward" in text
-    assert "12.50 GB over the DCN" in text and "DCN ms" in make_page(found)
-    assert "DCN" not in format_report(report()) and "DCN ms" not in make_page(report())
+    assert "12.50 GB over the DCN" in text and "DCN ms" in make_plan_page(found)
+    assert "DCN" not in format_report(report()) and "DCN ms" not in make_plan_page(report())
 
 
 def test_gpus_have_their_own_words_and_their_kernels_counted() -> None:
@@ -67,7 +67,7 @@ def test_gpus_have_their_own_words_and_their_kernels_counted() -> None:
     assert (found["chips"], found["slices"], found["kernels"]) == (16, 2, 120)
     # Eight adapters share what a node sends.
     assert found["dcn_bytes"] == 125e8 / 8 and found["parts"][2]["dcn_seconds"] == 125e8 / 8 / 5e10
-    text, page = format_report(found), make_page(found)
+    text, page = format_report(found), make_plan_page(found)
     assert "2xh100:8 (16 GPUs, 2 nodes of 8 x NVIDIA H100 80GB HBM3)" in text
     assert "among 2 nodes over the network, backward" in text and "1.56 GB over the network" in text
     assert "GPU-hours" in text and "(8 GB by matmuls and attention)" in text
@@ -93,7 +93,7 @@ def test_what_did_not_compile_has_no_speed() -> None:
     assert not found["fits"] and found["step_seconds_estimate"] is None
     text = format_report(found)
     assert "DOES NOT FIT" in text and "buy more" in text
-    assert "does not fit" in make_page(found)
+    assert "does not fit" in make_plan_page(found)
 
 
 def test_the_text_has_the_figures() -> None:
@@ -102,17 +102,6 @@ def test_the_text_has_the_figures() -> None:
 
 
 def test_the_page_is_self_contained() -> None:
-    class Tags(HTMLParser):
-        open: list[str] = []
-
-        def handle_starttag(self, tag: str, attrs: object) -> None:
-            if tag not in ("meta",):
-                self.open.append(tag)
-
-        def handle_endtag(self, tag: str) -> None:
-            assert self.open.pop() == tag
-
-    page, parser = make_page(report()), Tags()
-    parser.feed(page)
-    assert not parser.open
-    assert not re.search(r"(src|href)=", page) and "<x>" not in page
+    page = make_plan_page(report())
+    check_page(page)
+    assert "<x>" not in page

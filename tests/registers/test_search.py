@@ -25,6 +25,7 @@ from dsr_jax.registers.search import (
     find_registers,
     merge_neurons,
 )
+from tests.html_pages import check_page
 from tests.requirements import require
 
 CONFIG = ViTConfig(
@@ -181,4 +182,6 @@ def test_the_report_shows_numbers_and_pictures(
     page = (tmp_path / "report.html").read_text()
     for name in ("norms.png", "maps.png", "scores.png"):
         shape = decode_image((tmp_path / name).read_bytes(), name, 32, 3).shape
-        assert shape == (32, 32, 3) and name in page
+        assert shape == (32, 32, 3)
+    check_page(page)
+    assert page.count("data:image/png;base64") == 3

@@ -1,0 +1,272 @@
+"""Page of one or several runs: curves, samples, outlier maps, scores, provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.trees import flatten_names
+from dsr_jax.reports.outlier_records import draw_noise_maps, draw_step_maps, read_history
+from dsr_jax.reports.page import items, line_chart, make_page, picture, step_pictures, table, text
+from dsr_jax.telemetry.writers import read_metrics
+
+MAX_POINTS = 400
+"""Points of a curve, chosen evenly if a run has more records."""
+
+MAX_PICTURES = 12
+"""Pictures of samples per run, chosen evenly."""
+
+CURVES = {
+    "loss": "Loss",
+    "grad_norm": "Gradient norm",
+    "mfu": "MFU",
+    "images_per_second": "Images per second",
+    "learning_rate": "Learning rate",
+    "param_norm": "Parameter norm",
+}
+"""Metrics with a curve over all runs, and their titles."""
+
+
+class Run(NamedTuple):
+    """Files of a run, as far as they are there.
+
+    Attributes:
+      name: Name of its folder.
+      folder: The folder.
+      records: Whole records of metrics.jsonl.
+      config: config.json.
+      provenance: provenance.json.
+      summary: summary.json of a complete run.
+      scores: Scores by the name of their file.
+    """
+
+    name: str
+    folder: Path
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    summary: dict[str, Any]
+    scores: dict[str, dict[str, Any]]
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's files, also while it is being written.
+
+    Raises:
+      ConfigError: If the folder holds no run.
+    """
+    config = _read(folder / "config.json")
+    if not config:
+        raise ConfigError(
+            f"--workdir={folder} holds no run: config.json is missing or damaged",
+            "name the --workdir of python -m dsr_jax.train",
+        )
+    scores = {
+        path.name.removesuffix(".scores.json"): _read(path)
+        for path in sorted((folder / "scores").glob("*.scores.json"))
+    }
+    return Run(
+        folder.resolve().name,
+        folder,
+        read_metrics(folder),
+        config,
+        _read(folder / "provenance.json"),
+        _read(folder / "summary.json"),
+        scores,
+    )
+
+
+def make_run_page(
+    folders: Sequence[Path], plans: Mapping[Path, Iterable[tuple[str, str]]] | None = None
+) -> str:
+    """Returns the page of one or several runs.
+
+    Args:
+      folders: Their folders.
+      plans: Sections of the compiled program's report, by folder of the run.
+
+    Raises:
+      ConfigError: If a folder holds no run.
+    """
+    runs = _with_distinct_names([read_run(folder) for folder in folders])
+    sections = [("Overview", _overview(runs)), ("Curves", _curves(runs))]
+    sections.append(("Loss by noise level", _grid(map(_time_bins, runs))))
+    sections.append(("Samples", _grid(map(_samples, runs))))
+    sections.append(("Outlier tokens", _grid(map(_outliers, runs))))
+    sections.append(("Scores", _scores(runs)))
+    if len(runs) > 1:
+        sections.append(("Differences of the configs", _differences(runs)))
+    for run in runs:
+        for title, content in (plans or {}).get(run.folder, ()):
+            sections.append((f"Plan of {run.name}: {title}", content))
+    sections.append(("Provenance", _grid(map(_provenance, runs))))
+    title = ", ".join(run.name for run in runs)
+    return make_page(f"Run {title}" if len(runs) == 1 else f"Runs {title}", _filled(sections))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns a JSON object; {} if the file is missing or not whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _with_distinct_names(runs: list[Run]) -> list[Run]:
+    names = [run.name for run in runs]
+    return [
+        run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
+    ]
+
+
+def _filled(sections: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [
+        (title, content or '<p class="muted">Nothing is recorded.</p>')
+        for title, content in sections
+    ]
+
+
+def _grid(parts: Iterable[str]) -> str:
+    filled = "".join(f"<div>{part}</div>" for part in parts if part)
+    return f'<div class="grid">{filled}</div>' if filled else ""
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    heads = ("run", "state", "loss", "images/s", "MFU", "denoiser", "started")
+    rows = []
+    for run in runs:
+        step = max((record["step"] for record in run.records), default=0)
+        total = run.config.get("train", {}).get("steps", 0)
+        state = "complete" if run.summary.get("steps") == total else f"step {step:,} of {total:,}"
+        model, registers = run.config.get("model", {}), run.config.get("registers", {})
+        network = f"{model.get('name', '')}, depth {model.get('depth', '')}"
+        rows.append(
+            (
+                text(run.name),
+                state,
+                _last(run, "loss", ".4g"),
+                _last(run, "images_per_second", ",.1f"),
+                _last(run, "mfu", ".1%"),
+                text(f"{network}, {registers.get('num', 0)} registers"),
+                text(run.provenance.get("time", "")),
+            )
+        )
+    return table(heads, rows, "overview")
+
+
+def _last(run: Run, name: str, form: str) -> str:
+    values = [record[name] for record in run.records if record.get(name) is not None]
+    return format(values[-1], form) if values else ""
+
+
+def points(run: Run, name: str) -> list[tuple[float, float]]:
+    """Returns a metric over steps, without records in which it is missing or not finite."""
+    found = [
+        (float(record["step"]), float(record[name]))
+        for record in run.records
+        if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])
+    ]
+    return _thin(found, MAX_POINTS)
+
+
+def _thin(values: list[Any], count: int) -> list[Any]:
+    """Returns at most `count` values, evenly chosen, with the first and the last."""
+    if len(values) <= count:
+        return values
+    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    scored = sorted(
+        {
+            key
+            for run in runs
+            for record in run.records
+            for key in record
+            if key in ("fid", "classifier_accuracy", "frechet_distance", "inception_score")
+        }
+    )
+    titles = {**CURVES, **{name: name.replace("_", " ") for name in scored}}
+    charts = []
+    for name, title in titles.items():
+        series = {run.name: found for run in runs if (found := points(run, name))}
+        charts.append(line_chart(title, series) if series else "")
+    return _grid(charts)
+
+
+def _time_bins(run: Run) -> str:
+    names = sorted({key for record in run.records for key in record if key.startswith("loss_t/")})
+    series = {
+        f"t {name.removeprefix('loss_t/')}": found for name in names if (found := points(run, name))
+    }
+    return line_chart(f"Loss by t: {run.name}", series) if series else ""
+
+
+def _samples(run: Run) -> str:
+    paths = _thin(sorted((run.folder / "samples").glob("step_*.png")), MAX_PICTURES)
+    images = []
+    for path in paths:
+        step = int(re.sub(r"\D", "", path.stem) or 0)
+        images.append((f"step {step:,}", path.read_bytes()))
+    return step_pictures(images, f"samples {run.name}", f"Samples of {run.name}") if images else ""
+
+
+def _outliers(run: Run) -> str:
+    history = read_history(run.records)
+    if history is None:
+        return ""
+    rows: list[list[Any]] = [["step", "t", "block", *history.values]]
+    for i, step in enumerate(history.steps):
+        for j, time in enumerate(history.times):
+            for block in range(next(iter(history.values.values())).shape[2]):
+                numbers = [float(values[i, j, block]) for values in history.values.values()]
+                rows.append([step, time, block, *(x if math.isfinite(x) else "" for x in numbers)])
+    over_steps = f"Outlier statistics of {run.name} by block over steps"
+    over_noise = f"Outlier statistics of {run.name} by block over noise levels, last step"
+    return picture(
+        draw_step_maps(history), f"outliers over steps {run.name}", over_steps, rows
+    ) + picture(draw_noise_maps(history), f"outliers over noise {run.name}", over_noise)
+
+
+def _scores(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        found = {key: x for key, x in run.summary.items() if isinstance(x, (int, float))}
+        if found:
+            rows += [(text(run.name), "summary", text(k), f"{x:.6g}") for k, x in found.items()]
+        for name, record in run.scores.items():
+            for metric, value in record.get("scores", {}).items():
+                if isinstance(value, (int, float)):
+                    rows.append((text(run.name), text(name), text(metric), f"{value:.6g}"))
+    return table(("run", "file", "score", "value"), rows, "scores") if rows else ""
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    configs = [flatten_names(run.config, ".") for run in runs]
+    names = sorted(set().union(*configs))
+    rows = [
+        (text(name), *(text(config.get(name, "")) for config in configs))
+        for name in names
+        if len({json.dumps(config.get(name)) for config in configs}) > 1
+    ]
+    return table(("key", *(text(run.name) for run in runs)), rows, "differences") if rows else ""
+
+
+def _provenance(run: Run) -> str:
+    if not run.provenance:
+        return ""
+    lines = []
+    for name, value in run.provenance.items():
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {each}" for key, each in value.items())
+        elif isinstance(value, list):
+            shown = " ".join(map(str, value))
+        lines.append(f"{name}: {shown}")
+    return f"<h3>{text(run.name)}</h3>{items(lines)}"
