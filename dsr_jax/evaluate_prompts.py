@@ -1,9 +1,11 @@
 """Text-to-image benchmarks: writes the images that official tools score, and scores their results.
 
     python -m dsr_jax.evaluate_prompts write geneval --prompts=evaluation_metadata.jsonl \\
-        --generator=package.module:function --out=images/geneval
-    python -m dsr_jax.evaluate_prompts write dpg --prompts=dpg_bench/prompts ... --out=images/dpg
-    python -m dsr_jax.evaluate_prompts write shapes --split=heldout ... --out=images/heldout
+        --generator=my_model:generate --out=images/geneval
+    python -m dsr_jax.evaluate_prompts write dpg --prompts=dpg_bench/prompts \\
+        --generator=my_model:generate --out=images/dpg
+    python -m dsr_jax.evaluate_prompts write shapes --split=heldout \\
+        --generator=my_model:generate --out=images/heldout
     python -m dsr_jax.evaluate_prompts score geneval results.jsonl
     python -m dsr_jax.evaluate_prompts score dpg images_detail.txt --questions=dpg_bench.csv
     python -m dsr_jax.evaluate_prompts score shapes images/heldout
