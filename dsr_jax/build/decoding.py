@@ -12,9 +12,9 @@ from dsr_jax.build.frozen import open_decoder
 from dsr_jax.build.rae import PATCHES, check_images, place_networks
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.encoders import FAMILIES
+from dsr_jax.convert.files import read_conversion
 from dsr_jax.convert.hub import config_of_record
 from dsr_jax.convert.statistics import load_statistics
-from dsr_jax.core.files import read_json
 from dsr_jax.core.plugins import is_reference
 from dsr_jax.core.typing import PyTree
 from dsr_jax.models.decoder import ViTDecoder
@@ -74,7 +74,7 @@ def _encoder_sizes(config: ConfigDict) -> ViTConfig | None:
     name = config.space.encoder
     record_path = Path(name) / "conversion.json"
     if record_path.is_file():
-        record = read_json(record_path)
+        record = read_conversion(name, ("family", "model"))
         return config_of_record(record) if record["family"] in FAMILIES else None
     preset = name.removeprefix(RANDOM_PREFIX)
     if name.startswith(RANDOM_PREFIX):

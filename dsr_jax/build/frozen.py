@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from dsr_jax.convert.decoder import load_decoder
-from dsr_jax.convert.files import load_converted
+from dsr_jax.convert.files import load_converted, read_conversion
 from dsr_jax.convert.hub import load_encoder
 from dsr_jax.convert.lpips import load_lpips
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.files import read_json
 from dsr_jax.core.plugins import is_reference, load_object
 from dsr_jax.core.rng import stream_key
 from dsr_jax.core.typing import Array, Params
@@ -78,7 +77,7 @@ def open_encoder(key: str, name: str, seed: int, precision: Precision) -> tuple[
         images = jnp.zeros((1, encoder.patch_size, encoder.patch_size, 3))
         return encoder, _random_params(key, encoder, seed, images)
     record_file = Path(name) / "conversion.json"
-    if record_file.is_file() and is_reference(str(read_json(record_file).get("family"))):
+    if record_file.is_file() and is_reference(str(read_conversion(name).get("family"))):
         params, record = load_converted(name)
         return _outside_encoder(key, record["family"], record["model"], precision), params
     config, vit_params = open_vit(key, name, RANDOM_ENCODERS, load_encoder, seed)

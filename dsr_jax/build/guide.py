@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from dsr_jax.build.denoiser import make_model, restore_converted
 from dsr_jax.build.state import abstract_params
 from dsr_jax.config import ConfigDict, load_run
+from dsr_jax.convert.files import read_conversion
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.files import read_json
 from dsr_jax.core.typing import Params
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.precision import Precision
@@ -94,7 +94,7 @@ def guide_recipe(config: ConfigDict) -> dict[str, Any] | None:
         return None
     folder = Path(config.sample.autoguidance)
     if (folder / "conversion.json").is_file():
-        return {"params_digest": read_json(folder / "conversion.json")["params_digest"]}
+        return {"params_digest": read_conversion(folder)["params_digest"]}
     ema = load_run(folder).sample.ema
     meta = read_meta(folder / "checkpoints")
     prefix = "params/" if ema == "none" else f"ema/{ema}/"
@@ -116,7 +116,7 @@ def _digest(sums: Mapping[str, Any]) -> str:
 
 
 def _converted_model(config: ConfigDict, folder: Path, constrain: Constrain) -> Denoiser:
-    record = read_json(folder / "conversion.json")
+    record = read_conversion(folder)
     if not is_denoiser(record["family"]):
         raise ConfigError(
             f"config.sample.autoguidance={str(folder)!r} holds a {record['family']}, no denoiser",

@@ -157,7 +157,13 @@ def from_json(values: Mapping[str, Any], origin: str) -> ConfigDict:
 
     Raises:
       ConfigError: If it holds a key that this version does not know.
+      DamagedFileError: If a value has another form than its key's.
     """
+    with files.name_damage(origin, "restore the file from a copy, or use another --workdir"):
+        return _from_json(values, origin)
+
+
+def _from_json(values: Mapping[str, Any], origin: str) -> ConfigDict:
     config = base_config()
     use_denoiser(config, values.get("model", {}).get("name", config.model.name))
     known = dict(leaves(config))

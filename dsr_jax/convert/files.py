@@ -11,12 +11,12 @@ import numpy as np
 from dsr_jax.convert.tensors import LazyArray, write_safetensors
 from dsr_jax.convert.torch_files import save_torch
 from dsr_jax.core.cli import leave
-from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.errors import ConversionError, DamagedFileError
 from dsr_jax.core.files import (
     file_digest,
     leftovers,
     open_atomic,
-    read_json,
+    read_object,
     remove_leftovers,
     write_json,
 )
@@ -93,12 +93,39 @@ def load_converted(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
             f"{folder} holds no converted model: {' and '.join(absent)} missing",
             "make one with python -m dsr_jax.convert",
         )
-    record = read_json(folder / _RECORD)
+    record = read_conversion(folder)
     if file_digest(folder / _PARAMS) != record["params_digest"]:
         raise ConversionError(
             f"{folder / _PARAMS} is not what was written", "convert again into a new folder"
         )
     return unflatten_names(load_file(folder / _PARAMS)), record
+
+
+def read_conversion(folder: str | os.PathLike[str], keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads the conversion.json of a converted folder.
+
+    Args:
+      folder: The folder.
+      keys: Entries that it must have, besides the digest.
+
+    Raises:
+      ConversionError: If it is missing.
+      DamagedFileError: If it holds anything else.
+    """
+    path, remedy = Path(folder) / _RECORD, "convert again into a new folder"
+    if not path.is_file():
+        raise ConversionError(
+            f"{folder} holds no converted model: {_RECORD} is missing",
+            "make one with python -m dsr_jax.convert",
+        )
+    record = read_object(path, remedy)
+    kinds = {"params_digest": str, "family": str, "model": dict}
+    for key, kind in kinds.items():
+        if not isinstance(record.get(key, kind()), kind):
+            raise DamagedFileError(f"{path} is damaged: {key} is {str(record[key])[:80]!r}", remedy)
+    if absent := [key for key in ("params_digest", *keys) if key not in record]:
+        raise DamagedFileError(f"{path} is damaged: it has no {absent[0]}", remedy)
+    return record
 
 
 def save_state(

@@ -19,10 +19,12 @@ from dsr_jax.convert.files import load_converted, save_converted
 from dsr_jax.convert.readers import read_state
 from dsr_jax.convert.rules import lazy_params, torch_to_flax
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import read_json
+from dsr_jax.core.files import name_damage, read_object
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
 from dsr_jax.models.vit import ViTConfig
+
+_COPY = "copy the snapshot again"
 
 
 def read_encoder(
@@ -59,10 +61,13 @@ def _read_sizes(path: Path, config: str | Path | None, class_output: bool) -> Vi
             f"{folder} holds no config.json, which describes the encoder",
             "give --config with the encoder's snapshot folder or hub id",
         )
-    sizes = config_from_hub(read_json(folder / "config.json"))
+    record = read_object(folder / "config.json", _COPY)
+    with name_damage(folder / "config.json", _COPY):
+        sizes = config_from_hub(record)
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        statistics: dict[str, Any] = pixel_statistics(read_json(processor))
+        with name_damage(processor, _COPY):
+            statistics: dict[str, Any] = pixel_statistics(read_object(processor, _COPY))
         sizes = dataclasses.replace(sizes, **statistics)
     return dataclasses.replace(sizes, class_output=class_output)
 

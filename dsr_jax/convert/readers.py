@@ -1,6 +1,5 @@
 """Reads state dicts from user files: safetensors, torch files, folders of either."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from dsr_jax.convert.names import drop, split_networks, unwrap
 from dsr_jax.convert.tensors import map_safetensors
 from dsr_jax.convert.torch_files import describe_text, load_torch, to_numpy
 from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.files import read_json
 
 _ENTRIES = (
     "ema",
@@ -166,12 +166,14 @@ def _only(folder: Path, names: Sequence[str]) -> str:
 def _read_shards(index: Path) -> dict[str, Any]:
     """Returns the tensors of all files that an index names."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard is not in the folder")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConversionError(
             f"{index} is no index of shards: {type(error).__name__} {error}", "copy it again"
         ) from error
-    if absent := [name for name in names if not (index.parent / name).is_file()]:
+    if absent := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise ConversionError(
             f"{index.parent} lacks {absent}, which its index names", "copy them, too"
         )

@@ -35,7 +35,7 @@ from dsr_jax.convert.rules import (
 from dsr_jax.convert.vae_names import NameStyle, modernize, restyle
 from dsr_jax.core.cli import positive_int
 from dsr_jax.core.errors import ConversionError
-from dsr_jax.core.files import read_json
+from dsr_jax.core.files import name_damage, read_object
 from dsr_jax.core.trees import count_params, flatten_names, unflatten_names
 from dsr_jax.core.typing import Params
 from dsr_jax.models.latent_normalization import LatentNormalization
@@ -244,8 +244,9 @@ def _open_vae(
     record: Mapping[str, Any] = {}
     described = (path if path.is_dir() else path.parent) / "config.json"
     if described.is_file() and not style.ldm:
-        record = read_json(described)
-        config = config_from_diffusers(record)
+        record = read_object(described, "copy the snapshot again")
+        with name_damage(described, "copy the snapshot again"):
+            config = config_from_diffusers(record)
     else:
         config = infer_config(state, num_groups)
     normalization = _normalization(config, record, given)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsr_jax.core.errors import DamagedFileError, StorageError
+from dsr_jax.core.errors import DamagedFileError, DsrError, StorageError
 
 MAX_JSON_BYTES = 256 * 2**20
 
@@ -152,6 +152,43 @@ def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}", remedy) from error
+
+
+@contextlib.contextmanager
+def name_damage(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """Turns what Python raises on values of another form into an error with the file's name.
+
+    Args:
+      path: File that the values were read from.
+      remedy: Remedy of the error.
+
+    Raises:
+      DamagedFileError: In place of errors that are no `DsrError`; to those the name is added.
+    """
+    try:
+        yield
+    except DsrError as error:
+        if os.path.basename(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error.problem}", error.remedy or remedy) from error
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+        *(RecursionError, MemoryError),
+    ) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise DamagedFileError(f"{path} is damaged: {problem}", remedy) from error
+
+
+def read_object(path: str | os.PathLike[str], remedy: str = "") -> dict[str, Any]:
+    """Reads a JSON file that holds an object; as `read_json` otherwise.
+
+    Raises:
+      DamagedFileError: If it holds anything else.
+    """
+    value = read_json(path, remedy)
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{path} is damaged: it holds no object", remedy)
+    return value
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from dsr_jax.core.files import file_digest, read_json, write_json
 from dsr_jax.core.images import MAX_PIXELS
 from dsr_jax.data.base import Record
 from dsr_jax.data.classes import fingerprint, is_description
-from dsr_jax.data.records import open_records, write_records
+from dsr_jax.data.records import RECORD_ERRORS, open_records, write_records
 
 MANIFEST = "latents.json"
 DIGESTS = "digests.json"
@@ -83,7 +83,7 @@ class CachedLatents:
             record = msgpack.unpackb(self._records[index])
             latent = np.frombuffer(record["latent"], self._dtype).reshape(self.image_shape)
             return {"image": latent, "label": np.int32(record["label"])}
-        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        except (*RECORD_ERRORS, msgpack.UnpackException) as error:
             raise DataError(
                 f"record {index} of {self.name} is damaged: {error}",
                 "delete its shard and run the same python -m dsr_jax.encode cache again",
@@ -213,7 +213,7 @@ def _is_readable(path: Path, size: int) -> bool:
         records = open_records([path])
         for index in range(len(records)):
             records[index]
-    except (DataError, RuntimeError, ValueError, OSError):
+    except (DataError, *RECORD_ERRORS):
         return False
     return len(records) == size
 

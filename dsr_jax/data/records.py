@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
-from dsr_jax.core.errors import DataError, DsrError
+from dsr_jax.core.errors import DataError, DsrError, StorageError
 from dsr_jax.core.files import name_storage_errors, read_json, temporary_file
 from dsr_jax.core.images import to_array, to_mode
 from dsr_jax.data.base import Record, SourceOptions
 from dsr_jax.data.classes import fingerprint
 from dsr_jax.data.images import FITS, decode_image, fit_name
+
+RECORD_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError)
+"""What damaged records raise: RuntimeError where ArrayRecord's own checksums fail."""
 
 
 class ArrayRecords:
@@ -71,7 +75,7 @@ class ArrayRecords:
         try:
             record = msgpack.unpackb(self._records[index])
             content, label = bytes(record["image"]), operator.index(record["label"])
-        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        except (*RECORD_ERRORS, msgpack.UnpackException) as error:
             raise DataError(
                 f"record {index} of {self.name} is damaged: {error!r}",
                 "check the files with tools/prepare_imagenet.py --verify, or pack them again",
@@ -194,9 +198,23 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
             for record in records:
-                writer.write(record)
+                with _storage_errors(path):
+                    writer.write(record)
         finally:
-            writer.close()
+            with _storage_errors(path):
+                writer.close()
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Names the file in an error of ArrayRecord's writer, which raises none but RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error}",
+            "make room on the disk, then run the same command again",
+        ) from error
 
 
 def count_records(path: Path) -> int:

@@ -1,8 +1,6 @@
 """PSNR, SSIM and LPIPS of many pairs of images, over all hosts and devices."""
 
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsr_jax.core.errors import EvaluationError
+from dsr_jax.core.arrays import read_arrays
+from dsr_jax.core.errors import DamagedFileError, EvaluationError
 from dsr_jax.core.files import open_atomic
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.evaluation.image_sets import ImageSet
@@ -138,9 +137,9 @@ def _restore(path: Path, marks: str) -> list[np.ndarray]:
     if not path.is_file():
         return []
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            identity, values = str(arrays["identity"]), arrays["values"]
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, OSError, EOFError) as error:
+        arrays = read_arrays(path)
+        identity, values = str(arrays["identity"]), arrays["values"]
+    except (DamagedFileError, KeyError, OSError) as error:
         log(f"{path} is damaged ({error}); its pairs are scored again")
         return []
     if identity != marks:

@@ -8,8 +8,6 @@ import hashlib
 import io
 import json
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsr_jax.core.arrays import read_arrays
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import write_atomic
 from dsr_jax.core.typing import Array
@@ -172,7 +171,7 @@ class _Progress:
             return 0
         try:
             record, states, parts = self._read(self._folder)
-        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, OSError, EOFError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError) as error:
             log(f"{self._folder} is damaged ({error}); its images are taken again")
             forget(self._folder)
             return 0
@@ -190,19 +189,19 @@ class _Progress:
     ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
         """Reads and verifies the record, the metrics' states and the kept rows."""
         states: dict[str, dict[str, np.ndarray]] = {metric.name: {} for metric in self._metrics}
-        with np.load(folder / _PROGRESS, allow_pickle=False) as arrays:
-            record = json.loads(str(arrays["record"]))
-            found = record["settings"]
-            if found != self._settings:
-                keys = [key for key in self._settings if found.get(key) != self._settings[key]]
-                raise EvaluationError(
-                    f"{folder} holds an unfinished pass of other {', '.join(keys)}",
-                    "delete the folder, or name another --out",
-                )
-            for key in arrays.files:
-                name, slash, rest = key.rpartition("/")
-                if slash:
-                    states[name][rest] = arrays[key]
+        arrays = read_arrays(folder / _PROGRESS)
+        record = json.loads(str(arrays["record"]))
+        found = record["settings"]
+        if found != self._settings:
+            keys = [key for key in self._settings if found.get(key) != self._settings[key]]
+            raise EvaluationError(
+                f"{folder} holds an unfinished pass of other {', '.join(keys)}",
+                "delete the folder, or name another --out",
+            )
+        for key, array in arrays.items():
+            name, slash, rest = key.rpartition("/")
+            if slash:
+                states[name][rest] = array
         parts = []
         for part in record["parts"]:
             read = {}

@@ -6,7 +6,6 @@ with the recipe beside the file (spec evaluation 2).
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from dsr_jax.core.arrays import READ_ERRORS
 from dsr_jax.core.errors import EvaluationError
 from dsr_jax.core.files import file_digest, read_json
 
@@ -60,7 +60,7 @@ class SampleFile:
                     raw = member.read(count * row)
                     images = np.frombuffer(raw, np.uint8).reshape(count, *self.shape[1:])
                     yield images if rows is None else images[rows[rows < count]]
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            except READ_ERRORS as error:
                 raise _damaged(self.path, str(error)) from error
 
     def images(self) -> np.ndarray:
@@ -162,7 +162,7 @@ def read_member(path: Path, key: str) -> np.ndarray:
         with archive.open(f"{key}.npy") as member:
             try:
                 return np.lib.format.read_array(member, allow_pickle=False)
-            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            except READ_ERRORS as error:
                 raise _damaged(path, f"{key}: {error}") from error
 
 
@@ -183,7 +183,7 @@ def check_levels(images: np.ndarray, path: Path) -> None:
 def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except READ_ERRORS as error:
         raise _damaged(path, f"{error}; it may be cut short") from error
 
 
@@ -210,7 +210,7 @@ def _check_header(
         with archive.open(info) as member:
             shape, fortran, dtype = _read_header(member)
             header_bytes = member.tell()
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except READ_ERRORS as error:
         raise _damaged(path, f"{key}: {error}") from error
     if dtype.hasobject:
         raise EvaluationError(

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from dsr_jax.core.errors import ConfigError, DataError
-from dsr_jax.core.files import write_atomic
+from dsr_jax.core.files import read_json, write_atomic
 
 Neurons = dict[int, list[int]]
 """Hidden MLP units by block, best first."""
@@ -55,7 +56,7 @@ def load_neurons(source: str | os.PathLike[str]) -> Neurons:
         return published_neurons(path.name)
     if not path.is_file():
         raise DataError(f"{path} does not exist", f"give a file, or one of {', '.join(PUBLISHED)}")
-    return parse_neurons(path.read_text(), str(path))
+    return _check_neurons(read_json(path, _FORM), str(path))
 
 
 def parse_neurons(text: str, name: str) -> Neurons:
@@ -66,18 +67,24 @@ def parse_neurons(text: str, name: str) -> Neurons:
     Raises:
       DataError: If `text` does not have that form; `name` is the file, for the message.
     """
-    remedy = 'the form is {"2": [33, 9], "3": [11]}: units by block'
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name} is not JSON: {error}", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not JSON: {error}", _FORM) from error
+    return _check_neurons(content, name)
+
+
+_FORM = 'the form is {"2": [33, 9], "3": [11]}: units by block'
+
+
+def _check_neurons(content: Any, name: str) -> Neurons:
     if not isinstance(content, dict):
-        raise DataError(f"{name} holds a {type(content).__name__}", remedy)
+        raise DataError(f"{name} holds a {type(content).__name__}", _FORM)
     neurons: Neurons = {}
     for block, units in content.items():
         listed = isinstance(units, list) and all(type(unit) is int for unit in units)
         if not (block.isdecimal() and listed):
-            raise DataError(f"{name}: {block!r}: {str(units)[:80]} is not a list of units", remedy)
+            raise DataError(f"{name}: {block!r}: {str(units)[:80]} is not a list of units", _FORM)
         neurons[int(block)] = units
     return neurons
 

@@ -4,8 +4,6 @@ import io
 import itertools
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from dsr_jax import build
 from dsr_jax.build.rae import encoding_recipe
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.statistics import FILE, load_statistics, save_statistics
+from dsr_jax.core.arrays import read_arrays
 from dsr_jax.core.errors import ConfigError, DsrError
 from dsr_jax.core.files import (
     file_digest,
@@ -352,11 +351,10 @@ def _read_progress(out: Path, recipe: dict[str, Any]) -> dict[str, np.ndarray]:
         _refuse_foreign(out)
         return {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            saved = {name: arrays[name] for name in arrays.files}
+        saved = read_arrays(path)
         found = json.loads(str(saved["recipe"]))
         int(saved["step"])
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         log(f"{path} is damaged ({error}); the pass starts again")
         return {}
     _refuse_others(out, found, recipe)

@@ -11,7 +11,7 @@ from dsr_jax.config.loading import read_values
 from dsr_jax.config.resume import CLASSES, check_allowed, compare_configs, is_allowed
 from dsr_jax.config.schema import leaves
 from dsr_jax.core import files
-from dsr_jax.core.errors import CheckpointError, ConfigError, DataError
+from dsr_jax.core.errors import CheckpointError, ConfigError, DamagedFileError, DataError
 from dsr_jax.core.lock import is_lock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.classes import DataDescription, compare, read_class_names
@@ -147,6 +147,8 @@ def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None
     files.remove_leftovers(folder)
     path = folder / "provenance.json"
     starts = files.read_json(path, f"remove {path}") if path.is_file() else []
+    if not isinstance(starts, list):
+        raise DamagedFileError(f"{path} is damaged: it holds no list of starts", f"remove {path}")
     # First, since a folder without it is taken for somebody else's.
     files.write_json(folder / "config.json", to_json(config))
     files.write_json(path, [*starts, provenance()])

@@ -13,10 +13,11 @@ from typing import Any
 from dsr_jax import config as configs
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert import __main__ as convert
+from dsr_jax.convert.files import read_conversion
 from dsr_jax.convert.readers import open_source
 from dsr_jax.convert.recognize import TITLES, recognize
-from dsr_jax.core.errors import ConfigError, ConversionError
-from dsr_jax.core.files import file_digest, read_json, rename_synced
+from dsr_jax.core.errors import ConfigError, ConversionError, DamagedFileError
+from dsr_jax.core.files import file_digest, rename_synced
 from dsr_jax.models.registry import DENOISERS, REGISTERS
 from dsr_jax.telemetry.progress import announce
 
@@ -60,7 +61,7 @@ def family_of_source(source: str | Path) -> str:
       ConversionError: If it is no denoiser, or cannot be read.
     """
     if is_converted(source):
-        return str(read_json(Path(source) / "conversion.json")["family"])
+        return str(read_conversion(Path(source), ("family",))["family"])
     if (Path(source) / "config.json").is_file() and (Path(source) / "checkpoints").is_dir():
         raise ConversionError(
             f"{source} is the folder of a run, not a checkpoint", f"use --workdir={source}"
@@ -125,7 +126,10 @@ def _is_intact(folder: Path) -> bool:
     if not is_converted(folder):
         return False
     params = folder / "params.safetensors"
-    digest = read_json(folder / "conversion.json")["params_digest"]
+    try:
+        digest = read_conversion(folder)["params_digest"]
+    except DamagedFileError:
+        return False
     return params.is_file() and file_digest(params) == digest
 
 
@@ -146,7 +150,7 @@ def config_of_converted(
       ConfigError: If one of them is needed and not given, or given and not needed, or the configs
         are not installed.
     """
-    record = read_json(folder / "conversion.json")
+    record = read_conversion(folder)
     family, model = record["family"], record["model"]
     sources = {"encoder": encoder, "decoder": decoder, "statistics": statistics, "vae": vae}
     check_sources(family, sources)
@@ -162,11 +166,11 @@ def config_of_converted(
     if config.space.name == "rae":
         normalized = "" if statistics == "none" else statistics
         config.space.update(encoder=encoder, decoder=decoder, statistics=normalized)
-        sizes = read_json(Path(decoder) / "conversion.json")["model"]
+        sizes = read_conversion(Path(decoder), ("model",))["model"]
         config.data.image_size = sizes["grid"] * sizes["patch_size"]
     elif config.space.name == "vae":
         config.space.vae = vae
-        halvings = len(read_json(Path(vae) / "conversion.json")["model"]["widths"]) - 1
+        halvings = len(read_conversion(Path(vae), ("model",))["model"]["widths"]) - 1
         config.data.image_size = model["input_size"] * 2**halvings
     else:
         config.data.update(image_size=model["input_size"], channels=model["in_channels"])

@@ -6,8 +6,8 @@ from typing import Any
 
 from dsr_jax.build.fine_tuning import names_of_record
 from dsr_jax.config import ConfigDict
+from dsr_jax.convert.files import read_conversion
 from dsr_jax.core.errors import DataError
-from dsr_jax.core.files import read_json
 from dsr_jax.data.classes import DataDescription, label_of, trained_labels
 
 
@@ -29,7 +29,7 @@ def classes_to_sample(config: ConfigDict, data: DataDescription | None) -> list[
 
 def classes_of_converted(folder: Path) -> DataDescription | None:
     """Returns the classes that a converted folder records; None without names, as official ones."""
-    names = list(names_of_record(read_json(folder / "conversion.json")))
+    names = list(names_of_record(read_conversion(folder)))
     if not names:
         return None
     return {"source": str(folder), "images": 0, "names": names, "counts": [], "fingerprint": ""}

@@ -23,8 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dsr_jax.core.cli import leave
-from dsr_jax.core.errors import CheckpointError, NumericsError
-from dsr_jax.core.files import file_digest, open_atomic, read_json, remove_leftovers, write_json
+from dsr_jax.core.errors import CheckpointError, DamagedFileError, NumericsError
+from dsr_jax.core.files import file_digest, open_atomic, read_object, remove_leftovers, write_json
 from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
@@ -162,7 +162,7 @@ class SampleJob:
         remove_leftovers(self.folder, f"{self.name}.")
         if self._finished(log):
             return np.zeros(len(self.labels), bool)
-        self._start(batch)
+        self._start(batch, log)
         missing = np.ones(len(self.labels), bool)
         for part in self._part_files():
             try:
@@ -187,7 +187,8 @@ class SampleJob:
     def _finished(self, log: Callable[[str], None]) -> bool:
         """Whether the `.json`, which is written last, is there, of this recipe and file."""
         if self.json_path.is_file():
-            record = read_json(self.json_path)
+            remedy = f"remove it and {self.npz_path.name}: both are made again"
+            record = read_object(self.json_path, remedy)
             self._compare(record, self.json_path)
             if not self.npz_path.is_file():
                 return False
@@ -207,6 +208,8 @@ class SampleJob:
     def _compare(self, record: Mapping[str, Any], path: Path) -> None:
         """Raises unless the recorded recipe is this job's."""
         old, new = record.get("recipe", {}), self._identity()
+        if not isinstance(old, dict):
+            raise DamagedFileError(f"{path} is damaged: it holds no recipe", f"remove {path}")
         differing = [
             f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
             for key in sorted(old.keys() | new.keys())
@@ -218,17 +221,36 @@ class SampleJob:
                 "choose another --out or --name, go back to those settings, or delete the old job",
             )
 
-    def _start(self, batch: int) -> None:
+    def _start(self, batch: int, log: Callable[[str], None]) -> None:
         """Creates the folder of parts, or checks that it belongs to this recipe."""
         self.json_path.unlink(missing_ok=True)  # Left over where somebody deleted the .npz.
         record_path = self.parts / "job.json"
+        try:
+            if record_path.is_file():
+                self._read_record()
+        except DamagedFileError as error:
+            log(f"{error.problem}; what it belongs to is unknown, and all images are made again")
+            shutil.rmtree(self.parts)
         start = {**provenance(), "batch": batch}
         if record_path.is_file():
-            record = read_json(record_path)
+            record = self._read_record()
             self._compare(record, record_path)
             write_json(record_path, {**record, "starts": [*record["starts"], start]})
         else:
             write_json(record_path, {"recipe": self._identity(), "starts": [start]})
+
+    def _read_record(self) -> dict[str, Any]:
+        """Reads the recipe and starts of an unfinished job.
+
+        Raises:
+          DamagedFileError: If that is not what the file holds.
+        """
+        path = self.parts / "job.json"
+        remedy = "run the same command again: its images are made again"
+        record = read_object(path, remedy)
+        if not isinstance(record.get("starts"), list):
+            raise DamagedFileError(f"{path} is damaged: it holds no starts", remedy)
+        return record
 
     def _part_files(self) -> list[_Part]:
         """Lists the parts, sorted by their first index."""
@@ -292,7 +314,7 @@ class SampleJob:
         if self.parts.exists():
             if not self.json_path.is_file():
                 shape = (len(self.labels), *self.image_shape)
-                record = read_json(self.parts / "job.json")
+                record = self._read_record()
                 labels = self.labels.astype(np.int32)
                 write_npz(self.npz_path, shape, self._pieces(), {"labels": labels})
                 digest = file_digest(self.npz_path)

@@ -116,15 +116,19 @@ class MetricWriter:
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the whole records of a run's metrics.jsonl, in order; [] if there is none.
 
-    A last line that a crash cut short is left out.
+    Damaged lines, such as a last one that a crash cut short, are left out.
     """
     path = Path(workdir) / METRICS_FILE
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            _logger.warning("%s: line %d is damaged, left out", path, len(records) + 1)
+            record = json.loads(line)
+            if type(record["step"]) is not int:
+                raise ValueError("its step is no integer")
+            records.append(record)
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            _logger.warning("%s: line %d is damaged (%s), left out", path, number, error)
     return records
 
 
@@ -157,15 +161,18 @@ class _Jsonl:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(path.parent) if record["step"] < first_step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        if path.exists() and path.read_text() != text:
+        if path.exists() and path.read_bytes() != text.encode():
             files.write_atomic(path, text)
-        self._file = path.open("a")
+        self._path = path
+        with files.name_storage_errors(path):
+            self._file = path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         # NaN and infinity are no JSON; strict readers would stop at them.
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with files.name_storage_errors(self._path):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         del step, name, image

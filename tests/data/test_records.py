@@ -1,6 +1,8 @@
 """Packed data sets hold what the files held."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,19 @@ def test_tfds(tmp_path: Path) -> None:
         assert record["image"].std() > 0 and 0 <= record["label"] < 10
     with pytest.raises(DataError, match="TFDS cannot open 'mnist'"):
         make_source("tfds:mnist", root=str(tmp_path), image_size=14, channels=1)
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_a_full_disk_is_named(tmp_path: Path, limit: int) -> None:
+    """ArrayRecord itself raises a RuntimeError. A limit on file sizes stands for the full disk."""
+    path = tmp_path / "train-00000.array_record"
+    code = (
+        "import random, resource, sys\n"
+        "from pathlib import Path\n"
+        "from dsr_jax.data.records import write_records\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "write_records(Path(sys.argv[1]), (random.Random(i).randbytes(50_000) for i in range(9)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert f"StorageError: {path} cannot be written: " in done.stderr
+    assert list(tmp_path.iterdir()) == []

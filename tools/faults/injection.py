@@ -1,5 +1,6 @@
 """Injects faults into the processes and files of one job until it is done."""
 
+import functools
 import os
 import resource
 import signal
@@ -124,6 +125,25 @@ class Command:
         return any(any("Traceback (most recent" in line for line in tail) for tail in ended)
 
 
+@functools.cache
+def can_deny_writing() -> bool:
+    """Returns whether commands can run as a user who may not write: root starts them, and that user
+    may read this environment."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "import dsr_jax.train"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            user=_NOBODY,
+            capture_output=True,
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
 def _drain(stream: Any, tail: deque[str]) -> None:
     for line in stream:
         tail.append(line.rstrip())
@@ -155,14 +175,18 @@ def play_round(
     found, failures = Round(), 0
     folder.mkdir(parents=True)
     while True:
-        if budget > found.faults.total() and os.geteuid() == 0 and rng.random() < 0.08:
+        if budget > found.faults.total() and rng.random() < 0.08 and can_deny_writing():
             found.problem = _start_unwritable(job, inputs, folder, cache)
             found.faults[UNWRITABLE] += 1
             if found.problem:
                 return found
         command = Command(job, inputs, folder, processes, cache)
         found.starts += 1
-        injected = _disturb(command, job, folder, rng, budget - found.faults.total())
+        try:
+            injected = _disturb(command, job, folder, rng, budget - found.faults.total())
+        except BaseException:
+            command.wait(0)
+            raise
         found.faults.update(injected)
         if not command.wait(END_SECONDS):
             found.problem = f"after {injected} a process does not end:\n{command.last_lines}"

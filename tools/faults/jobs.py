@@ -222,7 +222,7 @@ JOBS = {
             f"--reference={inputs / 'reference.npz'}",
             f"--inception={inputs / 'inception'}",
             f"--out={folder / 'scores.json'}",
-            "--metrics=fid,inception_score,kid",
+            "--metrics=fid,is,kid",
             "--batch=4",
             "--save-every=4",
         ],
