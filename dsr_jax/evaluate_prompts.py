@@ -9,6 +9,7 @@
     python -m dsr_jax.evaluate_prompts score geneval results.jsonl
     python -m dsr_jax.evaluate_prompts score dpg images_detail.txt --questions=dpg_bench.csv
     python -m dsr_jax.evaluate_prompts score shapes images/heldout
+    python -m dsr_jax.evaluate_prompts score clip images/geneval --clip=converted/clip
 
 The same `write` continues a stopped one. GenEval's detector and DPG-Bench's question answering are
 not included: run the official tools on the folders. `shapes` are prompts of GenEval's six tasks
@@ -22,18 +23,22 @@ from typing import Any
 
 import numpy as np
 
+from dsr_jax.convert.clip import load_clip
 from dsr_jax.core import cli
 from dsr_jax.core.files import write_json
 from dsr_jax.core.images import decode, read_file, to_array
 from dsr_jax.core.plugins import load_object
 from dsr_jax.core.provenance import provenance
+from dsr_jax.core.tokenizers import read_tokenizer
 from dsr_jax.data import shapes
-from dsr_jax.evaluation import prompt_images, prompt_scores
+from dsr_jax.evaluation import clip_score, prompt_images, prompt_scores
+from dsr_jax.evaluation.clip_embedding import PREFIX, embed
 from dsr_jax.evaluation.scene_checker import SceneChecker
 from dsr_jax.parallel.processes import is_process_zero, lock_folder, log
 from dsr_jax.parallel.watch import join_job
 
 BENCHMARKS = ("geneval", "dpg", "shapes")
+SCORES = (*BENCHMARKS, "clip")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,8 +90,10 @@ def score(args: argparse.Namespace) -> None:
         scores = prompt_scores.score_geneval_results(args.results)
     elif args.benchmark == "dpg":
         scores = prompt_scores.score_dpg_details(args.results, args.questions)
-    else:
+    elif args.benchmark == "shapes":
         scores = score_shapes(args.results)
+    else:
+        scores = score_clip(args.results, args.clip, args.batch)
     out = args.out or args.results.with_name(f"{args.results.stem}.scores.json")
     write_json(out, {"benchmark": args.benchmark, "scores": scores, "provenance": provenance()})
     print("\n".join(describe(scores)))
@@ -101,8 +108,34 @@ def score_shapes(root: Path) -> dict[str, Any]:
     return checker.score(metadata, images)
 
 
+def score_clip(root: Path, folder: Path, batch: int) -> dict[str, Any]:
+    """Returns CLIPScore of the images of a folder in GenEval's layout against their prompts.
+
+    Args:
+      root: Folder of the images.
+      folder: Converted CLIP.
+      batch: Images at a time.
+    """
+    network, params, record = load_clip(folder)
+    metadata, paths = prompt_images.read_geneval_folder(root)
+    images = [decode(read_file(path), str(path)) for path in paths]
+    texts = [line["prompt"] for line in metadata]
+    found = embed(network, params, read_tokenizer(folder), images, texts, batch)
+    cosines = clip_score.cosines(*found)
+    return {
+        "clip_score": float(clip_score.clip_score(*found).mean()),
+        "cosine": float(cosines.mean()),
+        "prefix": PREFIX,
+        "n_images": len(images),
+        "clip": record["source"],
+        "clip_digest": record["source_digest"],
+    }
+
+
 def describe(scores: dict[str, Any]) -> list[str]:
     """Lists lines of scores; a task's score by chance is in brackets."""
+    if "clip_score" in scores:
+        return [f"  {name:24} {scores[name]:.4f}" for name in ("clip_score", "cosine")]
     lines = []
     chance = scores.get("shuffled")
     for name, value in scores.get("task_scores", {}).items():
@@ -127,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     scoring = actions.add_parser("score", help="score the results of a benchmark")
     for action in (writing, scoring):
         kinds = action.add_subparsers(required=True, metavar="BENCHMARK", dest="benchmark")
-        for name in BENCHMARKS:
+        for name in BENCHMARKS if action is writing else SCORES:
             add_arguments = _add_writing if action is writing else _add_scoring
             add_arguments(kinds.add_parser(name), name)
     return parser
@@ -158,10 +191,14 @@ def _add_scoring(parser: argparse.ArgumentParser, benchmark: str) -> None:
         "geneval": "results.jsonl of evaluate_images.py",
         "dpg": "..._detail.txt of compute_dpg_bench.py",
         "shapes": "folder that `write shapes` made",
+        "clip": "folder that `write geneval` or `write shapes` made",
     }
     add("results", type=Path, help=what[benchmark])
     if benchmark == "dpg":
         add("--questions", type=Path, required=True, help="dpg_bench.csv")
+    if benchmark == "clip":
+        add("--clip", type=Path, required=True, help="folder of a converted CLIP")
+        add("--batch", type=cli.positive_int, default=32, help="images at a time")
     add("--out", type=Path, help="score file; default: beside the results")
 
 

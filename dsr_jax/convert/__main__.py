@@ -7,6 +7,8 @@ The folder then holds params.safetensors and conversion.json, which python -m ds
 import argparse
 from collections.abc import Sequence
 
+from dsr_jax.convert.clip import FAMILY as CLIP
+from dsr_jax.convert.clip import add_clip_command, clip_rules, load_clip
 from dsr_jax.convert.converter import require_converter
 from dsr_jax.convert.decoder import FAMILY as DECODER
 from dsr_jax.convert.decoder import add_decoder_command, decoder_rules
@@ -51,6 +53,8 @@ def export(args: argparse.Namespace) -> None:
         state = export_backbone(params, record)
     elif record["family"] == LPIPS:
         state = flax_to_torch(params, lpips_rules(tuple(record["model"]["channels"])))
+    elif record["family"] == CLIP:
+        state = flax_to_torch(params, clip_rules(load_clip(args.source)[0]))
     elif record["family"] == INCEPTION:
         state, entries = flax_to_torch(params, inception_rules(network_of_record(record))), ()
     else:
@@ -71,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_lpips_command(families)
     add_discriminator_command(families)
     add_inception_command(families)
+    add_clip_command(families)
     add_statistics_command(families)
     back = families.add_parser("export", help="a converted folder, back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")

@@ -95,7 +95,7 @@ class FolderTokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         self.name = str(folder)
-        self._tokenizer = _read_folder(Path(folder))
+        self._tokenizer = read_tokenizer(Path(folder))
         missing = [word for word in CHAT_WORDS if self._tokenizer.token_to_id(word) is None]
         if missing or len(self.encode("\n")) != 1:
             what = f"lacks {', '.join(missing)}" if missing else "has no id for a line break"
@@ -119,8 +119,8 @@ class FolderTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _read_folder(folder: Path) -> tokenizers.Tokenizer:
-    """Returns the fast tokenizer of a folder.
+def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """Returns the fast tokenizer of a folder, read without the network.
 
     Raises:
       DataError: If it cannot be read.
