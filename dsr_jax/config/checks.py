@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dsr_jax.config.schema import leaves, to_json
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.secrets import hide_secrets
 
 EMA_REST = 0.01
 """Fraction of the initial weights that EMA weights may still hold at the end of a run."""
@@ -161,6 +162,7 @@ def check(config: ConfigDict) -> None:
         f"config.eval.classifier={config.eval.classifier!r} is unknown",
         "choose digits, or leave it empty for no classifier",
     )
+    _check_secrets(config, require)
     _check_skipping(config, require)
     times = config.log.outlier_times
     require(
@@ -175,6 +177,16 @@ def check(config: ConfigDict) -> None:
     )
     _check_guidance(config, require)
     _check_scores(config, require)
+
+
+def _check_secrets(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    """Checks that no value, which is stored with every result, holds a token or password."""
+    for key, value in leaves(config):
+        require(
+            not isinstance(value, str) or hide_secrets(value) == value,
+            f"config.{key} holds a secret, and the config is stored with every result",
+            "leave it to the environment or to the tool's own login",
+        )
 
 
 def _check_skipping(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:

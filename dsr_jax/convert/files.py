@@ -21,6 +21,7 @@ from dsr_jax.core.files import (
     write_json,
 )
 from dsr_jax.core.lock import FolderLock, is_lock
+from dsr_jax.core.secrets import hide_secrets
 from dsr_jax.core.trees import flatten_names, unflatten_names
 
 _PARAMS, _RECORD = "params.safetensors", "conversion.json"
@@ -164,6 +165,6 @@ def source_record(source: str) -> dict[str, Any]:
     """Returns a conversion's record of its source: name, and digest if it is a file."""
     path = Path(source)
     return {
-        "source": path.name if path.exists() else source,
+        "source": path.name if path.exists() else hide_secrets(source),
         "source_digest": file_digest(path) if path.is_file() else None,
     }

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dsr_jax.core.errors import DsrError, StuckSaveError
 from dsr_jax.core.files import name_storage_errors
 from dsr_jax.core.lock import release_all
+from dsr_jax.core.secrets import hide_secrets
 
 END_SECONDS = 15.0
 
@@ -98,6 +99,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(error.exit_status)
     except Exception:
         _end_within(END_SECONDS, 1)
+        # Python's own would print secrets as they are.
+        sys.excepthook = lambda _kind, error, _traceback: show(error)
         raise
     sys.exit(status or 0)
 
@@ -115,10 +118,10 @@ def _end_within(seconds: float, status: int) -> None:
 def show(error: BaseException) -> None:
     """Prints an error that ends the program, with a traceback unless it is a `DsrError`."""
     if isinstance(error, DsrError):
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        text = f"\n{type(error).__name__}: {error}\n"
     else:
-        traceback.print_exception(error)
-        sys.stderr.flush()
+        text = "".join(traceback.format_exception(error))
+    print(hide_secrets(text), end="", file=sys.stderr, flush=True)
 
 
 def leave(error: BaseException) -> NoReturn:

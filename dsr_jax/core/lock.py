@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dsr_jax.core.errors import LockError
+from dsr_jax.core.secrets import hide_secrets
 
 FILE = ".lock.json"
 TOUCH_SECONDS = 10.0
@@ -241,7 +242,7 @@ def this_process() -> dict[str, Any]:
         "pid": pid,
         "machine": _machine(),
         "started": _start_of(pid),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(hide_secrets, sys.argv[1:])],
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "token": uuid.uuid4().hex,
     }

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from dsr_jax.core.rng import generator
+from dsr_jax.core.secrets import hide_secrets
 
 _PACKAGES = (
     "dsr_jax",
@@ -93,7 +94,7 @@ def provenance() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(hide_secrets, sys.argv[1:])],
         "git_revision": git_revision(),
         "python": sys.version.split()[0],
         "packages": package_versions(),

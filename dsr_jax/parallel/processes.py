@@ -19,6 +19,7 @@ from dsr_jax.core.errors import ClusterError
 from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.memory import keep_freed_memory
 from dsr_jax.core.rng import pin_generator
+from dsr_jax.core.secrets import hide_secrets
 from dsr_jax.parallel import clusters
 
 HEARTBEAT_SECONDS = 100
@@ -177,4 +178,4 @@ def is_process_zero() -> bool:
 def log(text: str) -> None:
     """Prints a line to stderr, on process 0 alone."""
     if is_process_zero():
-        print(text, file=sys.stderr, flush=True)
+        print(hide_secrets(text), file=sys.stderr, flush=True)
