@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import DataError, UnreadableRecord
+from dsr_jax.data import pipeline
 from dsr_jax.data.base import Record
 from dsr_jax.data.pipeline import HostBatch, iterate_once, make_batches, record_numbers
 from dsr_jax.data.sources import make_source
@@ -62,6 +63,30 @@ def test_positions_lead_to_record_numbers(flip: bool) -> None:
         # The smaller of i and 255 - i is i, mirrored or not.
         numbers = batch["image"].reshape(8, 2).min(axis=1).tolist()
         assert record_numbers(23, 5, batch["index"].tolist()) == numbers
+
+
+def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer that stops taking batches stops the readers, too."""
+    source, reads = Numbers(64), []
+    read = Numbers.__getitem__
+
+    def counted(self: Numbers, index: int) -> Record:
+        reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(Numbers, "__getitem__", counted)
+    monkeypatch.setattr(pipeline, "PREFETCH_BYTES", 0)
+    batches = make_batches(source, 0, 4)
+    next(batches)
+    before = -1
+    while len(reads) > before:
+        before = len(reads)
+        time.sleep(0.3)
+    # The one that was taken, two that wait, and one under way in each of two threads.
+    assert before <= 4 * (1 + 2 + 2)
+    next(batches)
+    time.sleep(0.3)
+    assert before < len(reads) <= before + 4 * 2
 
 
 def test_crops_are_random_squares_fixed_by_the_sample() -> None:
