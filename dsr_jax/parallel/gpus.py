@@ -251,7 +251,7 @@ def compile_only_gpus(topology: GpuTopology) -> list[jax.Device]:
         raise MeshError(
             "compiling for a GPU needs JAX's CUDA plugin, which is not installed",
             "pip install 'dsr_jax[cuda]' (in a checkout: pip install -e '.[cuda]' "
-            "-c constraints.txt), 5 GB",
+            "-c constraints.txt), 4 GB",
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
