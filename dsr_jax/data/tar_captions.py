@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsr_jax.core.arrays import read_arrays
 from dsr_jax.core.errors import DataError, DsrError, PromptError
 from dsr_jax.core.files import open_atomic, read_json
 from dsr_jax.core.images import EXTENSIONS, is_hidden
@@ -147,11 +148,11 @@ def read_index(path: Path) -> ShardIndex:
     status, stored = path.stat(), path.with_name(path.name + ".index.npz")
     stamp = np.array([status.st_size, status.st_mtime_ns])
     try:
-        with np.load(stored, allow_pickle=False) as arrays:
-            if np.array_equal(arrays["stamp"], stamp):
-                return ShardIndex(arrays["entries"], json.loads(str(arrays["problems"])))
-    # Whatever is wrong with the stored index, scanning the shard gives it again.
-    except Exception as error:  # noqa: BLE001
+        arrays = read_arrays(stored)
+        if np.array_equal(arrays["stamp"], stamp):
+            return ShardIndex(arrays["entries"], json.loads(str(arrays["problems"])))
+    # Scanning the shard gives the index again.
+    except (OSError, KeyError, ValueError) as error:
         _logger.debug("%s is not used: %s", stored, error)
     try:
         found = scan_shard(path)
@@ -189,6 +190,7 @@ def scan_shard(path: Path) -> ShardIndex:
                     found[extension] = (member.offset_data, member.size)
             elif extension.lower() in EXTENSIONS:
                 images[name] = (member.offset_data, member.size)
+        _check_end(path, archive.offset)
     entries = []
     for name in sorted(images):
         if found := captions.get(name, {}):
@@ -201,6 +203,18 @@ def scan_shard(path: Path) -> ShardIndex:
         if name not in images:
             problems[name] = f"{name} has a caption, but no image"
     return ShardIndex(np.array(entries, np.int64).reshape(-1, len(FIELDS)), [*problems.values()])
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Checks that a tar file's last header is its end, since tarfile stops at a damaged one, too.
+
+    Raises:
+      tarfile.ReadError: If it is not.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"the header at byte {offset} is damaged")
 
 
 def _problem_of(archive: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> str:

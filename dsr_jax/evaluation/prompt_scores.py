@@ -4,6 +4,7 @@ Source: djghosh13/geneval summary_scores.py; TencentQQGYLab/ELLA compute_dpg_ben
 evaluation 12.
 """
 
+import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,10 +75,12 @@ def score_dpg_details(details: str | Path, questions: str | Path) -> dict[str, A
       EvaluationError: If a file cannot be read, or naming a line of another form.
     """
     try:
-        table = dpg.read_questions(Path(questions).read_text(encoding="utf-8"))
+        table = _read_table(questions)
         text = Path(details).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"a file cannot be read: {error}", "check both paths") from error
+        raise EvaluationError(
+            f"{details} or {questions} cannot be read: {error}", "check both paths"
+        ) from error
     answers: dict[str, dict[str, dict[str, str]]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         where = f"line {number} of {details}"
@@ -86,7 +89,20 @@ def score_dpg_details(details: str | Path, questions: str | Path) -> dict[str, A
     tiles = {item: list(boxes.values()) for item, boxes in answers.items()}
     for item, given in tiles.items():
         _check_complete(item, given, table[item], max(map(len, tiles.values())), details)
-    return dpg.score_benchmark(table, tiles)
+    try:
+        return dpg.score_benchmark(table, tiles)
+    except EvaluationError as error:
+        raise EvaluationError(f"{details}: {error.problem}", error.remedy) from error
+
+
+def _read_table(path: str | Path) -> dict[str, list[dpg.Question]]:
+    """Reads dpg_bench.csv."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return dpg.read_questions(text)
+    except (EvaluationError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        problem = error.problem if isinstance(error, EvaluationError) else repr(error)
+        raise EvaluationError(f"{path} is damaged: {problem}", "give dpg_bench.csv") from error
 
 
 def _check_complete(

@@ -112,6 +112,16 @@ def test_the_index_of_a_shard_is_made_once(tmp_path: Path, monkeypatch) -> None:
         read_index(path)
 
 
+def test_a_damaged_header_does_not_end_a_shard_early(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", [1, 2, 3])
+    content = bytearray(path.read_bytes())
+    where = content.index(b"0003.png")
+    content[where : where + 8] = b"damaged!"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"the header at byte {where} is damaged"):
+        read_index(path)
+
+
 def test_batches_resume_at_their_position(tmp_path: Path, chat: PromptTokenizer) -> None:
     for number in range(3):
         shard(tmp_path / f"{number}.tar", range(number * 4, number * 4 + 4))

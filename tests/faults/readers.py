@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dsr_jax.core.arrays import read_array, read_arrays
 from dsr_jax.core.files import write_json
 from dsr_jax.core.images import decode
 from dsr_jax.data.base import SourceOptions
+from dsr_jax.data.caption_files import JsonlCaptions
 from dsr_jax.data.class_map import read_class_map
 from dsr_jax.data.classes import read_class_names
 from dsr_jax.data.latents import (
@@ -32,7 +34,10 @@ from dsr_jax.data.latents import (
     write_shard,
 )
 from dsr_jax.data.records import ArrayRecords, write_array_records
+from dsr_jax.data.tar_captions import TarCaptions
 from dsr_jax.evaluation.comparison import differences, read_scores
+from dsr_jax.evaluation.prompt_images import read_geneval_prompts
+from dsr_jax.evaluation.prompt_scores import score_dpg_details, score_geneval_results
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.registers.neurons import load_neurons
@@ -198,6 +203,48 @@ def _two_scores(folder: Path) -> None:
     differences([scores, scores])
 
 
+def _write_tar(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for number in range(3):
+            for name, content in (("json", b'{"caption": "a"}'), ("png", _png(number))):
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def _write_lines(folder: Path) -> None:
+    (folder / "0.png").write_bytes(_png())
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>"}]
+    lines = [{"image": "0.png", "caption": "a"}, {"image": ["0.png"], "conversations": turns}]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def _captions(kind: Any, folder: Path, name: str = "a.tar") -> None:
+    options = SourceOptions(image_size=8, root=str(folder / name), on_corrupt="skip")
+    source = kind(options)
+    for index in range(len(source)):
+        source.caption(index)
+        source.image(index)
+
+
+def _write_geneval(folder: Path) -> None:
+    line = {"tag": "colors", "prompt": "a", "include": [{"class": "x", "count": 1, "color": "red"}]}
+    (folder / "p.jsonl").write_text(json.dumps(line))
+    rows = [
+        {"metadata": line, "detections": {"x": [[0, 0, 1, 1, 0.9]]}, "colors": {"x": ["red"]}},
+        {"metadata": json.dumps(line), "tag": "colors", "correct": True},
+    ]
+    (folder / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def _write_dpg(folder: Path) -> None:
+    columns = "item_id,proposition_id,dependency,tuple,question_natural_language"
+    rows = ["one,1,0,entity (x),Dropped?", "two,1,0,entity (x),Is it?", "two,2,1,other (x),Red?"]
+    (folder / "dpg.csv").write_text("\n".join([columns, *rows]))
+    lines = ["a/two.png, (0, 0, 8, 8), Is it?, yes", "a/two.png, (0, 0, 8, 8), Red?, no"]
+    (folder / "a_detail.txt").write_text("\n".join(lines))
+
+
 READERS = {
     "config": Reader("config.json", _write_run, configs.load_run, "json"),
     "provenance": Reader("provenance.json", _write_run, _write_run, "json"),
@@ -280,6 +327,24 @@ READERS = {
         lambda folder: (folder / "i.png").write_bytes(_png()),
         lambda folder: decode((folder / "i.png").read_bytes(), "i.png"),
     ),
+    "tar captions": Reader("a.tar", _write_tar, lambda folder: _captions(TarCaptions, folder)),
+    "caption lines": Reader(
+        "a.jsonl", _write_lines, lambda folder: _captions(JsonlCaptions, folder, "a.jsonl")
+    ),
+    "GenEval prompts": Reader(
+        "p.jsonl", _write_geneval, lambda folder: read_geneval_prompts(folder / "p.jsonl")
+    ),
+    "GenEval results": Reader(
+        "r.jsonl", _write_geneval, lambda folder: score_geneval_results(folder / "r.jsonl")
+    ),
+    **{
+        f"DPG-Bench {name}": Reader(
+            name,
+            _write_dpg,
+            lambda folder: score_dpg_details(folder / "a_detail.txt", folder / "dpg.csv"),
+        )
+        for name in ("a_detail.txt", "dpg.csv")
+    },
     "lock": Reader(
         "lock.json",
         lambda folder: write_json(folder / "lock.json", locks.this_process()),
