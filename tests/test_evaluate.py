@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dsr_jax import evaluate
-from dsr_jax.core.errors import ConversionError, DataError, EvaluationError
+from dsr_jax.core.errors import ConversionError, DataError, EvaluationError, LockError
 from dsr_jax.core.files import file_digest, read_json, write_json
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.data.sources import make_source, read_all
 from tests.tiny_inception import convert_tiny
 
@@ -107,6 +108,14 @@ def test_missing_weights_and_contradictions_end_with_a_reason(pictures):
     with pytest.raises(EvaluationError, match="unknown metrics"):
         evaluate.main(arguments(folder, inception, "--metrics", "fid,fdd"))
     assert not list(folder.glob("*.json"))
+
+
+def test_one_command_at_a_time_writes_a_score_file(pictures):
+    folder, inception = pictures
+    out = folder / "samples.scores.json"
+    with FolderLock(folder, out.name), pytest.raises(LockError, match="in use by process"):
+        evaluate.main(arguments(folder, inception))
+    assert not out.exists()
 
 
 def test_file_metadata_is_checked_before_the_network_runs(pictures, monkeypatch):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from dsr_jax import evaluate_reconstruction
 from dsr_jax.convert.__main__ import main as convert
-from dsr_jax.core.errors import ConfigError, ConversionError
+from dsr_jax.core.errors import ConfigError, ConversionError, LockError
 from dsr_jax.core.files import read_json
+from dsr_jax.core.lock import FolderLock
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.reconstruction import psnr, ssim
 from dsr_jax.evaluation.samples import open_samples
@@ -108,6 +109,11 @@ def test_all_scores_of_a_vae_also_after_a_stop(
     assert len(calls) == 4, "a batch was reconstructed twice"
     again = read_json(tmp_path / "again" / "scores.json")
     assert again["scores"] == pytest.approx(written["scores"], rel=1e-6)
+
+
+def test_one_command_at_a_time_writes_a_folder(rae: tuple[str, ...], tmp_path: Path) -> None:
+    with FolderLock(tmp_path), pytest.raises(LockError, match="in use by process"):
+        start(tmp_path, *rae)
 
 
 def test_what_cannot_be_scored(rae: tuple[str, ...], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ DECODER = (
     "--config.checkpoint.every_steps=5",
     "--config.failures.lost_seconds=8",
 )
-SAMPLES, IMAGES = 160, 600
+SAMPLES, IMAGES = 160, 200
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,8 @@ JOBS = {
             "--batch=4",
             "--save-every=4",
         ],
-        _newest("scores.json.parts/*"),
-        lambda folder: _newest("scores.json.parts/*")(folder)[-2:],
+        _newest("scores.json.parts/**/*.np?"),
+        lambda folder: _newest("scores.json.parts/**/*.np?")(folder)[-2:],
         lambda folder: {"scores": read_json(folder / "scores.json")["scores"]},
         _save_samples,
     ),
