@@ -99,9 +99,8 @@ def make_decoder_parts(config: ConfigDict, mesh: Mesh | None, rules: Rules) -> D
     precision, constrain = Precision(config.precision.compute), Constrain(rules, mesh)
     space, frozen = make_rae(config, mesh)
     sizes = _decoder_sizes(config, space)
-    decoder = ViTDecoder(
-        sizes, precision=precision, constrain=constrain, remat=config.decoder.remat
-    )
+    trained = dataclasses.replace(precision, residual=config.precision.residual)
+    decoder = ViTDecoder(sizes, precision=trained, constrain=constrain, remat=config.decoder.remat)
     space = dataclasses.replace(space, decoder=decoder)
     others: dict[str, PyTree] = {}
     lpips = discriminator = None

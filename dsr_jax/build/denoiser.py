@@ -60,7 +60,7 @@ def make_model(
         input_size=height,
         in_channels=channels,
         num_classes=config.data.num_classes,
-        precision=Precision(config.precision.compute),
+        precision=Precision(config.precision.compute, config.precision.residual),
         constrain=constrain or Constrain(),
         **_model_settings(config, kind),
     )

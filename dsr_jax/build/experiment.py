@@ -27,6 +27,7 @@ from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
 from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.models.denoiser import Denoiser
+from dsr_jax.models.tuning import tuning
 from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
@@ -314,8 +315,9 @@ def jit_step(
       abstract: Shapes and shardings of the state.
       batch: Sharding of the batch.
       mesh: Mesh of devices.
-      options: Result of `xla_options`.
+      options: Result of `xla_options`, added to those of the mesh's platform (`models.tuning`).
     """
+    options = {**dict(tuning(mesh.devices.flat[0].platform).xla_options), **options}
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = shardings.replicated(mesh)
     compiled: Any = jax.jit(

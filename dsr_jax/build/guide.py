@@ -122,7 +122,7 @@ def _converted_model(config: ConfigDict, folder: Path, constrain: Constrain) -> 
             f"config.sample.autoguidance={str(folder)!r} holds a {record['family']}, no denoiser",
             f"name a folder of one of {', '.join(DENOISERS)}",
         )
-    precision = Precision(config.precision.compute)
+    precision = Precision(config.precision.compute, config.precision.residual)
     kind = denoiser_class(record["family"])
     return kind(**record["model"], precision=precision, constrain=constrain)
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from dsr_jax.build.experiment import make_denoise_fn, make_objective
 from dsr_jax.build.guide import Guide, find_guide, guide_recipe
 from dsr_jax.build.rae import file_digests
-from dsr_jax.config import ConfigDict, architecture
+from dsr_jax.config import ConfigDict, architecture, precision_recipe
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
@@ -78,6 +78,6 @@ def sampling_recipe(config: ConfigDict, step: int | None, ema: str | None) -> di
         "sampler": sampler_settings(config).recipe(),
         **({"autoguidance": guide} if guide else {}),
         "objective": {key: config.objective[key] for key in ("path", "prediction", "noise_scale")},
-        "precision": config.precision.to_dict(),
+        "precision": precision_recipe(config),
         "architecture": settings | file_digests(config),
     }

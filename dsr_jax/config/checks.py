@@ -68,6 +68,20 @@ def unused_keys(config: ConfigDict) -> set[str]:
     return unused - {"decoder.hidden_size"}
 
 
+def precision_recipe(config: ConfigDict, trained: bool = True) -> dict[str, Any]:
+    """Returns the part of a recipe that says in which precision numbers were computed.
+
+    Args:
+      config: Experiment config.
+      trained: Whether a trained network takes part; frozen ones have a float32 residual stream.
+    """
+    recipe = config.precision.to_dict()
+    if not trained or recipe["residual"] == "float32":
+        # Recipes of earlier versions, which must continue, do not have it.
+        del recipe["residual"]
+    return recipe
+
+
 def trains_decoder(config: ConfigDict) -> bool:
     """Whether this is a config of python -m dsr_jax.train_decoder."""
     return config.decoder.hidden_size > 0

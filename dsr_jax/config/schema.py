@@ -165,6 +165,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "sharding.overrides": free((), "changes to these rules"),
         "sharding.xla_options": free((), "name=value, for the compiler of the training step"),
         "precision.compute": free("float32", "dtype of matmul inputs: float32 or bfloat16"),
+        "precision.residual": free("float32", "dtype of the residual stream: float32 or bfloat16"),
         "precision.matmul": free("default", "arithmetic of float32 matmuls, as JAX names it"),
         "checkpoint.every_steps": free(5_000, "steps between checkpoints"),
         "checkpoint.keep_latest": free(2, "newest checkpoints that stay"),

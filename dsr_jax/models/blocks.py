@@ -12,6 +12,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Attention, Rope
 from dsr_jax.models.dropout import ATTENTION_OUTPUT, MLP_HIDDEN, Dropout
+from dsr_jax.models.elementwise import gated_residual
 from dsr_jax.models.kernels import ATTENTION_RESIDUALS
 from dsr_jax.models.layers import (
     XAVIER,
@@ -124,8 +125,9 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
         self.sow("intermediates", "modulation_out", vectors)
 
-        normed = make_norm(self.use_rmsnorm, "norm1", self.precision)(x)
-        self.sow("intermediates", "norm1_out", normed)
+        norm = make_norm(self.use_rmsnorm, "norm1", self.precision)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "norm1_out", norm(x))
         mixed = Attention(
             self.num_heads,
             self.use_qknorm,
@@ -137,17 +139,17 @@ class Block(nn.Module):
             self.constrain,
             self.linear_init,
             name="attn",
-        )(normed * (1 + scale_attn) + shift_attn, rope)
+        )(norm(x, shift_attn, scale_attn), rope)
         mixed = drop(mixed, ATTENTION_OUTPUT)
         self.sow("intermediates", "attn_out", mixed)
-        x = x + self.precision.to_float32("residual", gate_attn * mixed)
+        x = gated_residual(x, gate_attn, mixed)
 
-        normed = make_norm(self.use_rmsnorm, "norm2", self.precision)(x)
+        norm = make_norm(self.use_rmsnorm, "norm2", self.precision)
         mixed = self._feed_forward(width)(
-            normed * (1 + scale_mlp) + shift_mlp, lambda hidden: drop(hidden, MLP_HIDDEN)
+            norm(x, shift_mlp, scale_mlp), lambda hidden: drop(hidden, MLP_HIDDEN)
         )
         self.sow("intermediates", "mlp_out", mixed)
-        x = x + self.precision.to_float32("residual", gate_mlp * mixed)
+        x = gated_residual(x, gate_mlp, mixed)
         self.sow("intermediates", "block_out", x)
         return x, None
 

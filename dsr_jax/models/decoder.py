@@ -124,7 +124,7 @@ class ViTDecoder(nn.Module):
             name="embed",
             linear_init=TORCH_DEFAULT,
         )(tokens[:, int(drop_first) :])
-        x = self.precision.to_float32("residual", x).reshape(len(x), side, side, -1)
+        x = self.precision.to_residual(x).reshape(len(x), side, side, -1)
         x = resample(x, config.grid, config.grid, "bilinear").reshape(len(x), config.grid**2, -1)
         x = self._add_positions(x)
         self.sow("intermediates", "embeddings", x)
@@ -152,7 +152,7 @@ class ViTDecoder(nn.Module):
         token = add_param(self, "cls_token", zeros, axes, (1, 1, width))
         table = add_param(self, "pos_embed", _positions, axes, (1, 1 + x.shape[1], width))
         front = jnp.broadcast_to(token, (len(x), 1, width))
-        return jnp.concatenate([front, x], axis=1) + table
+        return self.precision.to_residual(jnp.concatenate([front, x], axis=1) + table)
 
     def _check(self, tokens: Array, drop_first: bool) -> int:
         """Returns the side of the tokens' grid."""

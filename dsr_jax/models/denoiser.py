@@ -89,14 +89,16 @@ class FinalLayer(nn.Module):
         """Maps tokens [B, N, D] and a condition [B(, N), D] to [B, N, p*p*C] in float32."""
         shift, scale = modulation(condition, 2, x.shape[-1], self.precision)
         if self.use_norm:
-            x = make_norm(self.use_rmsnorm, "norm_final", self.precision)(x)
+            x = make_norm(self.use_rmsnorm, "norm_final", self.precision)(x, shift, scale)
+        else:
+            x = x * (1 + scale) + shift
         out = Dense(
             (self.features,),
             ("embed", None),
             kernel_init=zeros,
             precision=self.precision,
             name="linear",
-        )(x * (1 + scale) + shift)
+        )(x)
         return self.precision.to_float32("output", out)
 
 
@@ -287,6 +289,7 @@ class DiffusionTransformer(Denoiser):
         registers = learned + self._table(
             f"{prefix}register_pos_embed", num, width, sincos_init(side)
         )
+        registers = self.precision.to_residual(registers)
         registers = jnp.broadcast_to(registers, (tokens.shape[0], *registers.shape[1:]))
         return jnp.concatenate([registers, tokens], axis=1)
 

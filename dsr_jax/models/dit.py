@@ -62,7 +62,7 @@ class LightningDiT(DiffusionTransformer):
         self.check_sizes()
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.precision, name="x_embedder")(x)
         self.sow("intermediates", "x_embedder_out", tokens)
-        tokens = self.precision.to_float32("residual", tokens) + self._positions()
+        tokens = self.precision.to_residual(tokens + self._positions())
         time = self._embed_time(t)
         label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
         condition = self.precision.to_float32("conditioning", time + label)

@@ -133,9 +133,9 @@ class DiTDH(DiffusionTransformer):
 
         tokens = self._embed_patches("s_embedder", self.hidden_size, x)
         if self.use_pos_embed:
-            tokens = tokens + self._positions()
+            tokens = self.precision.to_residual(tokens + self._positions())
         tokens = self._run_depth(tokens, condition, linear_init=TORCH_DEFAULT)
-        tokens = jax.nn.silu(time[:, None] + tokens)
+        tokens = self.precision.to_residual(jax.nn.silu(time[:, None] + tokens))
         if self.decoder_hidden_size != self.hidden_size:
             tokens = Dense(
                 (self.decoder_hidden_size,),
@@ -150,4 +150,4 @@ class DiTDH(DiffusionTransformer):
     def _embed_patches(self, name: str, width: int, x: Array) -> Array:
         tokens = PatchEmbed(width, self.patch_size, self.precision, name=name)(x)
         self.sow("intermediates", f"{name}_out", tokens)
-        return self.precision.to_float32("residual", tokens)
+        return self.precision.to_residual(tokens)

@@ -94,7 +94,7 @@ class JiT(DiffusionTransformer):
             name="x_embedder",
         )(x)
         self.sow("intermediates", "x_embedder_out", tokens)
-        tokens = self.precision.to_float32("residual", tokens) + self._positions()
+        tokens = self.precision.to_residual(tokens + self._positions())
         time = SinusoidalTimeEmbed(
             self.hidden_size, self.time_features // 2, self.precision, name="t_embedder"
         )(t)
@@ -165,7 +165,8 @@ class JiT(DiffusionTransformer):
             self.hidden_size,
             nn.initializers.normal(0.02),
         )
-        return jnp.concatenate([label[:, None] + vectors, tokens], axis=1)
+        context = self.precision.to_residual(label[:, None] + vectors)
+        return jnp.concatenate([context, tokens], axis=1)
 
     def _dropout(self, keys: Array | None) -> Dropout | None:
         if keys is None or not self.dropout:

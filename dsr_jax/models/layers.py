@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.core.typing import Array
+from dsr_jax.models.elementwise import scaled_norm, silu_product
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.tuning import tuning
 
@@ -163,18 +164,38 @@ class SplitDense(nn.Module):
         if self.use_bias:
             bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
         if not tuning().separate_outputs:
-            fused = linear(x, kernel, bias, 1, self.precision)
-            return tuple(jnp.moveaxis(fused, -len(shape), 0))
+            flat = kernel.reshape(fan_in, -1), None if bias is None else bias.reshape(-1)
+            parts = jnp.split(linear(x, *flat, 1, self.precision), self.count, axis=-1)
+            return tuple(part.reshape(*x.shape[:-1], *self.features) for part in parts)
         return tuple(
             linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
             for i in range(self.count)
         )
 
 
-class RMSNorm(nn.Module):
-    """`x / rms(x)` in float32, cast back, then times a learned float32 scale.
+def _normalize(
+    module: "RMSNorm | LayerNorm",
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    modulation: tuple[Array | None, Array | None],
+    center: bool,
+) -> Array:
+    """Normalizes x [..., D], with statistics, scale and modulation in float32."""
+    policy = module.precision
+    shift, factor = modulation
+    if shift is None or factor is None:
+        return scaled_norm(x, scale, bias, module.epsilon, center, policy.residual)
+    multiplier = 1 + factor.astype(jnp.float32)
+    if scale is not None:
+        multiplier = multiplier * scale
+    if bias is not None:
+        shift = shift + bias * multiplier
+    return scaled_norm(x, multiplier, shift, module.epsilon, center, policy.compute)
 
-    `nn.RMSNorm` multiplies by the scale before it casts back, unlike the original.
+
+class RMSNorm(nn.Module):
+    """`x / rms(x)` times a learned scale, in float32, with optional modulation.
 
     Attributes:
       epsilon: Added to the mean square.
@@ -187,18 +208,23 @@ class RMSNorm(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalizes the last dimension of [..., D]."""
+    def __call__(self, x: Array, shift: Array | None = None, factor: Array | None = None) -> Array:
+        """Normalizes the last dimension of [..., D].
+
+        Args:
+          x: [..., D].
+          shift: Of the modulation; broadcasts to x. None for none.
+          factor: Of the modulation, which multiplies by 1 + factor.
+
+        Returns:
+          [..., D] in the residual stream's dtype; modulated, in the compute dtype.
+        """
         scale = add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
-        wide = self.precision.to_float32("norm", x)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse).astype(x.dtype) * scale
+        return _normalize(self, x, scale, None, (shift, factor), center=False)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization in float32, cast back, then optionally learned scale and bias.
-
-    `nn.LayerNorm` applies scale and bias before it casts back, unlike the original.
+    """Layer normalization in float32, with optional scale and bias, and optional modulation.
 
     Attributes:
       epsilon: Added to the variance.
@@ -213,16 +239,13 @@ class LayerNorm(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalizes the last dimension of [..., D]."""
-        wide = self.precision.to_float32("norm", x)
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-        y = (centered * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+    def __call__(self, x: Array, shift: Array | None = None, factor: Array | None = None) -> Array:
+        """Normalizes the last dimension of [..., D]; arguments and result as `RMSNorm`'s."""
+        scale = bias = None
         if self.affine:
-            y = y * add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
-            y = y + add_param(self, "bias", zeros, (self.axis,), x.shape[-1:])
-        return y
+            scale = add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
+            bias = add_param(self, "bias", zeros, (self.axis,), x.shape[-1:])
+        return _normalize(self, x, scale, bias, (shift, factor), center=True)
 
 
 def _identity(x: Array) -> Array:
@@ -247,7 +270,7 @@ class SwiGLU(nn.Module):
         """Maps [..., D] to [..., D]; `drop` acts on the hidden units [..., M]."""
         shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
         gate, value = SplitDense(2, (self.hidden,), ("embed", "mlp"), **shared, name="w12")(x)
-        hidden = drop(jax.nn.silu(gate) * value)
+        hidden = drop(silu_product(gate, value))
         return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="w3")(hidden)
 
 

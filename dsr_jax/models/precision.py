@@ -14,7 +14,7 @@ FLOAT32_OPS: Mapping[str, str] = {
     "softmax": "sums over hundreds of tokens",
     "time_embedding": "sines of t * W * 2 pi, and the two layers that read them",
     "conditioning": "time + label, whose scale and shift reach every layer",
-    "residual": "the sum that every block adds to",
+    "residual": "frozen networks: the sum that every block adds to; trained ones choose its dtype",
     "output": "prediction, loss and the sampler's state",
 }
 
@@ -23,24 +23,32 @@ FLOAT32_OPS: Mapping[str, str] = {
 class Precision:
     """Mixed precision: float32 parameters, matmuls in `compute`, FLOAT32_OPS in float32.
 
-    This is what the official sampling scripts do under bfloat16 autocast (spec denoiser 1.12).
+    This is what the official sampling scripts do under bfloat16 autocast (spec denoiser 1.12),
+    where the residual stream is float32.
 
     Attributes:
-      compute: "float32" or "bfloat16".
+      compute: Dtype of matmuls and of what only they read: "float32" or "bfloat16".
+      residual: Dtype of the residual stream, the sum that every block adds to, and of norms of it.
     """
 
     compute: str = "float32"
+    residual: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.compute not in ("float32", "bfloat16"):
-            raise ConfigError(
-                f"config.precision.compute={self.compute!r} is not supported",
-                "use 'float32' or 'bfloat16'",
-            )
+        for name, dtype in (("compute", self.compute), ("residual", self.residual)):
+            if dtype not in ("float32", "bfloat16"):
+                raise ConfigError(
+                    f"config.precision.{name}={dtype!r} is not supported",
+                    "use 'float32' or 'bfloat16'",
+                )
 
     def to_compute(self, x: Array) -> Array:
         """Casts an operand of a matmul to the compute dtype."""
         return x.astype(self.compute)
+
+    def to_residual(self, x: Array) -> Array:
+        """Casts what enters the residual stream to its dtype."""
+        return x.astype(self.residual)
 
     def to_float32(self, name: str, x: Array) -> Array:
         """Casts to float32 for the named op of FLOAT32_OPS."""

@@ -1,11 +1,13 @@
 """Choices by platform that change the speed of a program and not its results, all in one place.
 
-The figures behind those for CPUs are in docs/performance.md; those for GPUs are not measured.
+The figures behind those for CPUs are in docs/performance.md; those for GPUs are counted in compiled
+programs.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -23,17 +25,30 @@ class Tuning:
       separate_outputs: Computes the outputs of a fused kernel (q, k and v) by a matmul each. In the
         backward pass of a single matmul XLA's CPU backend first concatenates the gradients of the
         outputs, a quarter of a feed-forward layer's time. Plans for TPUs are made with it, too.
+      row_major: Stores the residual stream and its gradient in the order of their dimensions. Left
+        alone, XLA's GPU backend stores them with tokens last, for the sake of sums over tokens, and
+        transposes float32 copies back and forth: a third of a step's element-wise traffic.
+      xla_options: Compiler options of a training step. With excess precision, XLA leaves out the
+        rounding of a bfloat16 residual stream to bfloat16, and writes and reads float32 copies.
     """
 
     query_rows: int
     pad_convolutions: bool
     separate_outputs: bool
+    row_major: bool = False
+    xla_options: tuple[tuple[str, Any], ...] = ()
 
 
 TUNING: Mapping[str, Tuning] = MappingProxyType(
     {
         "cpu": Tuning(query_rows=256, pad_convolutions=True, separate_outputs=True),
-        "gpu": Tuning(query_rows=0, pad_convolutions=False, separate_outputs=False),
+        "gpu": Tuning(
+            query_rows=0,
+            pad_convolutions=False,
+            separate_outputs=False,
+            row_major=True,
+            xla_options=(("xla_allow_excess_precision", False),),
+        ),
         "tpu": Tuning(query_rows=0, pad_convolutions=False, separate_outputs=True),
     }
 )
@@ -48,6 +63,6 @@ def target_platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def tuning() -> Tuning:
-    """Returns the choices for the platform of the traced program."""
-    return TUNING.get(target_platform(), TUNING["gpu"])
+def tuning(platform: str = "") -> Tuning:
+    """Returns the choices for a platform, by default that of the traced program."""
+    return TUNING.get(platform or target_platform(), TUNING["gpu"])

@@ -75,7 +75,7 @@ class ViTBlock(nn.Module):
         return LayerNorm(epsilon, affine=True, precision=self.precision, name=name)
 
     def _branch(self, number: int, y: Array) -> Array:
-        y = self.precision.to_float32("residual", y)
+        y = self.precision.to_residual(y)
         if not self.config.use_layer_scale:
             return y
         return y * add_param(self, f"ls{number}", ones, ("embed",), y.shape[-1:])
@@ -291,7 +291,7 @@ class ViT(nn.Module):
             precision=self.precision,
             name="patch_embed",
         )(patchify(pixels, config.patch_size))
-        patches = self.precision.to_float32("residual", patches)
+        patches = self.precision.to_residual(patches)
         prefix = [self._token("cls_token", 1)] if config.use_cls else []
         if config.position_resampling:
             native = config.image_size // config.patch_size

@@ -13,7 +13,7 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.build.rae import encoding_recipe
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, precision_recipe
 from dsr_jax.convert.statistics import FILE, load_statistics, save_statistics
 from dsr_jax.core.arrays import read_arrays
 from dsr_jax.core.errors import ConfigError, DsrError
@@ -326,7 +326,7 @@ def _recipe(config: ConfigDict, source: str, count: int) -> dict[str, Any]:
     recipe = {
         "data": {"source": source, "images": count, "seed": config.seed, **data},
         "space": encoding_recipe(config),
-        "precision": config.precision.to_dict(),
+        "precision": precision_recipe(config, trained=False),
     }
     return json.loads(json.dumps(recipe))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.build.rae import file_digests
-from dsr_jax.config import ConfigDict, base_config, to_json
+from dsr_jax.config import ConfigDict, base_config, precision_recipe, to_json
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.evaluation.features import Extractor
 from dsr_jax.evaluation.frechet import FID
@@ -78,7 +78,7 @@ class Reconstruction:
                 "image_size": config.data.image_size,
             },
             "space": space_recipe(config),
-            "precision": config.precision.to_dict(),
+            "precision": precision_recipe(config, trained=False),
             "rounding": rounding,
         }
 

@@ -20,3 +20,12 @@ def test_the_normalization_of_a_vae_is_in_the_recipe_of_samples() -> None:
     assert settings() == before
     assert settings("--config.space.shift=0.5") == {**before, "config.space.shift": 0.5}
     assert settings("--config.space.scale=0.5")["config.space.scale"] == 0.5
+
+
+def test_a_float32_residual_is_not_in_the_recipe() -> None:
+    """Recipes of earlier versions do not have it, and their jobs continue."""
+    for value, expected in (("float32", None), ("bfloat16", "bfloat16")):
+        config = configs.load(DIGITS, [f"--config.precision.residual={value}"])
+        recipe = build.sampling_recipe(config, 4, "none")["precision"]
+        assert recipe.get("residual") == expected
+        assert "residual" not in configs.precision_recipe(config, trained=False)

@@ -19,3 +19,10 @@ def test_unknown_names_raise() -> None:
         Precision().to_float32("softmx", jnp.ones(2))
     with pytest.raises(ConfigError, match="float16"):
         Precision("float16")
+
+
+def test_residual_stream_has_a_dtype_of_its_own() -> None:
+    assert Precision("bfloat16").to_residual(jnp.ones(2)).dtype == jnp.float32
+    assert Precision(residual="bfloat16").to_residual(jnp.ones(2)).dtype == jnp.bfloat16
+    with pytest.raises(ConfigError, match=r"config\.precision\.residual='half'"):
+        Precision(residual="half")

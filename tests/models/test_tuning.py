@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsr_jax.models import inception, kernels, layers
+from dsr_jax.models import elementwise, inception, kernels, layers
 from dsr_jax.models.inception import convolve
 from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import SplitDense
@@ -16,7 +16,7 @@ PLATFORMS = ("gpu", "tpu")
 
 def use(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the modules choose as on another platform."""
-    for module in (inception, kernels, layers):
+    for module in (elementwise, inception, kernels, layers):
         monkeypatch.setattr(module, "tuning", lambda: TUNING[platform])
 
 
@@ -26,6 +26,22 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 def test_this_process_has_the_choices_of_a_cpu() -> None:
     assert tuning() is TUNING["cpu"]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_gated_residual(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = normal(2, 5, 8), normal(2, 1, 8, seed=1), normal(2, 5, 8, seed=2)
+
+    def gradients() -> tuple[jax.Array, ...]:
+        def total(*args: jax.Array) -> jax.Array:
+            return jnp.sum(elementwise.gated_residual(*args) ** 2)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*args)
+
+    want = gradients()
+    use(platform, monkeypatch)
+    for got, wanted in zip(gradients(), want, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

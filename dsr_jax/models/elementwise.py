@@ -1,0 +1,154 @@
+"""Element-wise parts of a block, each with a backward pass that computes again in place of keeping.
+
+Differentiated by JAX, a norm with modulation, a gated residual and SwiGLU keep several arrays as
+large as their inputs, and read and write them again in the backward pass. On a GPU such traffic
+took as long as all matmuls. These keep their inputs alone, and compute in float32 whatever the
+dtype of inputs and outputs.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from dsr_jax.core.typing import Array
+from dsr_jax.models.tuning import tuning
+
+
+def _sum_to(x: Array, like: Array) -> Array:
+    """Sums x over the dimensions along which `like` was broadcast; returns its shape and dtype."""
+    front = tuple(range(x.ndim - like.ndim))
+    inner = tuple(
+        x.ndim - like.ndim + i
+        for i, n in enumerate(like.shape)
+        if n == 1 and x.shape[i - like.ndim] != 1
+    )
+    return x.sum(axis=front + inner).reshape(like.shape).astype(like.dtype)
+
+
+def _row_major(x: Array) -> Array:
+    """Asks the compiler to store an array in the order of its dimensions, where that pays."""
+    if not tuning().row_major:
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def scaled_norm(
+    x: Array,
+    multiplier: Array | None,
+    offset: Array | None,
+    epsilon: float,
+    center: bool,
+    dtype: str,
+) -> Array:
+    """Normalizes the last dimension, then scales and shifts: one pass, with float32 statistics.
+
+    Args:
+      x: [..., D].
+      multiplier: Broadcasts to x; None for 1.
+      offset: Broadcasts to x; None for 0.
+      epsilon: Added to the mean square.
+      center: Subtracts the mean first, as LayerNorm does and RMSNorm does not.
+      dtype: Dtype of the result.
+
+    Returns:
+      [..., D].
+    """
+    return _norm_forward(x, multiplier, offset, epsilon, center, dtype)[0]
+
+
+_NormKept = tuple[Array, Array | None, Array | None, Array | None, Array]
+
+
+def _norm_forward(
+    x: Array,
+    multiplier: Array | None,
+    offset: Array | None,
+    epsilon: float,
+    center: bool,
+    dtype: str,
+) -> tuple[Array, _NormKept]:
+    wide = _wide(x)
+    mean = jnp.mean(wide, axis=-1, keepdims=True) if center else None
+    wide = wide if mean is None else wide - mean
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    y = wide * inverse
+    if multiplier is not None:
+        y = y * _wide(multiplier)
+    if offset is not None:
+        y = y + _wide(offset)
+    return y.astype(dtype), (x, multiplier, offset, mean, inverse)
+
+
+def _norm_backward(
+    epsilon: float, center: bool, dtype: str, kept: _NormKept, grad: Array
+) -> tuple[Array, Array | None, Array | None]:
+    del epsilon, dtype
+    x, multiplier, offset, mean, inverse = kept
+    grad, wide = _wide(grad), _wide(x)
+    normed = (wide if mean is None else wide - mean) * inverse
+    grad_multiplier = None if multiplier is None else _sum_to(grad * normed, multiplier)
+    grad_offset = None if offset is None else _sum_to(grad, offset)
+    if multiplier is not None:
+        grad = grad * _wide(multiplier)
+    along = normed * jnp.mean(grad * normed, axis=-1, keepdims=True)
+    if center:
+        along = along + jnp.mean(grad, axis=-1, keepdims=True)
+    return (inverse * (grad - along)).astype(x.dtype), grad_multiplier, grad_offset
+
+
+scaled_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def gated_residual(x: Array, gate: Array, y: Array) -> Array:
+    """Returns x + gate * y in the dtype of x.
+
+    Args:
+      x: Residual stream [B, L, D].
+      gate: Broadcasts to x.
+      y: Output of a branch [B, L, D].
+    """
+    return _gated_forward(x, gate, y)[0]
+
+
+def _gated_forward(x: Array, gate: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _row_major((_wide(x) + _wide(gate) * _wide(y)).astype(x.dtype)), (gate, y)
+
+
+def _gated_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+    gate, y = kept
+    grad = _row_major(grad)
+    wide = _wide(grad)
+    return grad, _sum_to(wide * _wide(y), gate), (wide * _wide(gate)).astype(y.dtype)
+
+
+gated_residual.defvjp(_gated_forward, _gated_backward)
+
+
+@jax.custom_vjp
+def silu_product(gate: Array, value: Array) -> Array:
+    """Returns silu(gate) * value of two arrays [..., M], in their dtype."""
+    return _silu_forward(gate, value)[0]
+
+
+def _silu_forward(gate: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+    return (jax.nn.silu(_wide(gate)) * _wide(value)).astype(gate.dtype), (gate, value)
+
+
+def _silu_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    gate, value = kept
+    wide, upstream = _wide(gate), _wide(grad)
+    sigmoid = jax.nn.sigmoid(wide)
+    slope = sigmoid * (1 + wide * (1 - sigmoid))
+    grad_gate = (upstream * _wide(value) * slope).astype(gate.dtype)
+    return grad_gate, (upstream * wide * sigmoid).astype(value.dtype)
+
+
+silu_product.defvjp(_silu_forward, _silu_backward)
