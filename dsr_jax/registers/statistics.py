@@ -74,24 +74,8 @@ def measure_denoiser(
     Raises:
       ConfigError: If the network has no blocks of tokens.
     """
-    if not isinstance(model, DiffusionTransformer):
-        raise ConfigError(
-            f"{type(model).__name__} has no transformer blocks whose tokens could be measured",
-            "set config.log.outliers=0, or derive it from models.denoiser.DiffusionTransformer",
-        )
-    times = 1 - t if model.reversed_time else t
-    _, sown = model.apply({"params": params}, x, times, *conditions, mutable=["intermediates"])
-    parts = []
-    for rows in model.token_rows():
-        first, count = rows.registers
-        parts.append(
-            measure_blocks(
-                sown["intermediates"][rows.stack.name],
-                slice(rows.patches, None),
-                range(first, first + count),
-                (model.grid, model.grid),
-            )
-        )
+    stacks = run_denoiser(model, params, x, t, *conditions)
+    parts = [measure_blocks(*stack) for stack in stacks]
     return TokenMeasures(*(jnp.concatenate(each) for each in zip(*parts, strict=True)))
 
 
@@ -102,6 +86,52 @@ def measure_encoder(
 
     Registers are those that the encoder was trained with, and test-time registers if given.
     """
+    return measure_blocks(*run_encoder(model, params, pixels, intervention))
+
+
+class StackRun(NamedTuple):
+    """What a scanned stack of blocks sowed.
+
+    Attributes:
+      sown: Intermediates of the stack: "block_out" [L, B, S, D] and "attn/qk", queries
+        [L, B, S, H, K] and keys [L, B, E+S, H, K] with E learned keys in front.
+      patches: Rows of the patches.
+      registers: Rows of the registers.
+      grid: Patches from top to bottom and from left to right.
+    """
+
+    sown: Mapping[str, Any]
+    patches: slice
+    registers: Sequence[int]
+    grid: tuple[int, int]
+
+
+def run_denoiser(
+    model: Denoiser, params: Params, x: Array, t: Array, *conditions: Array
+) -> list[StackRun]:
+    """Runs a denoiser and returns what its stacks sowed; arguments as of `measure_denoiser`."""
+    if not isinstance(model, DiffusionTransformer):
+        raise ConfigError(
+            f"{type(model).__name__} has no transformer blocks whose tokens could be measured",
+            "set config.log.outliers=0, or derive it from models.denoiser.DiffusionTransformer",
+        )
+    times = 1 - t if model.reversed_time else t
+    _, sown = model.apply({"params": params}, x, times, *conditions, mutable=["intermediates"])
+    return [
+        StackRun(
+            sown["intermediates"][rows.stack.name],
+            slice(rows.patches, None),
+            range(rows.registers[0], sum(rows.registers)),
+            (model.grid, model.grid),
+        )
+        for rows in model.token_rows()
+    ]
+
+
+def run_encoder(
+    model: ViT, params: Params, pixels: Array, intervention: Intervention | None = None
+) -> StackRun:
+    """Runs an encoder and returns what its stack sowed; arguments as of `measure_encoder`."""
     _, sown = model.apply({"params": params}, pixels, intervention, mutable=["intermediates"])
     config = model.config
     grid = (pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size)
@@ -109,21 +139,13 @@ def measure_encoder(
     appended = intervention.appended if intervention is not None else 0
     registers = [*range(int(config.use_cls), config.num_prefix), *range(end, end + appended)]
     patches = slice(config.num_prefix, end)
-    return measure_blocks(sown["intermediates"]["blocks"], patches, registers, grid)
+    return StackRun(sown["intermediates"]["blocks"], patches, registers, grid)
 
 
 def measure_blocks(
     sown: Mapping[str, Any], patches: slice, registers: Sequence[int], grid: tuple[int, int]
 ) -> TokenMeasures:
-    """Measures the tokens of a scanned stack, one block after the other.
-
-    Args:
-      sown: Intermediates of the stack: "block_out" [L, B, S, D] and "attn/qk", queries
-        [L, B, S, H, K] and keys [L, B, E+S, H, K] with E learned keys in front.
-      patches: Rows of the patches.
-      registers: Rows of the registers.
-      grid: Patches from top to bottom and from left to right.
-    """
+    """Measures the tokens of a scanned stack, one block after the other; see `StackRun`."""
     outputs, (q, k) = sown["block_out"][0], sown["attn"]["qk"][0]
     extra = k.shape[2] - outputs.shape[2]
     columns = np.asarray(registers, np.int32) + extra

@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from PIL import Image
 
 from dsr_jax.data.sources import make_source, read_all
-from dsr_jax.models.dit import LightningDiT
-from tools.claims.arms import ARMS, block_norms, to_digits
+from tools.claims.arms import ARMS, to_digits
 from tools.claims.encoders import ENCODER, _patches, _unpatch
 from tools.claims.report import check_claims, comparison, plot_claims, write_claims
 
@@ -87,21 +84,3 @@ def test_patches_are_put_back() -> None:
     patches = _patches(jnp.asarray(images))
     np.testing.assert_array_equal(patches[0, 1], images[0, :4, 4:8].reshape(-1))
     np.testing.assert_array_equal(_unpatch(patches), images)
-
-
-@pytest.mark.parametrize("registers", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_norms_are_those_of_the_patches_of_every_block(registers: int) -> None:
-    model = LightningDiT(
-        input_size=4,
-        in_channels=3,
-        hidden_size=16,
-        depth=3,
-        num_heads=2,
-        num_classes=2,
-        num_registers=registers,
-        register_start=1 if registers else 0,
-    )
-    x, labels = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), np.array([0, 1])
-    params = model.init(jax.random.key(1), x, jnp.zeros(2), labels)["params"]
-    norms = block_norms(model, params, x, labels)
-    assert len(norms) == 3 and all(each.shape == (2, 16) for each in norms)

@@ -1,5 +1,6 @@
 """Runs of the experiment: the same denoiser on five kinds of latents, with the same scores."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,11 @@ from dsr_jax import build, sample, train
 from dsr_jax import config as configs
 from dsr_jax.core.files import read_json, write_json
 from dsr_jax.core.rng import root_key
-from dsr_jax.core.typing import Array
 from dsr_jax.data.sources import make_source, read_all
 from dsr_jax.evaluation.classifier import classifier_scores
 from dsr_jax.evaluation.samples import open_samples
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.parallel.processes import log
-from dsr_jax.registers.outliers import split_norms
+from dsr_jax.registers.statistics import measure_denoiser, summarize
 from dsr_jax.training.checkpoints import restore_params
 from tools.claims.stages import Sizes, config_of, space_of
 
@@ -125,16 +124,6 @@ def denoiser_outliers(folder: Path) -> list[float]:
     images, labels = images[:PROBE_IMAGES], labels[:PROBE_IMAGES]
     latents = space.encode(variables, jnp.asarray(images, jnp.float32) / 255)
     noise = jax.random.normal(root_key(0), latents.shape)
-    norms = block_norms(model, params, (latents + noise) / 2, labels)
-    return [split_norms(np.asarray(each)).fraction for each in norms]
-
-
-def block_norms(model: DiffusionTransformer, params: Any, x: Array, labels: Array) -> list[Array]:
-    """Returns the norms of the patch tokens [B, N] after each block, at t = 0.5."""
-    time = jnp.full(len(x), 0.5)
-    _, sown = model.apply({"params": params}, x, time, labels, mutable=["intermediates"])
-    norms: list[Array] = []
-    for stack in model.stacks():
-        outputs = sown["intermediates"][stack.name]["block_out"][0]
-        norms += list(jnp.linalg.norm(outputs[:, :, -(model.grid**2) :], axis=-1))
-    return norms
+    x, time = (latents + noise) / 2, jnp.full(len(images), 0.5)
+    measures = jax.jit(functools.partial(measure_denoiser, model))(params, x, time, labels)
+    return summarize(jax.device_get(measures))["outlier_share"].tolist()
