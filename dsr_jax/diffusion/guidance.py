@@ -5,7 +5,9 @@ JiT denoiser.py; spec denoiser 1.14, 2.5, 10.1, 11.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
@@ -64,7 +66,10 @@ def strength_in(scale: float, interval: Interval = (0.0, 1.0), open_ends: bool =
 
 
 def classifier_free(
-    apply_fn: Denoiser, strength: Strength, null_label: int, channels: int | None = None
+    apply_fn: Denoiser,
+    strength: Strength,
+    null_label: int | Callable[[Any], Any],
+    channels: int | None = None,
 ) -> Denoiser:
     """Guides away from the unconditional prediction.
 
@@ -74,15 +79,15 @@ def classifier_free(
     Args:
       apply_fn: The network, `(x, t, labels) -> out`.
       strength: Guidance scale by time, see `strength_in`.
-      null_label: Label of "no class".
+      null_label: Label of "no class"; or a function from conditions of another kind, any tree of
+        arrays [B, ...], to those of the unconditional prediction.
       channels: Guides only the first so many channels, as SiT does with 3 of 4.
     """
 
-    def guided(x: Array, t: Array, labels: Array) -> Array:
+    def guided(x: Array, t: Array, labels: Any) -> Array:
+        null = null_label(labels) if callable(null_label) else jnp.full_like(labels, null_label)
         both = apply_fn(
-            _interleave(x, x),
-            _interleave(t, t),
-            _interleave(labels, jnp.full_like(labels, null_label)),
+            _interleave(x, x), _interleave(t, t), jax.tree.map(_interleave, labels, null)
         )
         pairs = both.reshape(-1, 2, *both.shape[1:])  # [B, 2, h, w, C]
         conditional, unconditional = pairs[:, 0], pairs[:, 1]

@@ -156,12 +156,17 @@ def make_objective(
     return Objective(get_path(path).scaled(noise_scale), prediction, weight, t_eps, clip_target)
 
 
-def bin_losses(loss: Array, t: Array, num_bins: int) -> tuple[Array, Array]:
+def bin_losses(
+    loss: Array, t: Array, num_bins: int, counted: Array | None = None
+) -> tuple[Array, Array]:
     """Sums and counts [num_bins] of per-sample losses [B] over equal bins of t in [0, 1].
 
-    A loss that is no number is so in its own bin alone.
+    A loss that is no number is so in its own bin alone. Samples of which `counted` [B] is 0 are
+    left out.
     """
     index = jnp.clip((t * num_bins).astype(jnp.int32), 0, num_bins - 1)
     member = index[:, None] == jnp.arange(num_bins)  # [B, bins]
+    if counted is not None:
+        member &= counted[:, None] > 0
     sums = jnp.sum(jnp.where(member, loss[:, None], 0.0), axis=0)
     return sums, jnp.sum(member, axis=0, dtype=jnp.float32)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.plugins import is_reference, load_object
@@ -72,11 +73,13 @@ class Sampler:
       run: Returns the sample [B, ...].
       options: Fields of SolverOptions that it reads: those that a recipe has to hold.
       stochastic: It adds noise, and its grid ends `last_step_size` before the data.
+      grid: Makes its times from their number and the time shift; None for `time_grid`.
     """
 
     run: Callable[[SamplingProblem], Array]
     options: tuple[str, ...] = SolverOptions._fields
     stochastic: bool = False
+    grid: Callable[[int, float], Array] | None = None
 
 
 def find_sampler(name: str) -> Sampler:
@@ -140,6 +143,39 @@ def time_grid(
     if last_step is not None:
         low, high = 0.0, 1 - last_step
     return shift_time(1 - jnp.linspace(low, high, num_points), shift)
+
+
+def released_grid(num_points: int, shift: float) -> Array:
+    """Returns Scale-RAE's sampling times, decreasing; the last one is not 0.
+
+    Every so many of a thousand times, rounded half to even, with their odds multiplied by `shift`.
+
+    Raises:
+      ConfigError: If there are fewer than three points.
+    """
+    if num_points < 3:
+        raise ConfigError(
+            f"config.sample.num_points={num_points}", "the released sampler needs 3 or more"
+        )
+    stride = 999 / (num_points - 1)
+    times = (np.array([round(i * stride) for i in range(num_points)]) + 1) / 1000
+    return jnp.asarray(shift * times / (1 + (shift - 1) * times))[::-1]
+
+
+def sample_released(velocity: Velocity, noise: Array, grid: Array) -> Array:
+    """Integrates as Scale-RAE's released sampler does.
+
+    It takes the noise for the state at the second time, and after the walk down to the last time
+    takes one more step, from the second time up to the first: parity with published samples needs
+    it. Source: Scale-RAE; spec t2i 3.
+
+    Args:
+      velocity: `(x [B, ...], t [B]) -> dx/dt`.
+      noise: State [B, ...].
+      grid: `released_grid`.
+    """
+    x = sample_ode(velocity, noise, grid[1:])
+    return solvers.fixed_step(velocity, x, grid[1], grid[0], "euler")
 
 
 def sample_ode(
@@ -347,6 +383,13 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
         method: Sampler(partial(_solve_ode, method=method), _ODE_OPTIONS.get(method, ()))
         for method in ("heun", *ODE_METHODS)
+    }
+    | {
+        "released": Sampler(
+            lambda problem: sample_released(problem.velocity, problem.noise, problem.grid),
+            (),
+            grid=released_grid,
+        )
     }
     | {
         f"sde-{method}": Sampler(partial(_solve_sde, method=method), _SDE_OPTIONS, stochastic=True)

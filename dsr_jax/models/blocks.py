@@ -162,7 +162,7 @@ class Block(nn.Module):
 def make_stack(
     depth: int,
     remat: str,
-    name: str,
+    name: str | None,
     block: type[nn.Module] = Block,
     in_axes: tuple[Any, ...] = (nn.broadcast, nn.broadcast),
     **attributes: Any,
@@ -172,7 +172,7 @@ def make_stack(
     Args:
       depth: Number of blocks.
       remat: A name in REMAT_POLICIES.
-      name: The stack's name in the parameter tree.
+      name: The stack's name in the parameter tree; None in a `setup` method, which names it.
       block: Class of the blocks, which return (carry, None).
       in_axes: For each input after the carry, the axis that the scan runs over, or `nn.broadcast`.
       **attributes: Attributes of each block.

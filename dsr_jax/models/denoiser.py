@@ -9,15 +9,17 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Rope
 from dsr_jax.models.blocks import make_norm, make_stack, mlp_width, modulation
+from dsr_jax.models.conditioning import TextCondition, TextEmbed, check_register_condition
 from dsr_jax.models.depth import Stack, TokenRows, split_into_stacks, token_rows
 from dsr_jax.models.dropout import Dropout
-from dsr_jax.models.embeddings import sincos_init, unpatchify
+from dsr_jax.models.embeddings import LabelEmbed, sincos_init, unpatchify
 from dsr_jax.models.flops import block_macs
 from dsr_jax.models.layers import Dense, add_param, zeros
 from dsr_jax.models.precision import Precision
@@ -186,6 +188,10 @@ class DiffusionTransformer(Denoiser):
       register_gate: A learned gate per block and head, initialized to 0, scales what the registers
         contribute to attention. The paper has none: it is for registers that are added to a trained
         network, whose output is then unchanged at first (`convert.retrofit`).
+      condition_width: Width Z of a text's rows, one per token, which then take the place of class
+        labels (`models.conditioning.TextCondition`); 0 for class labels.
+      condition_silu: Applies SiLU to time plus text, which every modulation applies again.
+      register_condition: Rule for the registers' rows, see `models.conditioning.TextEmbed`.
       remat: Rematerialization in the backward pass: "none", "full" or "dots".
       attention: Attention kernel, see `models.kernels.attend`.
       time_features: Sines and cosines that enter the time MLP.
@@ -209,6 +215,9 @@ class DiffusionTransformer(Denoiser):
     num_registers: int = 0
     register_start: int = 0
     register_gate: bool = False
+    condition_width: int = 0
+    condition_silu: bool = True
+    register_condition: str = "mean"
     remat: str = "none"
     attention: str = "auto"
 
@@ -225,6 +234,7 @@ class DiffusionTransformer(Denoiser):
             )
         check_heads(self.hidden_size, self.num_heads, self.use_rope)
         check_registers(self.num_registers, self.register_start, self.depth)
+        check_register_condition(self.register_condition)
         if self.register_gate and not self.num_registers:
             raise ConfigError(
                 "config.registers.gate=True, but config.registers.num=0", "set either"
@@ -233,7 +243,8 @@ class DiffusionTransformer(Denoiser):
     def unused_sizes(self) -> set[str]:
         """Returns the fields that have no effect, or only one that parameters' shapes show."""
         # Different ratios can give the same hidden width.
-        return {"mlp_ratio"} | (set() if self.num_registers else {"register_start"})
+        unused = {"mlp_ratio"} | (set() if self.num_registers else {"register_start"})
+        return unused | (set() if self.condition_width else {"condition_silu"})
 
     def summary(self) -> str:
         """Returns depth and registers in words."""
@@ -268,10 +279,49 @@ class DiffusionTransformer(Denoiser):
                 mlp_hidden=self._mlp_hidden(width),
                 use_swiglu=self.use_swiglu,
                 extra_keys=extra_keys,
+                **self._modulation_macs(inserted, i),
                 gated=self.num_registers if self.register_gate and i >= self.register_start else 0,
             )
             for i in range(self.depth)
         )
+
+    def _modulation_macs(
+        self, inserted: Mapping[str, tuple[int, int]], block: int
+    ) -> dict[str, int]:
+        """Returns number and width of the conditions of a block."""
+        if not self.condition_width:
+            return {}
+        rows = self.grid**2 + sum(count for first, count in inserted.values() if block >= first)
+        return {"conditions": rows, "condition_width": self.condition_width}
+
+    def _condition(
+        self, time: Array, labels: Array | TextCondition, use_silu: bool = False
+    ) -> tuple[Array, Array | None]:
+        """Returns the condition of patches and that of registers.
+
+        Args:
+          time: Embedded times [B, D], or [B, Z] for text.
+          labels: Classes [B] in 0..K, or a text's condition.
+          use_silu: Applies SiLU to time plus class.
+
+        Returns:
+          [B, D] and None for classes; [B, N, Z] and [B, R, Z] for text.
+        """
+        if self.condition_width:
+            assert isinstance(labels, TextCondition)
+            return TextEmbed(
+                self.num_registers,
+                self.register_condition,
+                self.condition_silu,
+                self.precision,
+                name="y_embedder",
+            )(time, labels)
+        assert not isinstance(labels, TextCondition)
+        label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
+        condition = self.precision.to_float32("conditioning", time + label)
+        condition = jax.nn.silu(condition) if use_silu else condition
+        self.sow("intermediates", "condition", (time, label, condition))
+        return condition, None
 
     def _table(self, name: str, rows: int, width: int, init: nn.initializers.Initializer) -> Array:
         return add_param(self, name, init, (None, "tokens", "embed"), (1, rows, width))
@@ -298,6 +348,7 @@ class DiffusionTransformer(Denoiser):
         tokens: Array,
         condition: Array,
         *,
+        registers: Array | None = None,
         insert: Mapping[str, Callable[[Array], Array]] = MappingProxyType({}),
         dropout: Dropout | None = None,
         **block: Any,
@@ -306,7 +357,8 @@ class DiffusionTransformer(Denoiser):
 
         Args:
           tokens: [B, N, D].
-          condition: [B, D].
+          condition: [B, D], or [B, N, Z] with one row per token.
+          registers: Rows of the registers [B, R, Z], where tokens have rows of their own.
           insert: For every kind in `insertions` but the registers, the function that puts its
             tokens in front.
           dropout: That of all blocks.
@@ -324,6 +376,8 @@ class DiffusionTransformer(Denoiser):
             for kind, (first, _) in self.insertions().items():
                 if first == stack.first:
                     tokens = inserters[kind](tokens)
+                    if kind == "reg" and registers is not None:
+                        condition = jnp.concatenate([registers, condition], axis=1)
             tokens = self._run_stack(
                 stack.name,
                 stack.end - stack.first,

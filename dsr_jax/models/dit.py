@@ -10,8 +10,9 @@ from typing import ClassVar
 import flax.linen as nn
 
 from dsr_jax.core.typing import Array
+from dsr_jax.models.conditioning import FOURIER_SEED, TextCondition
 from dsr_jax.models.denoiser import DiffusionTransformer
-from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
+from dsr_jax.models.embeddings import FourierTimeEmbed, PatchEmbed
 from dsr_jax.models.flops import final_layer_macs, time_macs
 
 DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -48,13 +49,13 @@ class LightningDiT(DiffusionTransformer):
     attn_kv_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+    def __call__(self, x: Array, t: Array, labels: Array | TextCondition) -> Array:
         """Returns the prediction that the objective defines.
 
         Args:
           x: Noised input [B, h, w, C].
           t: Time [B] in [0, 1], 0 = data, 1 = noise.
-          labels: Classes [B] in 0..K.
+          labels: Classes [B] in 0..K; a text's condition if `condition_width` is set.
 
         Returns:
           [B, h, w, C] in float32.
@@ -63,12 +64,10 @@ class LightningDiT(DiffusionTransformer):
         tokens = PatchEmbed(self.hidden_size, self.patch_size, self.precision, name="x_embedder")(x)
         self.sow("intermediates", "x_embedder_out", tokens)
         tokens = self.precision.to_residual(tokens + self._positions())
-        time = self._embed_time(t)
-        label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
-        condition = self.precision.to_float32("conditioning", time + label)
-        self.sow("intermediates", "condition", (time, label, condition))
-
-        tokens = self._run_depth(tokens, condition, attn_kv_bias=self.attn_kv_bias)
+        condition, registers = self._condition(self._embed_time(t), labels)
+        tokens = self._run_depth(
+            tokens, condition, registers=registers, attn_kv_bias=self.attn_kv_bias
+        )
         patches = tokens[:, self.num_registers :]
         out = self._predict(patches, condition, self._out_channels, self.final_norm)
         return out[..., : self.in_channels]
@@ -77,15 +76,22 @@ class LightningDiT(DiffusionTransformer):
         """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate."""
         tokens, width, patch = self.grid**2, self.hidden_size, self.patch_size**2
         macs = self._depth_macs(extra_keys=int(self.attn_kv_bias))
-        macs += tokens * patch * self.in_channels * width + time_macs(width, self.time_features)
-        return 2 * (macs + final_layer_macs(tokens, width, patch * self._out_channels))
+        condition = self.condition_width or width
+        macs += tokens * patch * self.in_channels * width + time_macs(condition, self.time_features)
+        conditions = tokens if self.condition_width else 1
+        outputs = patch * self._out_channels
+        return 2 * (macs + final_layer_macs(tokens, width, outputs, conditions, condition))
 
     @property
     def _out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     def _embed_time(self, t: Array) -> Array:
-        """Maps t [B] to [B, D]."""
+        """Maps t [B] to [B, D], or [B, Z] for text."""
         return FourierTimeEmbed(
-            self.hidden_size, self.time_features // 2, precision=self.precision, name="t_embedder"
+            self.condition_width or self.hidden_size,
+            self.time_features // 2,
+            precision=self.precision,
+            seed=FOURIER_SEED if self.condition_width else None,
+            name="t_embedder",
         )(t)

@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 
 from dsr_jax.core.typing import Array
+from dsr_jax.models.conditioning import FOURIER_SEED, TextCondition
 from dsr_jax.models.denoiser import DiffusionTransformer, check_heads
 from dsr_jax.models.depth import Stack, TokenRows
 from dsr_jax.models.dit import DIT
-from dsr_jax.models.embeddings import FourierTimeEmbed, LabelEmbed, PatchEmbed
+from dsr_jax.models.embeddings import FourierTimeEmbed, PatchEmbed
 from dsr_jax.models.flops import block_macs, final_layer_macs, time_macs
 from dsr_jax.models.layers import TORCH_DEFAULT, Dense
 
@@ -55,13 +56,13 @@ class DiTDH(DiffusionTransformer):
     use_pos_embed: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+    def __call__(self, x: Array, t: Array, labels: Array | TextCondition) -> Array:
         """Returns the prediction that the objective defines.
 
         Args:
           x: Noised input [B, h, w, C].
           t: Time [B] in [0, 1], 0 = data, 1 = noise.
-          labels: Classes [B] in 0..K.
+          labels: Classes [B] in 0..K; a text's condition if `condition_width` is set.
 
         Returns:
           [B, h, w, C] in float32.
@@ -103,7 +104,7 @@ class DiTDH(DiffusionTransformer):
         macs += tokens * inputs * (width + head_width)
         macs += length * width * head_width if width != head_width else 0
         macs += final_layer_macs(tokens, head_width, inputs, conditions=tokens)
-        return 2 * (macs + time_macs(width, self.time_features))
+        return 2 * (macs + time_macs(self.condition_width or width, self.time_features))
 
     def check_sizes(self) -> None:
         """Checks that sizes fit each other.
@@ -122,20 +123,25 @@ class DiTDH(DiffusionTransformer):
         stack = Stack("dec_blocks", self.depth, self.depth + self.decoder_depth)
         return TokenRows(stack, self.num_registers, (0, self.num_registers))
 
-    def _encode(self, x: Array, t: Array, labels: Array) -> Array:
+    def _encode(self, x: Array, t: Array, labels: Array | TextCondition) -> Array:
         """Returns the head's conditions [B, R+N, E]."""
+        text = bool(self.condition_width)
         time = FourierTimeEmbed(
-            self.hidden_size, linear_init=TORCH_DEFAULT, precision=self.precision, name="t_embedder"
+            self.condition_width or self.hidden_size,
+            linear_init=TORCH_DEFAULT,
+            precision=self.precision,
+            seed=FOURIER_SEED if text else None,
+            name="t_embedder",
         )(t)
-        label = LabelEmbed(self.num_classes, self.hidden_size, name="y_embedder")(labels)
-        condition = jax.nn.silu(self.precision.to_float32("conditioning", time + label))
-        self.sow("intermediates", "condition", (time, label, condition))
+        condition, registers = self._condition(time, labels, use_silu=True)
 
         tokens = self._embed_patches("s_embedder", self.hidden_size, x)
         if self.use_pos_embed:
             tokens = self.precision.to_residual(tokens + self._positions())
-        tokens = self._run_depth(tokens, condition, linear_init=TORCH_DEFAULT)
-        tokens = self.precision.to_residual(jax.nn.silu(time[:, None] + tokens))
+        tokens = self._run_depth(tokens, condition, registers=registers, linear_init=TORCH_DEFAULT)
+        # Scale-RAE's encoder for text adds no time, whose width is another.
+        tokens = jax.nn.silu(tokens if text else time[:, None] + tokens)
+        tokens = self.precision.to_residual(tokens)
         if self.decoder_hidden_size != self.hidden_size:
             tokens = Dense(
                 (self.decoder_hidden_size,),

@@ -109,14 +109,38 @@ class BottleneckPatchEmbed(nn.Module):
         )
 
 
-class FourierTimeEmbed(nn.Module):
-    """Learned Gaussian Fourier features of t in [0, 1], then a two-layer MLP, all in float32.
+def torch_normal(seed: int, count: int) -> np.ndarray:
+    """Returns the float32 numbers of `torch.randn(count)` from a CPU generator with this seed.
 
-    Source: DSR lightningDiT.py (GaussianFourierEmbedding); spec denoiser 1.2.
+    Box-Muller on groups of 16 words of a Mersenne twister, as PyTorch does for 16 numbers or more.
+
+    Args:
+      seed: Seed of the generator.
+      count: Numbers, a multiple of 16.
+
+    Raises:
+      ValueError: If the count is no multiple of 16.
+    """
+    if count % 16:
+        raise ValueError(f"{count} is no multiple of 16")
+    words = np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32)
+    uniform = ((words & 0xFFFFFF) / np.float32(2**24)).astype(np.float32).reshape(-1, 2, 8)
+    radius = np.sqrt(-2 * np.log(1 - uniform[:, 0]))
+    angle = np.float32(2 * np.pi) * uniform[:, 1]
+    pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return pairs.reshape(count).astype(np.float32)
+
+
+class FourierTimeEmbed(nn.Module):
+    """Gaussian Fourier features of t in [0, 1], then a two-layer MLP, all in float32.
+
+    Source: DSR lightningDiT.py (GaussianFourierEmbedding), where the frequencies are learned;
+    Scale-RAE, where they are constants from a seed; spec denoiser 1.2, t2i 2.5.
 
     Attributes:
       width: Model width D.
       num_frequencies: Entries of the frequency vector W.
+      seed: PyTorch's seed of constant frequencies; None for learned ones.
       linear_init: Initialization of the layers' biases; kernels are normal.
       precision: Dtype policy.
     """
@@ -125,13 +149,17 @@ class FourierTimeEmbed(nn.Module):
     num_frequencies: int = 256
     linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
+    seed: int | None = None
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
         """Maps t [B] to [B, D]."""
-        frequencies = add_param(
-            self, "W", nn.initializers.normal(1.0), ("frequencies",), (self.num_frequencies,)
-        )
+        if self.seed is not None:
+            frequencies: Array = jnp.asarray(torch_normal(self.seed, self.num_frequencies))
+        else:
+            frequencies = add_param(
+                self, "W", nn.initializers.normal(1.0), ("frequencies",), (self.num_frequencies,)
+            )
         t = self.precision.to_float32("time_embedding", t)
         angles = t[:, None] * frequencies * 2 * np.float32(np.pi)
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

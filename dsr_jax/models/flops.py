@@ -15,6 +15,7 @@ def block_macs(
     mlp_hidden: int,
     use_swiglu: bool,
     conditions: int = 1,
+    condition_width: int = 0,
     extra_keys: int = 0,
     gated: int = 0,
 ) -> int:
@@ -26,6 +27,7 @@ def block_macs(
       mlp_hidden: Hidden units M of the feed-forward layer.
       use_swiglu: Three matrices in the feed-forward layer, otherwise two.
       conditions: Number of different conditions: 1, or L where each token has its own.
+      condition_width: Width Z of a condition; 0 for D.
       extra_keys: Learned keys and values besides those of the tokens.
       gated: Registers behind a gate: attention runs a second time, without them.
     """
@@ -33,7 +35,8 @@ def block_macs(
     keys = length + extra_keys
     attended = keys + (keys - gated if gated else 0)
     projections = length * (4 * hidden**2 + matrices * hidden * mlp_hidden)
-    return projections + 2 * length * attended * hidden + 6 * conditions * hidden**2
+    modulation = 6 * conditions * hidden * (condition_width or hidden)
+    return projections + 2 * length * attended * hidden + modulation
 
 
 def time_macs(hidden: int, features: int) -> int:
@@ -41,7 +44,9 @@ def time_macs(hidden: int, features: int) -> int:
     return features * hidden + hidden**2
 
 
-def final_layer_macs(tokens: int, hidden: int, outputs: int, conditions: int = 1) -> int:
+def final_layer_macs(
+    tokens: int, hidden: int, outputs: int, conditions: int = 1, condition_width: int = 0
+) -> int:
     """MACs of the modulated output projection.
 
     Args:
@@ -49,5 +54,6 @@ def final_layer_macs(tokens: int, hidden: int, outputs: int, conditions: int = 1
       hidden: Width D.
       outputs: Numbers per token.
       conditions: Number of different conditions: 1, or N where each token has its own.
+      condition_width: Width Z of a condition; 0 for D.
     """
-    return tokens * hidden * outputs + 2 * conditions * hidden**2
+    return tokens * hidden * outputs + 2 * conditions * hidden * (condition_width or hidden)

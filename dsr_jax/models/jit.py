@@ -118,6 +118,11 @@ class JiT(DiffusionTransformer):
           ConfigError: Naming the offending keys and a value that would do.
         """
         super().check_sizes()
+        if self.condition_width:
+            raise ConfigError(
+                f"config.model.condition_width={self.condition_width}, but jit has class tokens",
+                "choose config.model.name=lightningdit or ditdh for text",
+            )
         if self.bottleneck_dim < 1 or self.num_class_tokens < 0:
             raise ConfigError(
                 f"config.model.bottleneck_dim={self.bottleneck_dim}, "

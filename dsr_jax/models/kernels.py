@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,14 +124,31 @@ _KERNELS: dict[str, Callable[[Array, Array, Array, Segments | None], Array]] = {
 }
 
 
+def _attend_causal(q: Array, k: Array, v: Array, segments: Segments | None, kernel: str) -> Array:
+    """Computes causal attention by XLA or cuDNN; k and v may have fewer heads than q."""
+    mask = None if segments is None else segments.mask
+    implementation: Any = "cudnn" if kernel == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, implementation=implementation
+    )
+
+
 def _attend_splash(
-    q: Array, k: Array, v: Array, segments: Segments | None, constrain: Constrain | None
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Segments | None,
+    constrain: Constrain | None,
+    causal: bool,
 ) -> Array:
     """Runs splash under `shard_map`, since the compiler cannot partition a custom kernel."""
     from dsr_jax.models.splash import attend_splash  # Imports Pallas only if used.
 
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     interpret = target_platform() != "tpu"
-    attend_here = partial(attend_splash, residuals=ATTENTION_RESIDUALS, interpret=interpret)
+    attend_here = partial(
+        attend_splash, residuals=ATTENTION_RESIDUALS, causal=causal, interpret=interpret
+    )
     if constrain is None or constrain.mesh is None:
         return attend_here(q, k, v, segments)
     names = ("act_batch", None, "act_heads", None)
@@ -168,6 +186,7 @@ def attend(
     *,
     segments: Segments | None = None,
     constrain: Constrain | None = None,
+    causal: bool = False,
 ) -> Array:
     """Computes softmax attention, with scores and softmax in float32.
 
@@ -183,6 +202,9 @@ def attend(
       segments: Segments of positions that attend to each other; None for all to all.
       constrain: Layout of activations, by which splash runs on each device's samples and heads;
         None for a single device.
+      causal: A query attends to no key behind its own position. Then k and v may have fewer heads,
+        of which each serves as many consecutive heads of q (grouped queries), and einsum runs as
+        xla.
 
     Returns:
       [B, L, H, K] in the dtype of `q`.
@@ -193,7 +215,7 @@ def attend(
     if kernel == "auto":
         kernel = _choose(q, constrain)
     if kernel == "splash":
-        return _attend_splash(q, k, v, segments, constrain)
+        return _attend_splash(q, k, v, segments, constrain, causal)
     if kernel not in _KERNELS:
         raise ConfigError(
             f"config.model.attention={kernel!r} is unknown",
@@ -205,4 +227,6 @@ def attend(
             f"supports bfloat16 and float16, and multiples of {_CUDNN_MULTIPLE}",
             "use config.model.attention=auto",
         )
+    if causal:
+        return _attend_causal(q, k, v, segments, kernel)
     return _KERNELS[kernel](q, k, v, segments)

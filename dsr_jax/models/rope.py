@@ -70,3 +70,22 @@ def rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return x * cos[:, None] + rotated * sin[:, None]
+
+
+def sequence_rope_tables(head_dim: int, length: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns cosines and sines of positions 0, 1, ... of a sequence.
+
+    Source: transformers modeling_qwen2.py; spec t2i 2.3.
+
+    Args:
+      head_dim: Channels K of one head, a multiple of 2.
+      length: Positions L.
+      theta: Base of the frequencies.
+
+    Returns:
+      Two float32 arrays [L, K] for `rotate_halves`.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1 / np.float32(theta) ** exponents).astype(np.float32)
+    angles = np.tile(np.arange(length, dtype=np.float32)[:, None] * frequencies, 2)
+    return np.cos(angles), np.sin(angles)

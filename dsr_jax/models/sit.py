@@ -49,6 +49,7 @@ class SiT(LightningDiT):
     learn_sigma: bool = True
 
     def _embed_time(self, t: Array) -> Array:
+        width = self.condition_width or self.hidden_size
         return SinusoidalTimeEmbed(
-            self.hidden_size, self.time_features // 2, self.precision, name="t_embedder"
+            width, self.time_features // 2, self.precision, name="t_embedder"
         )(t)

@@ -23,6 +23,7 @@ def attend_splash(
     segments: Segments | None,
     *,
     residuals: str,
+    causal: bool = False,
     interpret: bool = False,
 ) -> Array:
     """Computes softmax attention of the samples and heads on one device.
@@ -35,6 +36,7 @@ def attend_splash(
       v: Values [B, M, H, K].
       segments: Segments of positions that attend to each other; None for all to all.
       residuals: Checkpoint name of the residuals that rematerialization may keep.
+      causal: A query attends to no key behind its own position.
       interpret: Interprets the kernel, for platforms other than TPUs.
 
     Returns:
@@ -45,9 +47,10 @@ def attend_splash(
     block_q, block_kv = (
         next(block for block in _BLOCKS if x.shape[1] % block == 0) for x in (q, k)
     )
-    everything = masks.FullMask((q.shape[1], k.shape[1]))
+    kind = masks.CausalMask if causal else masks.FullMask
+    mask = kind((q.shape[1], k.shape[1]))
     kernel = kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([everything] * heads),
+        masks.MultiHeadMask([mask] * heads),
         # One kernel for all gradients computes the weights once. With several blocks of keys it
         # writes a partial gradient of the queries for each.
         block_sizes=kernels.BlockSizes(

@@ -18,7 +18,13 @@ from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key
 from dsr_jax.core.typing import Array, Denoiser, Params, PyTree
 from dsr_jax.diffusion.guidance import autoguidance, check_interval, classifier_free, strength_in
 from dsr_jax.diffusion.objectives import Objective
-from dsr_jax.diffusion.samplers import SamplingProblem, SolverOptions, find_sampler, time_grid
+from dsr_jax.diffusion.samplers import (
+    Sampler,
+    SamplingProblem,
+    SolverOptions,
+    find_sampler,
+    time_grid,
+)
 from dsr_jax.sampling.images import UINT8_MODES, to_uint8
 from dsr_jax.sampling.job import Samples
 
@@ -134,7 +140,7 @@ def make_device_sampler(
       ConfigError: If the settings cannot work.
     """
     sampler = find_sampler(settings.method)
-    grid = _grid(objective, settings, sampler.stochastic)
+    grid = _grid(objective, settings, sampler)
     guided = _guide(apply_fn, guide_fn, settings, null_label)
 
     @jax.jit
@@ -216,10 +222,12 @@ def make_sample_fn(
     return sample_arrays
 
 
-def _grid(objective: Objective, settings: SamplerSettings, stochastic: bool) -> np.ndarray:
+def _grid(objective: Objective, settings: SamplerSettings, sampler: Sampler) -> np.ndarray:
     """Returns the solver's times, on the host: a constant of the program."""
+    if sampler.grid is not None:
+        return np.asarray(sampler.grid(settings.num_points, settings.time_shift))
     last_step = None
-    if stochastic:
+    if sampler.stochastic:
         last_step = 0.0 if settings.last_step == "none" else settings.last_step_size
     times = time_grid(
         settings.num_points,

@@ -130,6 +130,7 @@ class TrainStep:
       seed: The run's seed.
       null_label: Label of "no class".
       label_dropout: Fraction of labels replaced by it.
+      times: Times, each with its noise and dropped label, that are trained per sample and step.
       dropout: Gives the network keys for dropout.
       token_weights: Weighs the tokens' losses by their norms, which `encode` then returns, too. The
         weights' mean is 1 over a micro-batch.
@@ -150,6 +151,7 @@ class TrainStep:
     seed: int
     null_label: int
     label_dropout: float = 0.1
+    times: int = 1
     dropout: bool = False
     token_weights: TokenWeights | None = None
     accumulate: int = 1
@@ -162,6 +164,8 @@ class TrainStep:
                 f"config.objective.label_dropout={self.label_dropout} is not a fraction",
                 "use 0 to 1",
             )
+        if self.times < 1:
+            raise ConfigError(f"config.objective.times={self.times}", "use 1 or more")
         if self.accumulate < 1 or self.num_time_bins < 1:
             raise ConfigError(
                 f"config.optim.accumulate={self.accumulate}, "
@@ -188,11 +192,8 @@ class TrainStep:
         """
         grads, sums = self._gradients(state, batch, variables)
         new_state = apply_gradients(state, grads, self.optimizer, self._divide)
-        size = batch["label"].shape[0]
         metrics = {
-            **sums,
-            "loss": sums["loss"] / size,
-            "dropped_labels": sums["dropped_labels"] / size,
+            **self._means(sums, batch["index"].shape[0]),
             "grad_norm": optax.tree.norm(grads),
             "array_norms": array_norms(grads),
             "param_norm": optax.tree.norm(new_state.params),
@@ -201,6 +202,11 @@ class TrainStep:
         norms = jnp.stack([metrics["loss"], metrics["grad_norm"], metrics["param_norm"]])
         return new_state, {**metrics, "finite": jnp.all(jnp.isfinite(norms))}
 
+    def _means(self, sums: dict[str, Array], size: int) -> Metrics:
+        """Returns the metrics of a batch of `size` samples from sums over it."""
+        means = {name: sums[name] / size for name in ("loss", "dropped_labels")}
+        return {**sums, **means}
+
     def _divide(self, tree: PyTree) -> PyTree:
         """Lays a tree like the parameters out for the update."""
         return self.reshard(tree) if self.reshard else tree
@@ -208,23 +214,33 @@ class TrainStep:
     def _random_inputs(
         self, step: Array, batch: Batch, variables: PyTree
     ) -> tuple[Array, RandomInputs]:
-        """Returns latents and the random inputs that go with them."""
+        """Returns latents and the random inputs that go with them, `times` rows per sample."""
 
         def keys(stream: str) -> Array:
-            return sample_keys(stream_key(self.seed, stream, step), batch["index"])
+            first = sample_keys(stream_key(self.seed, stream, step), batch["index"])
+            more = [jax.vmap(jax.random.fold_in, (0, None))(first, k) for k in range(1, self.times)]
+            # A sample's rows are neighbors, so that they stay on its device.
+            return jnp.stack([first, *more], axis=1).reshape(-1) if more else first
+
+        def repeat(rows: Array) -> Array:
+            return jnp.repeat(rows, self.times, axis=0) if self.times > 1 else rows
 
         weigh = self.token_weights
-        encoded: Any = self.encode(variables, to_unit_range(batch["image"]), keys("encode"))
+        images = to_unit_range(batch["image"])
+        encoded: Any = self.encode(variables, images, keys("encode")[:: self.times])
         x1, norms = encoded if weigh else (encoded, jnp.zeros(()))
-        x1 = jax.lax.stop_gradient(x1.astype(jnp.float32))
-        u = uniform_per_sample(keys("label_dropout"))
-        labels = drop_labels(batch["label"], u, self.label_dropout, self.null_label)
+        x1 = repeat(jax.lax.stop_gradient(x1.astype(jnp.float32)))
+        labels = self._drop(batch, repeat, uniform_per_sample(keys("label_dropout")))
         t = self.time_sampler(uniform_per_sample(keys("time")))
         noise = normal_per_sample(keys("noise"), x1.shape[1:])
-        weights = weigh(norms[..., None], t) if weigh else None
+        weights = weigh(repeat(norms)[..., None], t) if weigh else None
         return x1, RandomInputs(
             t, noise, labels, keys("dropout") if self.dropout else None, weights
         )
+
+    def _drop(self, batch: Batch, repeat: Callable[[Array], Array], u: Array) -> Array:
+        """Returns the labels of all rows, some of them dropped, from uniform numbers."""
+        return drop_labels(repeat(batch["label"]), u, self.label_dropout, self.null_label)
 
     def _micro_step(
         self, state: TrainState, batch: Batch, variables: PyTree
@@ -235,9 +251,10 @@ class TrainStep:
         trained = lambda p, *args: self.apply_fn(freeze(p), *args)  # noqa: E731
         loss, grads = loss_and_grads(trained, self.objective, state.params, x1, inputs)
         bin_loss, bin_count = bin_losses(loss, inputs.t, self.num_time_bins)
+        dropped = jnp.sum(inputs.labels == self.null_label, dtype=jnp.float32)
         sums = {
-            "loss": jnp.sum(loss),
-            "dropped_labels": jnp.sum(inputs.labels != batch["label"], dtype=jnp.float32),
+            "loss": jnp.sum(loss) / self.times,
+            "dropped_labels": dropped / self.times,
             "bin_loss": bin_loss,
             "bin_count": bin_count,
         }

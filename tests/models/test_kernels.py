@@ -51,6 +51,19 @@ def test_every_kernel_computes_attention(kernel: str, length: int, keys: int) ->
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_causal_attention_with_grouped_queries(kernel: str) -> None:
+    q, _, _ = make_inputs(40, 40, heads=4)
+    _, k, v = make_inputs(40, 40, heads=2)
+    got = attend(q, k, v, kernel, causal=True)
+    scores = np.einsum("blhk,bmhk->bhlm", q, np.repeat(k, 2, axis=2)) / np.sqrt(q.shape[-1])
+    scores = np.where(np.tril(np.ones((40, 40), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    want = np.einsum("bhlm,bmhk->blhk", weights, np.repeat(v, 2, axis=2))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("length", [40, 300])
 def test_segments_do_not_see_each_other(kernel: str, length: int) -> None:
     q, k, v = make_inputs(length, length)

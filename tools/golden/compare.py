@@ -77,7 +77,7 @@ ABSOLUTE = frozenset(
 
 RUNNER_MODULES = (
     *("denoiser", "diffusion", "training", "encoder", "registers", "rae", "sit", "jit", "vae"),
-    *("stage1", "inception", "evaluation", "prompts"),
+    *("stage1", "inception", "evaluation", "prompts", "text_to_image"),
 )
 
 
