@@ -19,7 +19,7 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax import config as configs
-from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.data.classes import DataDescription, read_class_names, trained_labels
 from dsr_jax.diffusion.samplers import SAMPLERS
@@ -42,6 +42,7 @@ from dsr_jax.runs.sampled_classes import (
 from dsr_jax.runs.sampling import save_samples
 from dsr_jax.sampling import labels as tables
 from dsr_jax.sampling.images import save_png_grid
+from dsr_jax.sampling.prompts import read_prompts
 
 GRID_IMAGES = 100
 SOURCES = ("encoder", "decoder", "statistics", "vae")
@@ -62,7 +63,13 @@ def sample(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     folder = Path(args.workdir or args.converted).expanduser()
     config = load_config(args, overrides)
     data = classes_of_converted(folder) if args.converted else read_class_names(folder)
-    labels = make_labels(args, config, data)
+    prompts = make_prompts(args, config)
+    if prompts:
+        config.sample.num = len(prompts) * args.images_per_prompt
+        labels = np.repeat(np.arange(len(prompts)), args.images_per_prompt)
+        data = None
+    else:
+        labels = make_labels(args, config, data)
     build.set_precision(config)
     if data is not None:
         _warn_of_untrained(labels, config.data.num_classes, data)
@@ -75,10 +82,13 @@ def sample(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         out=args.out,
         name=args.name,
         data=data,
+        prompts=prompts,
     )
-    if args.grid and is_process_zero():
-        images = next(open_samples(path).batches(GRID_IMAGES))
-        save_png_grid(path.with_suffix(".png"), images, labels[:GRID_IMAGES])
+    if (args.grid or prompts) and is_process_zero():
+        images, shown = next(open_samples(path).batches(GRID_IMAGES)), labels[:GRID_IMAGES]
+        texts = [prompts[number] for number in shown] if prompts else shown
+        columns = args.images_per_prompt if args.images_per_prompt > 1 else None
+        save_png_grid(path.with_suffix(".png"), images, texts, columns=columns)
         log(f"picture: {path.with_suffix('.png')}")
 
 
@@ -142,6 +152,34 @@ def convert_sources(args: argparse.Namespace) -> None:
     for key, kind, options in kinds:
         if source := getattr(args, key):
             setattr(args, key, str(convert_cached(source, kind, options, cache)))
+
+
+def make_prompts(args: argparse.Namespace, config: configs.ConfigDict) -> list[str]:
+    """Returns the prompts to sample; [] for a model of classes.
+
+    Raises:
+      ConfigError: If a model of text has no prompt or is given classes, or one of classes a prompt.
+      DataError: If the file of prompts cannot be read, or a line of it holds none.
+    """
+    prompts = list(args.prompt or ())
+    if args.prompts:
+        prompts += read_prompts(args.prompts)
+    if not configs.has_text(config):
+        if prompts:
+            raise ConfigError(
+                "--prompt and --prompts go with a model of text, and this one has classes",
+                "name classes with --classes",
+            )
+        return []
+    if args.label_file or args.classes is not None or args.random_labels or args.num is not None:
+        raise ConfigError(
+            "this is a model of text: it has no classes, and as many samples as prompts",
+            "use --prompt, --prompts and --images-per-prompt",
+        )
+    prompts = prompts or list(config.sample.prompts)
+    if not prompts:
+        raise ConfigError("there is no prompt", "use --prompt 'TEXT' or --prompts FILE")
+    return prompts
 
 
 def make_labels(
@@ -216,6 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     which.add_argument(
         "--random-labels", action="store_true", help="independent labels; default: balanced ones"
+    )
+    add("--prompt", action="append", metavar="TEXT", help="text to show; repeatable")
+    add("--prompts", metavar="FILE", help="one prompt per line, or .jsonl with the key prompt")
+    add(
+        "--images-per-prompt", type=positive_int, default=1, help="images of each prompt, with text"
     )
     add(
         "--all-classes",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsr_jax import build
+from dsr_jax import config as configs
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
@@ -45,12 +46,15 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     space, variables = build.make_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
     optimizer = build.make_optimizer(config)
-    source = build.make_source(config, random_crops=True)
+    slots = getattr(model, "num_slots", 0)
+    source = build.make_source(config, random_crops=True, slots=slots)
     data = describe(source)
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_state(config, model, space, optimizer, mesh, rules)
     if config.train.init_from and not list_steps(workdir / "checkpoints"):
         init = build.start_from(config, model, optimizer, abstract, data["names"])
+    elif config.language.init_from and not list_steps(workdir / "checkpoints"):
+        init = build.start_from_language(config, init, optimizer, abstract)
     step = build.jit_step(
         build.skip_batches(config, build.make_step(config, model, space, optimizer, abstract)),
         abstract,
@@ -66,7 +70,11 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     sampler = build.make_sampler(config, model, space, mesh, rules)
     sample = announce_first_call(sampler, "the sampler")
     scorer = open_scorer(config, mesh, image_shape)
-    results = Results(config, workdir, sample, variables, mesh.size, image_shape, data, scorer)
+    prompts = config.sample.prompts if configs.has_text(config) else ()
+    tokens = build.encode_prompts(config, prompts, slots) if prompts else None
+    results = Results(
+        config, workdir, sample, variables, mesh.size, image_shape, data, scorer, tokens
+    )
     batches = build.global_batches(config, source, sharding)
     hooks = [
         Hook(config.sample.every_steps, results.save_grid),
@@ -98,6 +106,8 @@ def _run_summary(
     classes = (
         f"{rows} classes" if trained == rows else f"{trained} classes of a label table of {rows}"
     )
+    if configs.has_text(config):
+        classes = "with captions"
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     network = [
         f"{config.model.name}: {count_params(params):,} parameters",

@@ -27,6 +27,7 @@ from dsr_jax.build.experiment import make_token_weights as make_token_weights
 from dsr_jax.build.experiment import set_precision as set_precision
 from dsr_jax.build.experiment import skip_batches as skip_batches
 from dsr_jax.build.experiment import xla_options as xla_options
+from dsr_jax.build.greedy import write_answers as write_answers
 from dsr_jax.build.guide import find_guide as find_guide
 from dsr_jax.build.guide import weights_digest as weights_digest
 from dsr_jax.build.sampler import compile_sampler as compile_sampler
@@ -37,3 +38,5 @@ from dsr_jax.build.state import abstract_params as abstract_params
 from dsr_jax.build.state import init_params as init_params
 from dsr_jax.build.state import make_state as make_state
 from dsr_jax.build.state import shard_state as shard_state
+from dsr_jax.build.text_to_image import encode_prompts as encode_prompts
+from dsr_jax.build.text_to_image import start_from_language as start_from_language

@@ -13,7 +13,7 @@ from dsr_jax.build.decoder import DecoderParts, make_decoder_parts
 from dsr_jax.build.experiment import make_space
 from dsr_jax.build.rae import place_networks
 from dsr_jax.build.vae import vae_space
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, has_text
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import PyTree
 from dsr_jax.data.latents import DTYPES, read_manifest
@@ -82,9 +82,12 @@ def abstract_batch(
         image = space.latent_shape, DTYPES[dtype]
     rows: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": image,
-        "label": ((), "int32"),
         "index": ((), "uint32"),
     }
+    if has_text(config):
+        rows |= {name: ((config.language.max_length,), "int32") for name in ("tokens", "targets")}
+    else:
+        rows["label"] = (), "int32"
     return {
         name: jax.ShapeDtypeStruct((data.global_batch, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in rows.items()

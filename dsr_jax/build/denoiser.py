@@ -13,7 +13,8 @@ from dsr_jax.build.fine_tuning import (
     check_positions,
     names_of_record,
 )
-from dsr_jax.config import ConfigDict, base_config, trains_decoder
+from dsr_jax.build.text_to_image import add_language_model
+from dsr_jax.config import ConfigDict, base_config, has_text, trains_decoder
 from dsr_jax.convert.files import load_converted
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
@@ -32,6 +33,7 @@ _CONFIG_KEYS = {
     "num_registers": "registers.num",
     "register_start": "registers.start",
     "register_gate": "registers.gate",
+    "register_condition": "registers.condition",
     "num_classes": "data.num_classes",
     "input_size": "side of the space's latents",
     "in_channels": "channels of the space's latents",
@@ -56,14 +58,19 @@ def make_model(
     if height != width:
         raise ConfigError(f"latents of {height} x {width} are not square")
     kind = denoiser_class(config.model.name)
-    model = kind(
-        input_size=height,
-        in_channels=channels,
-        num_classes=config.data.num_classes,
-        precision=Precision(config.precision.compute, config.precision.residual),
-        constrain=constrain or Constrain(),
-        **_model_settings(config, kind),
-    )
+    shared: dict[str, Any] = {
+        "input_size": height,
+        "in_channels": channels,
+        "num_classes": config.data.num_classes,
+        "precision": Precision(config.precision.compute, config.precision.residual),
+        "constrain": constrain or Constrain(),
+    }
+    settings = _model_settings(config, kind)
+    model: Denoiser
+    if has_text(config):
+        model = add_language_model(config, kind, shared, settings)
+    else:
+        model = kind(**shared, **settings)
     model.check_sizes()
     return model
 
@@ -76,8 +83,16 @@ def _model_settings(config: ConfigDict, kind: type[Denoiser]) -> dict[str, Any]:
     """
     fields, defaults, name = config_fields(kind), base_config().model, config.model.name
     settings = {}
+    text = has_text(config)
     for key, value in config.model.items():
-        if key in fields:
+        if key.startswith("condition_") and not text:
+            # Without text, a denoiser has classes, whose rows are as wide as its tokens.
+            if value != defaults[key]:
+                raise ConfigError(
+                    f"config.model.{key}={value!r} without text",
+                    f"leave it at {defaults[key]!r}, or set config.language.hidden_size",
+                )
+        elif key in fields:
             settings[key] = value
         elif key != "name" and value != defaults[key]:
             raise ConfigError(
@@ -90,6 +105,7 @@ def _model_settings(config: ConfigDict, kind: type[Denoiser]) -> dict[str, Any]:
             "num_registers": section.num,
             "register_start": section.start,
             "register_gate": section.gate,
+            "register_condition": section.condition,
         }
     if config.registers.num:
         raise ConfigError(

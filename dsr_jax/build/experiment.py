@@ -11,8 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dsr_jax.build.rae import make_rae
+from dsr_jax.build.text_to_image import (
+    check_targets,
+    make_text_denoise_fn,
+    make_text_model,
+    make_text_source,
+)
 from dsr_jax.build.vae import make_vae
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, has_text
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.base import Source
@@ -27,6 +33,7 @@ from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.diffusion.time_sampling import make_time_sampler as time_sampler_by_name
 from dsr_jax.diffusion.token_weights import TokenWeights
 from dsr_jax.models.denoiser import Denoiser
+from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.models.tuning import tuning
 from dsr_jax.parallel import mesh as meshes
 from dsr_jax.parallel import shardings
@@ -34,9 +41,10 @@ from dsr_jax.parallel.axes import Rules
 from dsr_jax.parallel.axes import make_rules as rules_by_name
 from dsr_jax.spaces import RAE, InputSpace, PixelSpace
 from dsr_jax.training import skipping
-from dsr_jax.training.optimizers import LearningRate, Optimizer
+from dsr_jax.training.optimizers import LearningRate, Optimizer, ParamGroup
 from dsr_jax.training.state import TrainState, make_reshard
 from dsr_jax.training.step import TrainStep
+from dsr_jax.training.text_step import TextStep
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -134,13 +142,16 @@ def make_optimizer(config: ConfigDict) -> Optimizer:
         b1=section.b1,
         b2=section.b2,
         eps=section.eps,
+        groups=[ParamGroup(*group) for group in section.groups],
         weight_decay=section.weight_decay,
         clip_norm=section.clip_norm,
         freeze=section.freeze,
     )
 
 
-def make_source(config: ConfigDict, split: str | None = None, random_crops: bool = False) -> Source:
+def make_source(
+    config: ConfigDict, split: str | None = None, random_crops: bool = False, slots: int = 0
+) -> Source:
     """Opens the data set.
 
     Args:
@@ -148,8 +159,11 @@ def make_source(config: ConfigDict, split: str | None = None, random_crops: bool
       split: Replaces the config's.
       random_crops: Leaves images larger if `global_batches` is to crop them randomly; otherwise
         they have the config's size.
+      slots: With text, image slots of a token sequence, `TextToImage.num_slots`.
     """
     section = config.data
+    if has_text(config):
+        return make_text_source(config, slots, split)
     if section.latents:
         latents = CachedLatents(section.latents)
         check_label_table(latents, section.num_classes)
@@ -178,8 +192,8 @@ def global_batches(
     section = config.data
     rows = shardings.process_rows(sharding, section.global_batch)
 
-    def batches(start_step: int) -> Iterator[Batch]:
-        for batch in make_batches(
+    def read(start_step: int) -> Iterator[Any]:
+        return make_batches(
             source,
             config.seed,
             section.global_batch,
@@ -188,7 +202,13 @@ def global_batches(
             flip=section.flip and not section.latents,
             crop=section.image_size if section.crop_from and not section.latents else 0,
             workers=section.workers,
-        ):
+        )
+
+    limit = config.objective.max_targets if has_text(config) else 0
+    rows_from = check_targets(read, limit) if limit else read
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        for batch in rows_from(start_step):
             # Devices have no 64-bit integers; 32 unsigned bits last for four billion samples.
             indexed = {**batch, "index": batch["index"].astype(np.uint32)}
             yield shardings.host_to_global(indexed, sharding, section.global_batch)
@@ -199,12 +219,17 @@ def global_batches(
 def make_denoise_fn(model: Denoiser, prediction: str = "velocity") -> Callable[..., Array]:
     """Returns the model as a function `(params, x, t, labels) -> out`, where t = 0 is data.
 
+    A model of text takes a condition in place of labels, see `build.text_to_image`.
+
     A further argument, one random key per sample, switches dropout on.
 
     Args:
       model: The network; its time is reversed if `reversed_time`.
       prediction: The quantity that it predicts.
     """
+
+    if isinstance(model, TextToImage):
+        return make_text_denoise_fn(model)
 
     def apply(params: Params, x: Array, t: Array, labels: Array, *dropout_keys: Array) -> Array:
         network: Any = functools.partial(model.apply, {"params": params})
@@ -242,20 +267,39 @@ def make_step(
             f"{config.space.name!r} has no token norms",
             "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
         )
-    return TrainStep(
-        make_denoise_fn(model, config.objective.prediction),
+    section = config.objective
+    parts = (
+        make_denoise_fn(model, section.prediction),
         space.encode_with_norms if weights and isinstance(space, RAE) else space.encode,
         make_objective(config),
         make_time_sampler(config),
         optimizer,
-        seed=config.seed,
-        null_label=config.data.num_classes,
-        label_dropout=config.objective.label_dropout,
-        dropout=getattr(model, "dropout", 0.0) > 0,
-        token_weights=weights,
-        accumulate=config.optim.accumulate,
-        num_time_bins=config.objective.time_bins,
-        reshard=make_reshard(abstract) if abstract is not None else None,
+    )
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "null_label": config.data.num_classes,
+        "label_dropout": section.label_dropout,
+        "times": section.times,
+        "dropout": getattr(model, "dropout", 0.0) > 0,
+        "token_weights": weights,
+        "accumulate": config.optim.accumulate,
+        "num_time_bins": section.time_bins,
+        "reshard": make_reshard(abstract) if abstract is not None else None,
+    }
+    if not isinstance(model, TextToImage):
+        return TrainStep(*parts, **settings)
+    if weights:
+        raise ConfigError(
+            "config.objective weights tokens by their norms, which training on text does not",
+            "set outlier_norm=0.0 and norm_shift=False",
+        )
+    return TextStep(
+        *parts,
+        **settings,
+        model=make_text_model(model),
+        language_weight=section.language_weight,
+        diffusion_weight=section.diffusion_weight,
+        max_targets=section.max_targets,
     )
 
 

@@ -8,8 +8,11 @@ from jax.sharding import Mesh, NamedSharding
 from dsr_jax.build.experiment import make_denoise_fn, make_objective
 from dsr_jax.build.guide import Guide, find_guide, guide_recipe
 from dsr_jax.build.rae import file_digests
+from dsr_jax.build.text_to_image import make_conditioner
 from dsr_jax.config import ConfigDict, architecture, precision_recipe
+from dsr_jax.core.errors import ConfigError
 from dsr_jax.models.denoiser import Denoiser
+from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.sampling.sampler import (
@@ -54,6 +57,11 @@ def compile_sampler(
 ) -> DeviceSampleFn:
     """Builds what `make_sampler` runs: a jitted function of arrays with the batch's `sharding`."""
     prediction = config.objective.prediction
+    if guide and isinstance(model, TextToImage):
+        raise ConfigError(
+            f"config.sample.autoguidance={config.sample.autoguidance!r} for a model of text",
+            "leave it empty: config.sample.guidance leads away from the dropped text",
+        )
     return make_device_sampler(
         make_denoise_fn(model, prediction),
         make_objective(config),
@@ -62,6 +70,7 @@ def compile_sampler(
         latent_shape=space.latent_shape,
         null_label=config.data.num_classes,
         guide_fn=make_denoise_fn(guide.model, prediction) if guide else None,
+        conditioner=make_conditioner(model) if isinstance(model, TextToImage) else None,
         sharding=sharding,
     )
 

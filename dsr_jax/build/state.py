@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.rng import stream_key
 from dsr_jax.core.typing import Params, PyTree
+from dsr_jax.models.text_to_image import initial_inputs
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules, make_update_rules
 from dsr_jax.spaces import InputSpace
@@ -23,9 +23,8 @@ State = TypeVar("State", bound=TrainState)
 
 def init_params(model: nn.Module, space: InputSpace, seed: int) -> Any:
     """Returns initial parameters in Flax's logical-axis boxes; to be run under jit or traced."""
-    x = jnp.zeros((1, *space.latent_shape))
     key = stream_key(seed, "params")
-    return model.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    return model.init(key, *initial_inputs(model, space.latent_shape))["params"]
 
 
 def abstract_params(model: nn.Module, space: InputSpace, mesh: Mesh, rules: Rules) -> Params:

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict as ConfigDict
 
 from dsr_jax.config.checks import architecture as architecture
 from dsr_jax.config.checks import check as check
+from dsr_jax.config.checks import has_text as has_text
 from dsr_jax.config.checks import hints as hints
 from dsr_jax.config.checks import precision_recipe as precision_recipe
 from dsr_jax.config.checks import trains_decoder as trains_decoder

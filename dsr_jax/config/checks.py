@@ -41,14 +41,24 @@ _NOT_NEGATIVE = (
     ),
     *("gan.discriminator_start", "gan.generator_start"),
     *("failures.step_seconds", "failures.pause_seconds"),
+    *("language.hidden_size", "model.condition_width", "objective.max_targets"),
 )
+_TEXT_KEYS = {
+    *("model.condition_width", "model.condition_silu", "registers.condition"),
+    *("objective.language_weight", "objective.diffusion_weight", "objective.max_targets"),
+    *("sample.prompts", "sample.text"),
+}
+_LANGUAGE_WITHOUT_SHAPE = {
+    f"language.{key}" for key in ("remat", "tokenizer", "max_length", "init_from")
+}
 _DENOISER_SECTIONS = ("model", "registers", "objective")
 _DECODER_SECTIONS = ("decoder", "lpips", "gan")
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
     """Returns the values that decide the network and its inputs, by dotted key."""
-    sections = ("space", "decoder") if trains_decoder(config) else ("model", "registers", "space")
+    denoiser = ("model", "registers", "space", "language")
+    sections = ("space", "decoder") if trains_decoder(config) else denoiser
     unused = unused_keys(config)
     return {
         f"config.{key}": value
@@ -64,7 +74,12 @@ def unused_keys(config: ConfigDict) -> set[str]:
     unused = {f"space.{key}" for key in config.space if key not in used}
     sections = _DENOISER_SECTIONS if trains_decoder(config) else _DECODER_SECTIONS
     unused |= {key for key, _ in leaves(config) if key.split(".")[0] in sections}
-    # It decides the task.
+    if not has_text(config):
+        unused |= _TEXT_KEYS
+        unused |= {key for key, _ in leaves(config) if key.split(".")[0] == "language"}
+    else:
+        unused |= {"data.num_classes"} | _LANGUAGE_WITHOUT_SHAPE
+    # They decide the task; a network for classes has no such key in its older checkpoints.
     return unused - {"decoder.hidden_size"}
 
 
@@ -80,6 +95,11 @@ def precision_recipe(config: ConfigDict, trained: bool = True) -> dict[str, Any]
         # Recipes of earlier versions, which must continue, do not have it.
         del recipe["residual"]
     return recipe
+
+
+def has_text(config: ConfigDict) -> bool:
+    """Whether text conditions the denoiser, in place of classes."""
+    return config.language.hidden_size > 0 and not trains_decoder(config)
 
 
 def trains_decoder(config: ConfigDict) -> bool:
@@ -185,10 +205,11 @@ def check(config: ConfigDict) -> None:
         "give noise levels from 0, data, to 1, noise, for example 0.1,0.5,0.9",
     )
     require(
-        not config.log.outliers or not trains_decoder(config),
-        f"config.log.outliers={config.log.outliers}, but a decoder is trained",
-        "set it to 0: only denoisers are measured",
+        not config.log.outliers or not (trains_decoder(config) or has_text(config)),
+        f"config.log.outliers={config.log.outliers}, but a decoder or on text is trained",
+        "set it to 0: only denoisers of classes are measured",
     )
+    _check_text(config, require)
     _check_guidance(config, require)
     _check_scores(config, require)
 
@@ -215,6 +236,37 @@ def _check_skipping(config: ConfigDict, require: Callable[[bool, str, str], None
         all(type(step) is int and step > 0 for step in steps),
         f"config.train.skip_steps={steps}",
         "name steps from 1, as in --config.train.skip_steps=(1200,1201)",
+    )
+
+
+def _check_text(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    """Checks that a config of text has what training on text needs."""
+    if not has_text(config):
+        return
+    section, rows = config.language, (config.sample.every_steps, config.sample.prompts)
+    for key in ("depth", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_length"):
+        value = section[key]
+        require(value > 0, f"config.language.{key}={value} is not positive", "use a value above 0")
+    require(
+        not rows[0] or bool(rows[1]),
+        f"config.sample.every_steps={rows[0]}, but there is no prompt to show",
+        "set config.sample.prompts=('...',), or config.sample.every_steps=0",
+    )
+    require(
+        config.sample.text in ("forced", "greedy"),
+        f"config.sample.text={config.sample.text!r} is unknown",
+        "choose forced or greedy",
+    )
+    require(
+        not config.eval.classifier and not config.eval.every_steps,
+        "config.eval asks for scores during training, which need classes",
+        "set config.eval.classifier='' and config.eval.every_steps=0, and score with "
+        "python -m dsr_jax.evaluate",
+    )
+    require(
+        not config.data.flip,
+        "config.data.flip=True mirrors pictures whose captions may name left and right",
+        "set config.data.flip=False",
     )
 
 

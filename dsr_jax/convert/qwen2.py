@@ -18,6 +18,9 @@ from dsr_jax.core.errors import ConversionError
 from dsr_jax.models.depth import Stack
 from dsr_jax.models.language import LanguageModel
 
+FAMILY = "qwen2"
+"""Name of the command and of the converted folders."""
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -130,3 +133,34 @@ def tie_head(state: Mapping[str, np.ndarray], tied: bool) -> dict[str, np.ndarra
             "set tie_word_embeddings to false in config.json if the tables are meant to differ",
         )
     return {name: value for name, value in state.items() if name != HEAD}
+
+
+def resize_vocabulary(params: Mapping[str, Any], rows: int, first_new: int) -> dict[str, Any]:
+    """Returns converted parameters with tables of another number of rows.
+
+    Args:
+      params: Parameters of a language model, arrays of NumPy.
+      rows: Rows of the result.
+      first_new: First row that was not trained: it and those behind it become the mean of the rows
+        before it.
+
+    Raises:
+      ConversionError: If the tables have fewer trained rows than that.
+    """
+    table = params["embed"]["embedding"]
+    if first_new > len(table) or rows < first_new:
+        raise ConversionError(
+            f"the converted table has {len(table)} rows and the config's {rows}, but the "
+            f"tokenizer's own words take {first_new}",
+            "use the tokenizer of this language model, or set config.language.vocab_size",
+        )
+
+    def resize(table: np.ndarray) -> np.ndarray:
+        old = np.asarray(table[:first_new], np.float32)
+        new = np.broadcast_to(old.mean(axis=0), (rows - first_new, old.shape[1]))
+        return np.concatenate([old, new])
+
+    resized = {**params, "embed": {"embedding": resize(table)}}
+    if "head" in params:
+        resized["head"] = {"kernel": resize(params["head"]["kernel"].T).T}
+    return resized

@@ -32,7 +32,7 @@ DENOISERS: Mapping[str, str] = MappingProxyType(
 FROM_DATA = ("input_size", "in_channels", "num_classes")
 """Fields of a denoiser that follow from the input space and the data."""
 
-REGISTERS = ("num_registers", "register_start", "register_gate")
+REGISTERS = ("num_registers", "register_start", "register_gate", "register_condition")
 """Fields of a denoiser that the config's section `registers` sets."""
 
 _RUNTIME = ("parent", "name", "precision", "constrain")

@@ -213,7 +213,7 @@ class TextToImage(Denoiser):
         )
 
 
-def initial_inputs(model: Denoiser, latent_shape: tuple[int, int, int]) -> tuple[Any, ...]:
+def initial_inputs(model: nn.Module, latent_shape: tuple[int, int, int]) -> tuple[Any, ...]:
     """Returns inputs of one sample with which a denoiser's parameters are initialized."""
     x, t = jnp.zeros((1, *latent_shape)), jnp.zeros((1,))
     if isinstance(model, TextToImage):

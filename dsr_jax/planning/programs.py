@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dsr_jax import build
 from dsr_jax.build.abstract import abstract_batch, abstract_space
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, has_text
 from dsr_jax.core.provenance import git_revision
 from dsr_jax.core.typing import PyTree
 from dsr_jax.parallel import shardings
@@ -114,10 +114,9 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Aot
     guide_params = guide.abstract if guide else None
     weights = {"parameters": params} | ({"guide": guide_params} if guide else {})
     images = -(-config.sample.batch // mesh.size) * mesh.size
-    indices, labels = (
-        jax.ShapeDtypeStruct((images,), dtype, sharding=sharding)
-        for dtype in (jnp.uint32, jnp.int32)
-    )
+    text = (config.language.max_length,) if has_text(config) else ()
+    indices = jax.ShapeDtypeStruct((images,), jnp.uint32, sharding=sharding)
+    labels = jax.ShapeDtypeStruct((images, *text), jnp.int32, sharding=sharding)
     return AotProgram(
         "sampler",
         lambda: sample.lower(params, guide_params, variables, indices, labels),

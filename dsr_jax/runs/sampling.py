@@ -1,5 +1,6 @@
 """Samples from the weights of a run or converted folder, into files with their recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -7,7 +8,9 @@ import numpy as np
 
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
+from dsr_jax.core.prompts import IMAGE_SLOT
 from dsr_jax.data.classes import DataDescription
+from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import log
@@ -28,20 +31,23 @@ def save_samples(
     out: str | None = None,
     name: str | None = None,
     data: DataDescription | None = None,
+    prompts: Sequence[str] = (),
 ) -> Path:
     """Restores the weights and runs the job; returns the path of the `.npz`.
 
     Args:
       config: Config of the run or of the converted weights.
-      labels: Class of every sample [N].
+      labels: Class of every sample [N]; with text, the number of its prompt.
       folder: The run, or the converted folder, whose weights are taken.
       converted: Whether the folder contains converted weights instead of a run.
       checkpoint_step: Step of the run's checkpoint; None for the newest.
       out: Folder of the files; None for samples/ next to the weights.
       name: Name of the files; None makes one from the settings.
       data: The run's classes, whose names the record carries.
+      prompts: The prompts of a model of text, which the record carries.
 
     Raises:
+      PromptError: Naming the prompt that cannot be encoded.
       EvaluationError: If nothing can be written into the folder.
     """
     section = config.sample
@@ -50,6 +56,10 @@ def save_samples(
     mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
     space, variables = build.make_decoding_space(config, mesh)
     model = build.make_model(config, space, Constrain(rules, mesh))
+    greedy = bool(prompts) and section.text == "greedy"
+    tokens = None
+    if isinstance(model, TextToImage) and not greedy:
+        tokens = build.encode_prompts(config, prompts, model.num_slots)
     sampler = build.make_sampler(config, model, space, mesh, rules)
     sample = announce_first_call(sampler, "the sampler")
     abstract = build.abstract_params(model, space, mesh, rules)
@@ -64,6 +74,15 @@ def save_samples(
             params, meta = restore_params(folder / "checkpoints", abstract, checkpoint_step, ema)
         recipe = build.sampling_recipe(config, meta["step"], section.ema)
         weights = f"step{meta['step']:08d}-ema{section.ema}"
+    notes = class_notes(data, labels.tolist())
+    if isinstance(model, TextToImage):
+        if tokens is None:
+            with announce("writing the answers"):
+                tokens = build.write_answers(config, model, params, prompts)
+        failed = int((~(tokens == IMAGE_SLOT).any(axis=1))[labels].sum())
+        recipe |= {"text": section.text, "failures": failed}
+        notes = {"prompts": list(prompts), "prompt_of_sample": labels.tolist()}
+        labels = tokens[labels]
     method, kind = section.method.replace(":", "."), "ag" if section.autoguidance else "cfg"
     settings = f"{weights}-{method}{section.num_points}-{kind}{section.guidance:g}"
     latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
@@ -73,7 +92,7 @@ def save_samples(
         labels,
         jax.eval_shape(space.decode, variables, latents).shape[1:],
         {"weights": build.weights_digest(params), **recipe},
-        class_notes(data, labels.tolist()),
+        notes,
     )
     # The batch does not decide the images, so it may grow to divide over the devices.
     batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size

@@ -45,6 +45,7 @@ class Results:
       image_shape: Height, width and channels of its images; () if that is never asked for.
       data: The run's classes. Those without images are sampled only if config.sample.all_classes.
       scorer: Result of `open_scorer`.
+      tokens: Token sequences [P, L] of the prompts that pictures show, in place of classes.
     """
 
     def __init__(
@@ -57,20 +58,25 @@ class Results:
         image_shape: tuple[int, ...],
         data: DataDescription,
         scorer: Scorer | None = None,
+        tokens: np.ndarray | None = None,
     ) -> None:
         self.config, self.workdir = config, workdir
         self._sample, self._variables, self._num_devices = sample, variables, num_devices
         self._data, self._classes = data, classes_to_sample(config, data)
-        self._image_shape, self._scorer = image_shape, scorer
+        self._image_shape, self._scorer, self._tokens = image_shape, scorer, tokens
         self._last: tuple[int, dict[str, Any]] = (-1, {})
         self._shown: list[str] = []
 
     def save_grid(self, step: int, state: TrainState) -> None:
-        """Writes a picture of samples, a class per column."""
+        """Writes a picture of samples, a class or prompt per column."""
         section, classes = self.config.sample, self._classes
+        if self._tokens is not None:
+            classes = list(range(len(self._tokens)))
         batch = self._batch_for(section.num)
         indices = np.arange(batch, dtype=np.uint32)
         labels = cycled_labels(classes, batch)
+        if self._tokens is not None:
+            labels = self._tokens[labels]
         samples = self._sample(
             state.weights(self.config.sample.ema), self._variables, indices, labels
         )
@@ -143,7 +149,11 @@ class Results:
 
     def _command(self) -> str:
         """Returns a command that samples from the run."""
-        words = ["python", "-m", "dsr_jax.sample", f"--workdir={self.workdir}", "--num-samples=100"]
+        words = ["python", "-m", "dsr_jax.sample", f"--workdir={self.workdir}"]
+        if self._tokens is None:
+            words.append("--num-samples=100")
+        else:
+            words += ["--prompt", self.config.sample.prompts[0]]
         if self.config.objective.label_dropout:
             words.append("--guidance=2.0")
         return shlex.join([*words, "--grid"])

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +66,7 @@ def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 0) -> 
 def save_png_grid(
     path: str | os.PathLike[str],
     images: np.ndarray,
-    labels: np.ndarray | None = None,
+    labels: Sequence[int | str] | np.ndarray | None = None,
     *,
     columns: int | None = None,
     scale: int | None = None,
@@ -77,15 +77,16 @@ def save_png_grid(
     Args:
       path: Path of the file.
       images: Gray (C = 1) or color (C = 3) images.
-      labels: Class numbers [N] to write above the images.
+      labels: Class numbers or texts [N] to write above the images.
       columns: Images per row.
       scale: Factor of enlargement by nearest neighbor; by default what brings images to a height
-        of at least 32 pixels, so that 8x8 digits are visible.
+        of at least 32 pixels, so that 8x8 digits are visible; of 144 under texts.
       row_names: Names to write to the left of the rows; () for none.
     """
     from PIL import Image
 
-    scale = scale or max(1, math.ceil(32 / images.shape[1]))
+    texts = labels is not None and any(isinstance(label, str) for label in labels)
+    scale = scale or max(1, math.ceil((144 if texts else 32) / images.shape[1]))
     tiles = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
     if tiles.shape[-1] == 1:
         tiles = tiles.repeat(3, axis=-1)
@@ -113,13 +114,29 @@ def name_rows(canvas: np.ndarray, names: Sequence[str]) -> np.ndarray:
     return np.concatenate([np.asarray(margin), canvas], axis=1)
 
 
-def _captions(labels: np.ndarray, width: int) -> np.ndarray:
-    """Strips [N, 12, width, 3] with the class numbers in white on black."""
-    from PIL import Image, ImageDraw
+def _captions(labels: Sequence[int | str] | np.ndarray, width: int) -> np.ndarray:
+    """Strips [N, 12 times the lines, width, 3] with class numbers or texts in white on black."""
+    from PIL import Image, ImageDraw, ImageFont
 
+    measure = ImageFont.load_default().getlength
+    texts = [_wrap(str(label), lambda text: measure(text) < width - 2) for label in labels]
+    height = 12 * max(len(lines) for lines in texts)
     strips = []
-    for label in labels:
-        strip = Image.new("RGB", (width, 12))
-        ImageDraw.Draw(strip).text((1, 0), str(int(label)), fill=(255, 255, 255))
+    for lines in texts:
+        strip = Image.new("RGB", (width, height))
+        for row, line in enumerate(lines):
+            ImageDraw.Draw(strip).text((1, 12 * row), line, fill=(255, 255, 255))
         strips.append(np.asarray(strip))
     return np.stack(strips)
+
+
+def _wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Breaks a text between words into lines that fit, where single words do."""
+    lines = [""]
+    for word in text.split() or [""]:
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and not fits(longer):
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -6,7 +6,7 @@ Source: DSR sample_ddp.py; spec denoiser 6 and 7.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,20 @@ on devices."""
 SampleFn = Callable[[Params, PyTree, np.ndarray, np.ndarray], Samples]
 """`(params, space variables, global indices [B], labels [B]) -> Samples`, of NumPy arrays that are
 the same on every host."""
+
+
+class Conditioner(NamedTuple):
+    """How a sampler makes a network's conditions from what the caller gives in place of labels.
+
+    Attributes:
+      prepare: `(params, tokens [B, L]) -> condition`, any tree of arrays [B, ...], once per batch.
+      drop: Returns the condition of the unguided prediction.
+      present: `tokens -> bool [B]`: the images of other samples are black.
+    """
+
+    prepare: Callable[[Params, Array], Any]
+    drop: Callable[[Any], Any]
+    present: Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,7 @@ def make_device_sampler(
     latent_shape: tuple[int, int, int],
     null_label: int,
     guide_fn: ApplyFn | None = None,
+    conditioner: Conditioner | None = None,
     sharding: NamedSharding | None = None,
 ) -> DeviceSampleFn:
     """Builds the jitted function that samples one batch; it compiles once per batch size.
@@ -134,6 +149,7 @@ def make_device_sampler(
       latent_shape: Height, width and channels of one latent.
       null_label: Label of "no class".
       guide_fn: The weaker denoiser of autoguidance; None for classifier-free guidance.
+      conditioner: Makes conditions from token sequences, which then take the place of labels.
       sharding: Splits the batch over devices; None for one device.
 
     Raises:
@@ -141,7 +157,8 @@ def make_device_sampler(
     """
     sampler = find_sampler(settings.method)
     grid = _grid(objective, settings, sampler)
-    guided = _guide(apply_fn, guide_fn, settings, null_label)
+    null = conditioner.drop if conditioner else null_label
+    guided = _guide(apply_fn, guide_fn, settings, null)
 
     @jax.jit
     def sample(
@@ -150,13 +167,14 @@ def make_device_sampler(
         noise_key = stream_key(settings.seed, "sample_noise")
         noise = normal_per_sample(sample_keys(noise_key, indices), latent_shape)
         predict = guided(params, guide)
+        condition = conditioner.prepare(params, labels) if conditioner else labels
 
         def step_noise(step: Array) -> Array:
             keys = sample_keys(stream_key(settings.seed, "sample_sde", step), indices)
             return normal_per_sample(keys, latent_shape)
 
         problem = SamplingProblem(
-            lambda x, t: predict(x, t, labels),
+            lambda x, t: predict(x, t, condition),
             objective,
             objective.path.noise_scale * noise,
             jnp.asarray(grid),
@@ -169,6 +187,9 @@ def make_device_sampler(
             axis=(1, 2, 3)
         )
         pixels = to_uint8(images, settings.uint8)
+        if conditioner:
+            shown = conditioner.present(labels)[:, None, None, None]
+            pixels = jnp.where(shown, pixels, jnp.zeros_like(pixels))
         if sharding is None:
             return Samples(pixels, finite, indices)
         whole = NamedSharding(sharding.mesh, PartitionSpec())
@@ -180,7 +201,10 @@ def make_device_sampler(
 
 
 def _guide(
-    apply_fn: ApplyFn, guide_fn: ApplyFn | None, settings: SamplerSettings, null_label: int
+    apply_fn: ApplyFn,
+    guide_fn: ApplyFn | None,
+    settings: SamplerSettings,
+    null_label: int | Callable[[Any], Any],
 ) -> Callable[[Params, Params | None], Denoiser]:
     """Returns a function from parameters, and those of the guide, to the guided denoiser."""
     strength = strength_in(settings.guidance, settings.interval, settings.open_interval)

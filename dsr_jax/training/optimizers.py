@@ -7,9 +7,9 @@ takes 1 - b2**k in float32, which for b2 = 0.999 loses four digits in the first 
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,22 @@ class LearningRate:
         return self.base * factor
 
 
+class ParamGroup(NamedTuple):
+    """Parameters with a learning rate and moments' decays of their own.
+
+    Attributes:
+      patterns: Patterns of names, matched as those of `Optimizer.freeze`.
+      lr_factor: Factor on the learning rate.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+    """
+
+    patterns: Sequence[str]
+    lr_factor: float
+    b1: float
+    b2: float
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW over the parameters that are not frozen.
@@ -103,6 +119,7 @@ class Optimizer:
         everything. DSR-compat: the official trainer declares position tables and Fourier
         frequencies frozen and then trains them all the same (spec denoiser 1.11);
         `freeze=("pos_embed", "register_pos_embed", "t_embedder/W")` is what it declares.
+      groups: Groups with values of their own; a parameter belongs to the first that matches.
     """
 
     learning_rate: LearningRate
@@ -112,8 +129,17 @@ class Optimizer:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     freeze: Sequence[str] = ()
+    groups: Sequence[ParamGroup] = ()
 
     def __post_init__(self) -> None:
+        for group in self.groups:
+            fits = isinstance(group.patterns, (tuple, list)) and group.lr_factor >= 0
+            if not fits or not all(0 <= b < 1 for b in group[2:]):
+                raise ConfigError(
+                    f"config.optim.groups holds {tuple(group)}",
+                    "write each as ((PATTERN, ...), factor on lr, b1, b2), with b1 and b2 in "
+                    "[0, 1)",
+                )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(name, value, 0 <= value < 1, "use a value in [0, 1)")
@@ -162,12 +188,7 @@ class Optimizer:
           ConfigError: If a pattern matches nothing.
         """
         names = list(flatten_names(params))
-        for pattern in self.freeze:
-            if not any(_matches(name, pattern) for name in names):
-                raise ConfigError(
-                    f"config.optim.freeze: {pattern!r} matches no parameter",
-                    f"parameters are {', '.join(names[:8])}, ...",
-                )
+        _check_patterns("freeze", self.freeze, names)
         frozen = [any(_matches(name, pattern) for pattern in self.freeze) for name in names]
         return jax.tree.unflatten(jax.tree.structure(params), [not entry for entry in frozen])
 
@@ -189,7 +210,8 @@ class Optimizer:
         if self.clip_norm:
             grads = _clip_by_global_norm(grads, self.clip_norm)
         update, opt_state = self._direction().update(grads, opt_state, params)
-        moved = jax.tree.map(lambda p, u: p - rate * u, params, update)
+        factors = self._per_parameter(params, lambda group: group.lr_factor)
+        moved = jax.tree.map(lambda p, u, f: p - rate * f * u, params, update, factors)
         if self.freeze:
             # Weight decay reaches frozen parameters although their gradient is zero.
             kept = self.trainable(params)
@@ -200,11 +222,45 @@ class Optimizer:
         decay = self.weight_decay
         # The state's structure is the same whether or not parameters decay.
         shrink = optax.add_decayed_weights(decay) if decay else optax.identity()
-        return optax.chain(_scale_by_adam(self.b1, self.b2, self.eps), shrink)
+        decays = lambda params: (  # noqa: E731
+            self._per_parameter(params, lambda group: group.b1),
+            self._per_parameter(params, lambda group: group.b2),
+        )
+        return optax.chain(_scale_by_adam(decays, self.eps), shrink)
+
+    def _per_parameter(self, params: Params, value: Callable[[ParamGroup], float]) -> PyTree:
+        """Returns a tree of each parameter's value, by its group.
+
+        Raises:
+          ConfigError: If a pattern matches nothing.
+        """
+        names = list(flatten_names(params))
+        for group in self.groups:
+            _check_patterns("groups", group.patterns, names)
+        rest = ParamGroup((), 1.0, self.b1, self.b2)
+
+        def group_of(name: str) -> ParamGroup:
+            matching = (
+                group
+                for group in self.groups
+                if any(_matches(name, pattern) for pattern in group.patterns)
+            )
+            return next(matching, rest)
+
+        return jax.tree.unflatten(
+            jax.tree.structure(params), [value(group_of(name)) for name in names]
+        )
 
 
-def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Returns Adam's direction, with bias corrections exact to float32 rounding."""
+def _scale_by_adam(
+    decays: Callable[[PyTree], tuple[PyTree, PyTree]], eps: float
+) -> optax.GradientTransformation:
+    """Returns Adam's direction, with bias corrections exact to float32 rounding.
+
+    Args:
+      decays: Returns the decays of first and second moment of each parameter.
+      eps: Added to the root of the second moment.
+    """
 
     def init(params: PyTree) -> optax.ScaleByAdamState:
         moments = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
@@ -219,10 +275,15 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        c1, c2 = correction(b1, count), correction(b2, count)
-        direction = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu)
+        first, second = decays(grads)
+        mu = jax.tree.map(lambda m, g, b1: b1 * m + (1 - b1) * g, state.mu, grads, first)
+        nu = jax.tree.map(lambda v, g, b2: b2 * v + (1 - b2) * g * g, state.nu, grads, second)
+        factors = {decay: correction(decay, count) for decay in jax.tree.leaves((first, second))}
+
+        def scaled(m: Array, v: Array, b1: float, b2: float) -> Array:
+            return m / factors[b1] / (jnp.sqrt(v / factors[b2]) + eps)
+
+        direction = jax.tree.map(scaled, mu, nu, first, second)
         return direction, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
@@ -232,6 +293,16 @@ def _clip_by_global_norm(grads: PyTree, limit: float) -> PyTree:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), as `clip_grad_norm_` does."""
     scale = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
     return jax.tree.map(lambda g: g * scale, grads)
+
+
+def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises ConfigError if a pattern matches no parameter."""
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ConfigError(
+                f"config.optim.{key}: {pattern!r} matches no parameter",
+                f"parameters are {', '.join(names[:8])}, ...",
+            )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -34,12 +34,13 @@ class TextModel(NamedTuple):
     """The functions of a text-to-image model.
 
     Attributes:
-      read: `(params, tokens [B, L], targets [B, L], latents [B, h, w, C]) -> States`.
+      read: `(params, tokens [B, L], targets [B, L], latents [B, h, w, C]) -> States`; without
+        targets, every image is asked for.
       logits: `(params, hidden [..., H]) -> logits [..., V]`.
       denoise: `(params, x [B, h, w, C], t [B], rows [B, N, Z], dropped [B]) -> out`.
     """
 
-    read: Callable[[Params, Array, Array, Array], Any]
+    read: Callable[[Params, Array, Array | None, Array | None], Any]
     logits: Callable[[Params, Array], Array]
     denoise: Callable[[Params, Array, Array, Array, Array], Array]
 
