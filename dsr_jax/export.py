@@ -16,7 +16,9 @@ from dsr_jax.build.from_run import load_denoiser
 from dsr_jax.convert.converter import require_converter
 from dsr_jax.convert.families import export_denoiser
 from dsr_jax.convert.files import check_new_file, check_new_folder, save_converted, save_state
+from dsr_jax.convert.text_models import export_text_model
 from dsr_jax.core.cli import make_parser, run_main
+from dsr_jax.models.registry import TEXT_TO_IMAGE
 
 _FILES = (".pt", ".pth", ".safetensors")
 
@@ -36,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     to_file = Path(args.out).suffix in _FILES
     (check_new_file if to_file else check_new_folder)(args.out)
     model, params, record, _ = load_denoiser(args.workdir, args.checkpoint_step, args.ema)
-    if to_file:
+    if to_file and record["family"] == TEXT_TO_IMAGE:
+        save_state(args.out, export_text_model(params, record), ("model",))
+    elif to_file:
         state = export_denoiser(params, record)
         save_state(args.out, state, require_converter(type(model)).entries)
     else:

@@ -26,6 +26,8 @@ from dsr_jax.convert.rules import flax_to_torch
 from dsr_jax.convert.sdvae import FAMILY as SDVAE
 from dsr_jax.convert.sdvae import add_vae_command, export_vae
 from dsr_jax.convert.statistics import add_statistics_command
+from dsr_jax.convert.text_models import FAMILIES as TEXT_FAMILIES
+from dsr_jax.convert.text_models import add_text_commands, export_text_model
 from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.models.decoder import DecoderConfig
 from dsr_jax.models.registry import denoiser_class
@@ -55,6 +57,8 @@ def export(args: argparse.Namespace) -> None:
         state = flax_to_torch(params, lpips_rules(tuple(record["model"]["channels"])))
     elif record["family"] == CLIP:
         state = flax_to_torch(params, clip_rules(load_clip(args.source)[0]))
+    elif record["family"] in TEXT_FAMILIES:
+        state, entries = export_text_model(params, record), ("model",)
     elif record["family"] == INCEPTION:
         state, entries = flax_to_torch(params, inception_rules(network_of_record(record))), ()
     else:
@@ -76,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add_discriminator_command(families)
     add_inception_command(families)
     add_clip_command(families)
+    add_text_commands(families)
     add_statistics_command(families)
     back = families.add_parser("export", help="a converted folder, back to the original's names")
     back.add_argument("--source", required=True, help="converted folder")

@@ -11,6 +11,7 @@ _WRAPPERS = frozenset(
     {
         "module",  # DDP, DeepSpeed, AveragedModel
         "_orig_mod",  # torch.compile
+        "_orig_module",  # torch_xla
         "_checkpoint_wrapped_module",  # activation checkpointing
         "_fsdp_wrapped_module",
         "_fpw_module",  # FSDP before PyTorch 1.13

@@ -8,7 +8,7 @@ from dsr_jax.core.errors import ConversionError
 
 _SIGNS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
     {
-        "ditdh": (("s_embedder.proj.weight",), ()),
+        "ditdh": (("s_embedder.proj.weight",), ("latent_queries",)),
         "jit": (("x_embedder.proj1.weight",), ()),
         "lightningdit": (
             ("x_embedder.proj.weight", "t_embedder.W", "final_layer.linear.weight"),
@@ -16,8 +16,10 @@ _SIGNS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType
         ),
         "sit": (
             ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),
-            ("t_embedder.W",),
+            ("t_embedder.W", "latent_queries"),
         ),
+        "scale_rae": (("latent_queries", "diff_head.model.x_embedder.proj.weight"), ()),
+        "qwen2": (("embed_tokens.weight", "self_attn.q_proj.bias"), ("latent_queries",)),
         "decoder": (("trainable_cls_token",), ()),
         "sdvae": (("encoder.conv_in.weight", "decoder.conv_out.weight"), ()),
         "siglip2": (("embeddings.patch_embedding.weight",), ()),
@@ -46,6 +48,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "jit": "JiT",
         "lightningdit": "LightningDiT",
         "sit": "SiT",
+        "scale_rae": "Scale-RAE's text-to-image model",
+        "qwen2": "Qwen2",
         "decoder": "RAE's decoder",
         "sdvae": "an AutoencoderKL",
         "siglip2": "SigLIP2",

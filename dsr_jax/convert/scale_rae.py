@@ -17,7 +17,10 @@ from dsr_jax.models.depth import Stack
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.text_to_image import TextToImage, initial_inputs
 
-_DENOISER = "diff_head.model."
+DENOISER = "diff_head.model."
+"""Begin of the names of the denoiser."""
+
+NULL = f"{DENOISER}y_embedder.dropout_embedding"
 
 
 def denoiser_rules(model: DiffusionTransformer, prefix: str = "") -> list[Rule]:
@@ -45,7 +48,7 @@ def denoiser_rules(model: DiffusionTransformer, prefix: str = "") -> list[Rule]:
         blocks.append((parts.block_rules(model, width, head.decoder_num_heads), last))
     placed = [
         dataclasses.replace(
-            rule, source=f"{_DENOISER}{rule.source}", target=f"{prefix}{rule.target}"
+            rule, source=f"{DENOISER}{rule.source}", target=f"{prefix}{rule.target}"
         )
         for rule in rules
     ]
@@ -53,7 +56,7 @@ def denoiser_rules(model: DiffusionTransformer, prefix: str = "") -> list[Rule]:
         below = tuple(dataclasses.replace(s, name=f"{prefix}{s.name}") for s in stacks)
         placed += [
             dataclasses.replace(
-                rule, source=f"{_DENOISER}dit_blocks.{{i}}.{rule.source}", stacks=below
+                rule, source=f"{DENOISER}dit_blocks.{{i}}.{rule.source}", stacks=below
             )
             for rule in block
         ]
@@ -70,7 +73,7 @@ def rope_buffers(model: DiffusionTransformer) -> dict[str, np.ndarray]:
         }
     tables: dict[str, np.ndarray] = {}
     for name, (width, count) in heads.items():
-        tables |= parts.rope_constants(model, width, count, {f"{_DENOISER}{name}": 0})
+        tables |= parts.rope_constants(model, width, count, {f"{DENOISER}{name}": 0})
     return tables
 
 
@@ -93,4 +96,4 @@ def scale_rae_rules(model: TextToImage) -> RuleSet:
     abstract: Any = nn.unbox(
         jax.eval_shape(model.init, jax.random.key(0), *initial_inputs(model, latent))
     )
-    return RuleSet(tuple(rules), shapes_of(abstract["params"]), (f"{_DENOISER}*_rope.freqs_*",))
+    return RuleSet(tuple(rules), shapes_of(abstract["params"]), (f"{DENOISER}*_rope.freqs_*",))

@@ -11,7 +11,7 @@ Modules are imported when their class is asked for, so that importing this modul
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.plugins import is_reference, load_object
@@ -28,6 +28,10 @@ DENOISERS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Denoisers of this package: "module:Class" by the name in configs and in converted folders."""
+
+TEXT_TO_IMAGE = "scale_rae"
+"""Name of models.text_to_image.TextToImage in the records of converted folders: it is no choice of
+config.model.name, which names the denoiser in it."""
 
 FROM_DATA = ("input_size", "in_channels", "num_classes")
 """Fields of a denoiser that follow from the input space and the data."""
@@ -73,6 +77,8 @@ def is_denoiser(name: str) -> bool:
 def denoiser_name(kind: "type[Denoiser]") -> str:
     """Returns the name of a denoiser's class: its key in DENOISERS, otherwise "module:Class"."""
     path = f"{kind.__module__}:{kind.__qualname__}"
+    if path == "dsr_jax.models.text_to_image:TextToImage":
+        return TEXT_TO_IMAGE
     return next((name for name, known in DENOISERS.items() if known == path), path)
 
 
@@ -89,7 +95,16 @@ def config_fields(kind: "type[Denoiser]") -> dict[str, Any]:
     }
 
 
-def model_sizes(model: "Denoiser") -> dict[str, Any]:
-    """Returns the constructor arguments that the weights fix, to rebuild the network from."""
+def model_sizes(model: Any) -> dict[str, Any]:
+    """Returns the constructor arguments that the weights fix, to rebuild the network from.
+
+    Networks among them become their own sizes, with the name of the class.
+    """
     names = [field.name for field in dataclasses.fields(model) if field.name not in _NOT_SIZES]
-    return {name: getattr(model, name) for name in names}
+    values = {name: getattr(model, name) for name in names}
+    return {
+        name: {"name": denoiser_name(cast(Any, type(value))), **model_sizes(value)}
+        if dataclasses.is_dataclass(value)
+        else value
+        for name, value in values.items()
+    }
