@@ -26,6 +26,11 @@ DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
 """Sizes by their names in the paper. Source: spec denoiser 1.13 (S, B and L are the standard
 widths; only XL was released)."""
 
+TEXT_DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {"2.4B": {"hidden_size": 2048, "depth": 32, "num_heads": 32, "condition_width": 2048}}
+)
+"""Sizes of Scale-RAE's denoiser by name. Source: its script; spec t2i 2.5."""
+
 REGISTER_START: Mapping[str, int] = MappingProxyType({"S": 4, "B": 4, "L": 8, "XL": 8})
 """First block with diffusion registers, by size: XL was released; S and B follow from the paper's
 GFLOPs; L is JiT-L's, which has the same depth."""

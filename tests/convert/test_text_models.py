@@ -82,6 +82,7 @@ def _assert_equal(got, want):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("denoiser", "changes"), [(DIT, {}), (HEAD, {"connector": "mlp2"})], ids=["dit", "head"]
 )
@@ -143,7 +144,7 @@ def test_a_denoiser_with_registers_is_not_exported(tmp_path):
     from dsr_jax.convert.text_models import export_text_model
     from dsr_jax.models.registry import model_sizes
 
-    registers = LightningDiT(**SHARED, num_registers=4, register_start=1, condition_width=12)
+    registers = DIT.clone(num_registers=4, register_start=1)
     language = LanguageModel(13, 8, 2, 2, 1, 12)
     model = TextToImage(**SHARED, language=language, denoiser=registers)
     with pytest.raises(ConversionError, match="has no registers"):
