@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax import sample, train
-from dsr_jax.core.errors import ConfigError, DataError, DsrError, PromptError
+from dsr_jax import export, sample, train
+from dsr_jax.core.errors import ConfigError, ConversionError, DataError, DsrError, PromptError
 from dsr_jax.telemetry.writers import read_metrics
 
 ARGS = ["--config=configs/shapes_t2i.py:runlocal", "--config.registers.condition=query"]
@@ -60,6 +60,20 @@ def _find(record, key):
         return record[key]
     values = (_find(value, key) for value in record.values() if isinstance(value, dict))
     return next((value for value in values if value is not None), None)
+
+
+@pytest.mark.slow
+def test_an_exported_run_makes_the_same_images(run, tmp_path):
+    folder, _ = run
+    export.main([f"--workdir={folder}", f"--out={tmp_path / 'converted'}"])
+    common = [f"--prompt={PROMPTS[0]}", f"--out={tmp_path}"]
+    sample.main([f"--workdir={folder}", *common, "--name=run"])
+    config = [*ARGS, f"--converted={tmp_path / 'converted'}"]
+    sample.main([*config, *common, "--name=converted"])
+    images = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("run", "converted")]
+    np.testing.assert_array_equal(*images)
+    with pytest.raises(ConversionError, match="has no registers"):
+        export.main([f"--workdir={folder}", f"--out={tmp_path / 'x.safetensors'}"])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from dsr_jax.convert.readers import open_source
 from dsr_jax.convert.recognize import TITLES, recognize
 from dsr_jax.core.errors import ConfigError, ConversionError, DamagedFileError
 from dsr_jax.core.files import file_digest, rename_synced
-from dsr_jax.models.registry import DENOISERS, REGISTERS
+from dsr_jax.models.registry import DENOISERS, REGISTERS, TEXT_TO_IMAGE
 from dsr_jax.telemetry.progress import announce
 
 _CONFIGS: Mapping[str, str] = MappingProxyType(
@@ -67,7 +67,7 @@ def family_of_source(source: str | Path) -> str:
             f"{source} is the folder of a run, not a checkpoint", f"use --workdir={source}"
         )
     found = recognize(open_source(source).state)
-    denoisers = [family for family in found if family in DENOISERS]
+    denoisers = [family for family in found if family in (*DENOISERS, TEXT_TO_IMAGE)]
     if len(denoisers) != 1:
         held = " and ".join(TITLES[family] for family in found) or "weights of no known network"
         raise ConversionError(
@@ -155,7 +155,7 @@ def config_of_converted(
     sources = {"encoder": encoder, "decoder": decoder, "statistics": statistics, "vae": vae}
     check_sources(family, sources)
     config = configs.load_file(_config_path(family, model))
-    keys = dict(zip(REGISTERS, ("num", "start", "gate"), strict=True))
+    keys = dict(zip(REGISTERS, ("num", "start", "gate", "condition"), strict=True))
     for name, value in model.items():
         if name in keys:
             config.registers[keys[name]] = value
