@@ -17,7 +17,9 @@ model, 2048 images per step, 10,000 steps.
 
 Arguments: `language=0.5B` (one of 0.5B, 1.5B, the default, 3B and 7B), `variant=XL` (the denoiser:
 2.4B, the default, or XL, ImageNet's), `registers=0` (default 36), `ttr=False` (no test-time
-registers in the encoder), `frozen` (the language model is not trained), `steps=10000`.
+registers in the encoder), `frozen` (the language model is not trained), `steps=5000` (default
+10000), `runlocal` (a smoke run of a few steps on rendered shapes, with tiny networks of random
+weights).
 
 Not published, and chosen here: size of both models, data order, guidance, and the rule for the
 registers' condition. Scores of the paper: GenEval 42.6 without registers and 46.6 with, DPG-Bench
@@ -44,6 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         ttr=True,
         frozen=False,
         steps=10_000,
+        runlocal=False,
     )
     config = base_config()
 
@@ -99,4 +102,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "a photo of a red apple left of a green cup",
         "a photo of a bench in the snow",
     )
+    if args.runlocal:
+        _run_locally(config)
     return config
+
+
+def _run_locally(config: ConfigDict) -> None:
+    """Shrinks networks and data to a few steps on rendered shapes."""
+    config.language.update(
+        hidden_size=16, depth=1, num_heads=2, num_kv_heads=1, mlp_dim=32, vocab_size=32
+    )
+    config.language.update(tied=True, init_from="", tokenizer="shapes", max_length=96)
+    config.model.update(hidden_size=16, depth=2, num_heads=2, condition_width=16)
+    config.registers.num = min(config.registers.num, 4)
+    config.registers.start = 1
+    recipes.run_locally(config)
+    recipes.use_tiny_rae(config)
+    config.space.image_size = 48
+    config.data.update(source="shapes", image_size=48, num_classes=1, on_corrupt="error")
+    config.objective.max_targets = 0
+    config.optim.warmup_steps = 2
+    config.sample.prompts = ("a photo of a red square",)

@@ -83,6 +83,8 @@ TRACED = [
         ("sit_xl.py:variant=M", "S, B, L, XL"),
         ("rae_decoder.py:decoder=M", "ViTB, ViTL, ViTXL"),
         ("digits.py:family=unet", "lightningdit, ditdh, sit, jit"),
+        ("scale_rae.py:language=2B", "0.5B, 1.5B, 3B, 7B"),
+        ("scale_rae.py:variant=M", "2.4B, XL"),
     ],
 )
 def test_an_unknown_size_is_rejected_with_the_choices(argument: str, choices: str) -> None:
@@ -137,7 +139,8 @@ def test_the_state_a_step_and_samples_have_their_shapes(path: Path, argument: st
     sampler = build.make_sampler(config, model, space, mesh, rules)
     weights = abstract.params if config.sample.ema == "none" else abstract.ema[config.sample.ema]
     count = -(-config.sample.batch // mesh.size) * mesh.size
-    indices, labels = np.arange(count, dtype=np.uint32), np.zeros(count, np.int32)
+    tokens = (config.language.max_length,) if configs.has_text(config) else ()
+    indices, labels = np.arange(count, dtype=np.uint32), np.zeros((count, *tokens), np.int32)
     samples = jax.eval_shape(lambda *given: sampler(*given, indices, labels), weights, variables)
     size = batch["image"].shape[1:]
     assert samples.images.shape == (count, *size) and samples.images.dtype == np.uint8
@@ -175,7 +178,10 @@ def test_a_smoke_run_is_small_and_needs_no_files(path: Path) -> None:
     source = build.make_source(config)
     example, data = source[0], config.data
     assert example["image"].shape == (data.image_size, data.image_size, data.channels)
-    assert 0 <= example["label"] < data.num_classes
+    if configs.has_text(config):
+        assert example["tokens"].shape == (config.language.max_length,)
+    else:
+        assert 0 <= example["label"] < data.num_classes
     assert len(source) >= data.global_batch
 
 

@@ -35,6 +35,14 @@ def test_a_continued_run_equals_an_uninterrupted_one(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sharded_state_trains_alike(run, tmp_path):
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.sharding.rules=fsdp"]
+    few = ["--config.train.steps=2", "--config.sample.every_steps=0", "--config.optim.accumulate=2"]
+    losses = _train(tmp_path / "sharded", *mesh, *few)
+    np.testing.assert_allclose(losses, run[1][:1], rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_prompts_become_images_with_captions(run, tmp_path):
     folder, _ = run
     file = tmp_path / "prompts.txt"

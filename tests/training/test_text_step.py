@@ -122,6 +122,7 @@ def test_a_mesh_changes_nothing(setup, plain):
     _assert_close(jax.device_get(metrics), jax.device_get(plain[1]))
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_answers_and_supervised_tokens(setup, plain):
     metrics = plain[1]
     assert metrics["answer_images"] == 6 and metrics["supervised_tokens"] == 14
@@ -134,14 +135,13 @@ def test_metrics_are_means_over_answers_and_supervised_tokens(setup, plain):
 @pytest.mark.slow
 def test_several_times_are_a_mean_over_them(setup, plain):
     step, state = setup
-    many = dataclasses.replace(step, times=3, label_dropout=0.0)
-    once = dataclasses.replace(step, label_dropout=0.0)
-    grads_many, sums = jax.jit(many._gradients)(state, _batch(), None)
-    first = jax.jit(once._gradients)(state, _batch(), None)[1]
-    assert sums["bin_count"].sum() == 18 and sums["answer_images"] == 6
-    assert sums["language_loss"] == pytest.approx(first["language_loss"], rel=1e-5)
-    assert sums["diffusion_loss"] != pytest.approx(first["diffusion_loss"], rel=1e-3)
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads_many))
+    metrics = jax.jit(dataclasses.replace(step, times=3))(state, _batch())[1]
+    assert metrics["bin_count"].sum() == 18 and metrics["answer_images"] == 6
+    assert metrics["language_loss"] == pytest.approx(plain[1]["language_loss"], rel=1e-5)
+    mean = metrics["bin_loss"].sum() / 18
+    assert metrics["diffusion_loss"] == pytest.approx(mean, rel=1e-4)
+    assert mean != pytest.approx(plain[1]["diffusion_loss"], rel=1e-3)
+    assert metrics["finite"]
 
 
 @pytest.mark.slow
@@ -161,6 +161,7 @@ def test_a_frozen_language_model_stays_and_dropped_text_does_not_count(setup):
     assert metrics["dropped_labels"] == 1
 
 
+@pytest.mark.slow
 def test_groups_have_their_own_rate(setup, plain):
     _, state = setup
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), plain[0].params, state.params)
