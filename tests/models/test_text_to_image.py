@@ -31,10 +31,10 @@ X, T = jax.random.normal(jax.random.key(1), (2, 2, 2, 3)), jnp.array([0.2, 0.7])
 def _filled(model, *inputs):
     """Parameters without zeros, which would hide what they multiply."""
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    filled = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, filled)
+    rng = np.random.default_rng(2)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes
+    )
 
 
 def _text(rows, dropped=False):

@@ -73,9 +73,10 @@ def setup():
     shapes = nn.unbox(
         jax.eval_shape(model.init, jax.random.key(0), *initial_inputs(model, (2, 2, 3)))
     )
-    leaves, tree = jax.tree.flatten(shapes["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    filled = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), shapes["params"]
+    )
     optimizer = Optimizer(LearningRate(1e-2), groups=(GROUP,), clip_norm=1.0)
     step = TextStep(
         make_text_denoise_fn(model),
@@ -89,7 +90,7 @@ def setup():
         model=make_text_model(model),
         max_targets=3,
     )
-    return step, create_state(jax.tree.unflatten(tree, filled), optimizer, (0.9,))
+    return step, jax.jit(lambda params: create_state(params, optimizer, (0.9,)))(params)
 
 
 @pytest.fixture(scope="module")
