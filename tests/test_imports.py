@@ -127,7 +127,8 @@ def test_there_is_no_import_cycle() -> None:
 
 def test_configs_import_the_config_module_and_sizes_only() -> None:
     sizes = [
-        f"dsr_jax.models.{name}" for name in ("variants", "registry", "dit", "dit_dh", "sit", "jit")
+        f"dsr_jax.models.{name}"
+        for name in ("variants", "registry", "dit", "dit_dh", "sit", "jit", "language")
     ]
     for path in (ROOT / "configs").glob("*.py"):
         for module, _ in imports(ast.parse(path.read_text())):

@@ -129,7 +129,7 @@ def test_settings_that_cannot_work_are_named(tmp_path):
         "--config.sample.text=free": "choose forced or greedy",
         "--config.model.name=jit": "condition_width=16, but jit has class tokens|takes no text",
         "--config.language.vocab_size=5": "28 ids, the embedding table 5 rows",
-        "--config.language.max_length=9": "leaves no room for a prompt",
+        "--config.language.max_length=9": "does not hold a prompt",
         "--config.language.num_heads=5": "does not divide into num_heads=5",
     }
     for flag, message in cases.items():

@@ -184,7 +184,7 @@ class TextToImage(Denoiser):
             )
         if self.num_slots >= self.text_length:
             raise ConfigError(
-                f"config.language.max_length={self.text_length} leaves no room for a prompt beside "
+                f"config.language.max_length={self.text_length} does not hold a prompt beside "
                 f"{self.num_slots} image slots",
                 "set it to the number of slots and the longest prompt's tokens",
             )

@@ -140,7 +140,7 @@ def test_the_query_rule_takes_more_slots():
 def test_errors_name_the_setting():
     with pytest.raises(ConfigError, match="connector='conv' is unknown"):
         _joint(connector="conv").check_sizes()
-    with pytest.raises(ConfigError, match="max_length=4 leaves no room"):
+    with pytest.raises(ConfigError, match="max_length=4 does not hold"):
         dataclasses.replace(_joint(), text_length=4, parent=None).check_sizes()
     with pytest.raises(ConfigError, match="condition='sum' is unknown"):
         LightningDiT(**SIZES, register_condition="sum").check_sizes()
