@@ -146,10 +146,10 @@ class LanguageBlock(nn.Module):
             **shared,
             name="attn",
         )(normed, rope)
-        x = x + self.precision.to_float32("residual", mixed)
+        x = x + self.precision.to_residual(mixed)
         normed = RMSNorm(self.epsilon, **shared, name="norm2")(x)
         mixed = GatedMlp(self.mlp_dim, **shared, name="mlp")(normed)
-        x = x + self.precision.to_float32("residual", mixed)
+        x = x + self.precision.to_residual(mixed)
         self.sow("intermediates", "block_out", x)
         return x, None
 
@@ -258,7 +258,7 @@ class LanguageModel(nn.Module):
     def embeddings(self, tokens: Array) -> Array:
         """Looks up tokens [B, L] -> [B, L, D]; an id beyond the table gives NaN."""
         rows = jnp.take(self.embed(), tokens, axis=0, mode="fill", fill_value=jnp.nan)
-        return self.precision.to_float32("residual", rows)
+        return self.precision.to_residual(rows)
 
     def decode(self, embeddings: Array) -> Array:
         """Maps embeddings [B, L, D] to hidden states [B, L, D] after the final norm.
