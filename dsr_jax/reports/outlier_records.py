@@ -82,7 +82,7 @@ def read_history(records: Iterable[Mapping[str, Any]]) -> History | None:
 
 
 def draw_noise_maps(history: History) -> np.ndarray:
-    """Draws block x noise level of the last step, uint8 [H, W, 3]."""
+    """Returns the picture of block x noise level of the last step, uint8 [H, W, 3]."""
     panels = [
         heat_map(
             history.values[name][-1].T,
@@ -97,7 +97,7 @@ def draw_noise_maps(history: History) -> np.ndarray:
 
 
 def draw_step_maps(history: History) -> np.ndarray:
-    """Draws block x step, uint8 [H, W, 3]; noise levels are combined as `PANELS` lists."""
+    """Returns the picture of block x step, uint8 [H, W, 3]; `PANELS` combines noise levels."""
     panels = [
         heat_map(
             over_noise(history, name).T,

@@ -64,7 +64,7 @@ def heat_map(
     width: int = 360,
     height: int = 200,
 ) -> np.ndarray:
-    """Draws a panel: cells with axes, a title and a scale; uint8 [height + 60, width + 140, 3].
+    """Returns a panel with axes, a title and a scale, uint8 [height + 60, width + 140, 3].
 
     Args:
       values: Numbers [R, C], the first row at the bottom; NaN is gray.
@@ -116,6 +116,6 @@ def tile(panels: Sequence[np.ndarray], columns: int = 2) -> np.ndarray:
     return np.concatenate(lines, axis=0)
 
 
-def _ticks(count: int, room: float) -> range:
-    """Returns the indices that are named, at most about `room` of them."""
-    return range(0, count, max(1, math.ceil(count / max(room, 1))))
+def _ticks(count: int, most: float) -> range:
+    """Returns the indices that are named, at most about `most` of them."""
+    return range(0, count, max(1, math.ceil(count / max(most, 1))))
