@@ -57,7 +57,7 @@ def test_a_command_that_fails_by_itself_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["encode", "train"])
+@pytest.mark.parametrize("job", ["encode"])
 def test_commands_lose_nothing(tmp_path: Path, job: str, capsys) -> None:
     words = [f"--job={job}", "--faults=4", "--seed=3", "--processes=1", f"--out={tmp_path}"]
     assert torture.main(words) == 0
