@@ -1,11 +1,11 @@
 """Text-to-image benchmarks: writes the images that official tools score, and scores their results.
 
     python -m dsr_jax.evaluate_prompts write geneval --prompts=evaluation_metadata.jsonl \\
-        --generator=my_model:generate --out=images/geneval
+        --workdir=runs/text --config.sample.guidance=2.0 --out=images/geneval
     python -m dsr_jax.evaluate_prompts write dpg --prompts=dpg_bench/prompts \\
         --generator=my_model:generate --out=images/dpg
-    python -m dsr_jax.evaluate_prompts write shapes --split=heldout \\
-        --generator=my_model:generate --out=images/heldout
+    python -m dsr_jax.evaluate_prompts write shapes --split=heldout --workdir=runs/shapes \\
+        --out=images/heldout
     python -m dsr_jax.evaluate_prompts score geneval results.jsonl
     python -m dsr_jax.evaluate_prompts score dpg images_detail.txt --questions=dpg_bench.csv
     python -m dsr_jax.evaluate_prompts score shapes images/heldout
@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from dsr_jax import build
+from dsr_jax import config as configs
 from dsr_jax.convert.clip import load_clip
 from dsr_jax.core import cli
 from dsr_jax.core.files import write_json
@@ -36,6 +38,7 @@ from dsr_jax.evaluation.clip_embedding import PREFIX, embed
 from dsr_jax.evaluation.scene_checker import SceneChecker
 from dsr_jax.parallel.processes import is_process_zero, lock_folder, log
 from dsr_jax.parallel.watch import join_job
+from dsr_jax.runs.prompt_generator import PromptGenerator
 
 BENCHMARKS = ("geneval", "dpg", "shapes")
 SCORES = (*BENCHMARKS, "clip")
@@ -43,21 +46,29 @@ SCORES = (*BENCHMARKS, "clip")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
-    args = _parser().parse_args(argv)
+    args, overrides = _parser().parse_known_args(argv)
+    if args.action == "write" and args.workdir:
+        write(args, overrides)
+        return
+    if overrides:
+        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     if args.action == "write":
-        write(args)
+        write(args, ())
     else:
         score(args)
 
 
 @join_job()
-def write(args: argparse.Namespace) -> None:
+def write(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Writes the images of a benchmark that are missing, on all processes."""
     out = args.out
     prompts = read_prompts(args)
-    generate: Any = load_object("--generator", args.generator)
+    if args.workdir:
+        generate: Any = open_run(args, overrides)
+    else:
+        generate = load_object("--generator", args.generator)
     layout = prompt_images.DpgLayout if args.benchmark == "dpg" else prompt_images.GenevalLayout
-    recipe = {"generator": args.generator, **getattr(generate, "recipe", {})}
+    recipe = {"generator": args.generator or "run", **getattr(generate, "recipe", {})}
     with lock_folder(out.parent, out.name):
         made = prompt_images.write_images(
             out,
@@ -69,6 +80,21 @@ def write(args: argparse.Namespace) -> None:
             recipe=recipe,
         )
     log(f"{out}: {len(prompts)} prompts, {made} new images")
+
+
+def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> PromptGenerator:
+    """Returns the generator of the command line's run.
+
+    Raises:
+      ConfigError: If there is no run of text, or arguments, keys or values cannot be.
+    """
+    config = configs.load_run(args.workdir.expanduser())
+    # The mesh is this machine's, not the one that trained.
+    config.mesh.update(data=-1, fsdp=1, tensor=1, dcn_data=-1, dcn_fsdp=1)
+    configs.apply_overrides(config, overrides)
+    configs.check(config)
+    build.set_precision(config)
+    return PromptGenerator(config, args.workdir.expanduser(), args.checkpoint_step)
 
 
 def read_prompts(args: argparse.Namespace) -> list[prompt_images.Prompt]:
@@ -174,11 +200,17 @@ def _add_writing(parser: argparse.ArgumentParser, benchmark: str) -> None:
     else:
         what = "evaluation_metadata.jsonl" if benchmark == "geneval" else "folder of NAME.txt"
         add("--prompts", type=Path, required=True, help=what)
-    add(
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--workdir",
+        type=Path,
+        help="run of text; --config.sample.KEY=VALUE changes solver, guidance and weights",
+    )
+    which.add_argument(
         "--generator",
-        required=True,
         help="package.module:function of (prompts, seeds) that returns uint8 [B, H, W, 3]",
     )
+    add("--checkpoint-step", type=cli.count, help="step of the run; default: the newest")
     add("--out", type=Path, required=True, help="folder of the images, new or of the same command")
     add("--images", type=cli.positive_int, default=4, help="images per prompt")
     add("--seed", type=cli.count, default=prompt_images.SEED, help="seed of the benchmark")

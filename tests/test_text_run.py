@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsr_jax import export, sample, train
-from dsr_jax.core.errors import ConfigError, ConversionError, DataError, DsrError, PromptError
+from dsr_jax import evaluate_prompts, export, sample, train
+from dsr_jax.core.errors import (
+    ConfigError,
+    ConversionError,
+    DataError,
+    DsrError,
+    EvaluationError,
+    PromptError,
+)
 from dsr_jax.telemetry.writers import read_metrics
 
 ARGS = ["--config=configs/shapes_t2i.py:runlocal", "--config.registers.condition=query"]
@@ -61,6 +68,35 @@ def test_prompts_become_images_with_captions(run, tmp_path):
     assert _find(record, "failures") == 0
     with Image.open(tmp_path / "file.png") as picture:
         assert picture.height > 2 * 144
+
+
+@pytest.mark.slow
+def test_a_benchmark_of_a_run(run, tmp_path):
+    folder, _ = run
+    common = ["write", "shapes", f"--workdir={folder}", "--per-task=1", "--images=2"]
+    evaluate_prompts.main([*common, f"--out={tmp_path / 'a'}", "--batch=16"])
+    paths = sorted((tmp_path / "a").rglob("*.png"))
+    assert len(paths) == 12
+    for path in paths[3:]:
+        path.unlink()
+    for path in sorted((tmp_path / "a").rglob("metadata.jsonl"))[1:]:
+        path.unlink()
+    before = paths[0].read_bytes()
+    evaluate_prompts.main([*common, f"--out={tmp_path / 'a'}", "--batch=5"])
+    assert paths[0].read_bytes() == before and all(path.exists() for path in paths)
+    # Whatever the batch, up to the rounding of matmuls of other shapes.
+    evaluate_prompts.main([*common, f"--out={tmp_path / 'b'}", "--batch=3"])
+    for path in paths:
+        ours, theirs = (
+            np.asarray(Image.open(tmp_path / name / path.relative_to(tmp_path / "a")), int)
+            for name in "ab"
+        )
+        assert np.abs(ours - theirs).max() <= 1
+    evaluate_prompts.main(["score", "shapes", str(tmp_path / "a")])
+    recipe = json.loads((tmp_path / "a.json").read_text())["recipe"]
+    assert recipe["step"] == 8 and recipe["text"] == "forced"
+    with pytest.raises(EvaluationError, match="sampler differ"):
+        evaluate_prompts.main([*common, f"--out={tmp_path / 'a'}", "--config.sample.guidance=3"])
 
 
 def _find(record, key):

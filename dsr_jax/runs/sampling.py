@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,16 +10,78 @@ import numpy as np
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.prompts import IMAGE_SLOT
+from dsr_jax.core.typing import Params
 from dsr_jax.data.classes import DataDescription
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import log
 from dsr_jax.runs.sampled_classes import class_notes
 from dsr_jax.runs.scoring import check_writable
-from dsr_jax.sampling.job import SampleJob
+from dsr_jax.sampling.job import SampleBatchFn, SampleJob
 from dsr_jax.telemetry.progress import announce, announce_first_call
 from dsr_jax.training.checkpoints import restore_params
+
+
+class OpenedWeights(NamedTuple):
+    """Weights of a run or converted folder with their compiled sampler.
+
+    Attributes:
+      model: The network.
+      params: Its parameters.
+      sample: Samples one batch from its indices [B] and labels [B] or tokens [B, L].
+      image_shape: Height, width and channels of the images.
+      recipe: What decides the images, besides indices and labels.
+      name: The weights in a file's name.
+      devices: Number of devices, over which a batch must divide.
+    """
+
+    model: Denoiser
+    params: Params
+    sample: SampleBatchFn
+    image_shape: tuple[int, ...]
+    recipe: dict[str, Any]
+    name: str
+    devices: int
+
+
+def open_weights(
+    config: ConfigDict,
+    folder: Path,
+    *,
+    converted: bool = False,
+    checkpoint_step: int | None = None,
+) -> OpenedWeights:
+    """Restores the weights, and builds their sampler; the arguments are those of `save_samples`."""
+    section = config.sample
+    mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
+    space, variables = build.make_decoding_space(config, mesh)
+    model = build.make_model(config, space, Constrain(rules, mesh))
+    sampler = build.make_sampler(config, model, space, mesh, rules)
+    sample = announce_first_call(sampler, "the sampler")
+    abstract = build.abstract_params(model, space, mesh, rules)
+    if converted:
+        with announce(f"reading {folder}"):
+            params, record = build.restore_converted(str(folder), model, abstract)
+        recipe, name = build.sampling_recipe(config, None, None), "converted"
+        recipe["converted"] = {key: record[key] for key in ("source", "source_digest", "entry")}
+    else:
+        ema = None if section.ema == "none" else section.ema
+        with announce(f"reading {folder / 'checkpoints'}"):
+            params, meta = restore_params(folder / "checkpoints", abstract, checkpoint_step, ema)
+        recipe = build.sampling_recipe(config, meta["step"], section.ema)
+        name = f"step{meta['step']:08d}-ema{section.ema}"
+    latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
+    return OpenedWeights(
+        model,
+        params,
+        lambda indices, labels: sample(params, variables, indices, labels),
+        jax.eval_shape(space.decode, variables, latents).shape[1:],
+        {"weights": build.weights_digest(params), **recipe},
+        name,
+        mesh.size,
+    )
 
 
 def save_samples(
@@ -53,50 +116,30 @@ def save_samples(
     section = config.sample
     target = Path(out or folder / "samples").expanduser()
     check_writable(target)
-    mesh, rules = make_mesh(MeshShape(**config.mesh.to_dict())), build.make_rules(config)
-    space, variables = build.make_decoding_space(config, mesh)
-    model = build.make_model(config, space, Constrain(rules, mesh))
-    greedy = bool(prompts) and section.text == "greedy"
-    tokens = None
-    if isinstance(model, TextToImage) and not greedy:
-        tokens = build.encode_prompts(config, prompts, model.num_slots)
-    sampler = build.make_sampler(config, model, space, mesh, rules)
-    sample = announce_first_call(sampler, "the sampler")
-    abstract = build.abstract_params(model, space, mesh, rules)
-    if converted:
-        with announce(f"reading {folder}"):
-            params, record = build.restore_converted(str(folder), model, abstract)
-        recipe, weights = build.sampling_recipe(config, None, None), "converted"
-        recipe["converted"] = {key: record[key] for key in ("source", "source_digest", "entry")}
-    else:
-        ema = None if section.ema == "none" else section.ema
-        with announce(f"reading {folder / 'checkpoints'}"):
-            params, meta = restore_params(folder / "checkpoints", abstract, checkpoint_step, ema)
-        recipe = build.sampling_recipe(config, meta["step"], section.ema)
-        weights = f"step{meta['step']:08d}-ema{section.ema}"
+    opened = open_weights(config, folder, converted=converted, checkpoint_step=checkpoint_step)
+    model, params, recipe = opened.model, opened.params, dict(opened.recipe)
     notes = class_notes(data, labels.tolist())
     if isinstance(model, TextToImage):
-        if tokens is None:
+        if section.text == "greedy":
             with announce("writing the answers"):
                 tokens = build.write_answers(config, model, params, prompts)
+        else:
+            tokens = build.encode_prompts(config, prompts, model.num_slots)
         failed = int((~(tokens == IMAGE_SLOT).any(axis=1))[labels].sum())
         recipe |= {"text": section.text, "failures": failed}
         notes = {"prompts": list(prompts), "prompt_of_sample": labels.tolist()}
         labels = tokens[labels]
     method, kind = section.method.replace(":", "."), "ag" if section.autoguidance else "cfg"
-    settings = f"{weights}-{method}{section.num_points}-{kind}{section.guidance:g}"
-    latents = jax.ShapeDtypeStruct((1, *space.latent_shape), np.float32)
+    settings = f"{opened.name}-{method}{section.num_points}-{kind}{section.guidance:g}"
     job = SampleJob(
         target,
         name or f"{settings}-seed{section.seed}-n{section.num}",
         labels,
-        jax.eval_shape(space.decode, variables, latents).shape[1:],
-        {"weights": build.weights_digest(params), **recipe},
+        opened.image_shape,
+        recipe,
         notes,
     )
     # The batch does not decide the images, so it may grow to divide over the devices.
-    batch = -(-min(section.batch, section.num) // mesh.size) * mesh.size
+    batch = -(-min(section.batch, section.num) // opened.devices) * opened.devices
     log(f"sampling {section.num} images: {job.name}")
-    return job.run(
-        lambda indices, labels: sample(params, variables, indices, labels), batch, report=log
-    )
+    return job.run(opened.sample, batch, report=log)
