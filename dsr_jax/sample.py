@@ -162,8 +162,8 @@ def make_prompts(args: argparse.Namespace, config: configs.ConfigDict) -> list[s
       DataError: If the file of prompts cannot be read, or a line of it holds none.
     """
     prompts = list(args.prompt or ())
-    if args.prompts:
-        prompts += read_prompts(args.prompts)
+    if args.prompt_file:
+        prompts += read_prompts(args.prompt_file)
     if not configs.has_text(config):
         if prompts:
             raise ConfigError(
@@ -256,7 +256,12 @@ def _parser() -> argparse.ArgumentParser:
         "--random-labels", action="store_true", help="independent labels; default: balanced ones"
     )
     add("--prompt", action="append", metavar="TEXT", help="text to show; repeatable")
-    add("--prompts", metavar="FILE", help="one prompt per line, or .jsonl with the key prompt")
+    add(
+        "--prompts",
+        dest="prompt_file",
+        metavar="FILE",
+        help="one prompt per line, or .jsonl with the key prompt",
+    )
     add(
         "--images-per-prompt", type=positive_int, default=1, help="images of each prompt, with text"
     )
