@@ -77,7 +77,8 @@ class SampleJob:
     Attributes:
       folder: Folder of the files.
       name: Common name of the files.
-      labels: Class of every sample [N], int32, by global index.
+      labels: Class of every sample [N], or its token sequence [N, L], int32, by global index; in
+        the `.npz` called labels or tokens.
       image_shape: Height, width and channels.
       recipe: Settings that determine the images, as JSON values (checkpoint, EMA, sampler). A job
         resumes only under an equal recipe. What does not decide them (batch, devices, revision)
@@ -316,7 +317,8 @@ class SampleJob:
                 shape = (len(self.labels), *self.image_shape)
                 record = self._read_record()
                 labels = self.labels.astype(np.int32)
-                write_npz(self.npz_path, shape, self._pieces(), {"labels": labels})
+                name = "labels" if labels.ndim == 1 else "tokens"
+                write_npz(self.npz_path, shape, self._pieces(), {name: labels})
                 digest = file_digest(self.npz_path)
                 done = {**self.notes, **record, "samples_digest": digest}
                 write_json(self.json_path, done)
