@@ -36,7 +36,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.space.noise_tau = 0.8
     config.decoder.update(choose(DECODERS, "decoder", args.decoder))
     config.decoder.patch_size = 16
-    config.decoder.remat = "dots"
 
     config.data.source = "folder"
     config.data.image_size = 256

@@ -23,6 +23,8 @@ from dsr_jax.data.classes import DataDescription, describe, trained_labels
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.parallel.device_memory import FreeBytes, free_bytes
+from dsr_jax.runs.folder import add_to_provenance
 from dsr_jax.runs.outliers import OutlierMonitor
 from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.runs.training_evaluation import Results, open_scorer
@@ -36,8 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(argv, make_job, "python -m dsr_jax.train", __doc__)
 
 
-def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
+def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_bytes) -> TrainingJob:
     """Builds a denoiser's training.
+
+    Args:
+      config: Experiment config.
+      workdir: The run's folder.
+      free_memory: Memory that the step may allocate on each device.
 
     Raises:
       DsrError: If what the config names does not exist or does not fit.
@@ -55,13 +62,21 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         init = build.start_from(config, model, optimizer, abstract, data["names"])
     elif config.language.init_from and not list_steps(workdir / "checkpoints"):
         init = build.start_from_language(config, init, optimizer, abstract)
-    step = build.jit_step(
-        build.skip_batches(config, build.make_step(config, model, space, optimizer, abstract)),
-        abstract,
-        sharding,
-        mesh,
-        build.xla_options(config),
-    )
+    steps = {
+        policy: build.jit_step(
+            build.skip_batches(
+                config,
+                build.make_step(
+                    config, build.with_remat(model, policy), space, optimizer, abstract
+                ),
+            ),
+            abstract,
+            sharding,
+            mesh,
+            build.xla_options(config),
+        )
+        for policy in build.remat_policies(config, model)
+    }
     image_shape: tuple[int, ...] = ()
     if config.sample.every_steps or config.eval.classifier or config.eval.reference:
         # A space that cannot make images fails here, not at the first picture.
@@ -83,6 +98,13 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     if config.log.outliers:
         monitor = OutlierMonitor(config, workdir, model, space, variables, batches, mesh)
         hooks.append(Hook(config.log.outliers, monitor))
+    step = build.FittingStep(
+        steps,
+        mesh,
+        build.make_remedies(config, sharding, abstract),
+        lambda choice: add_to_provenance(workdir, {"remat": choice.to_json()}),
+        free_memory,
+    )
     return TrainingJob(
         summary_text=_run_summary(config, model, abstract.params, data, mesh),
         mesh=mesh,

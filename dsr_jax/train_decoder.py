@@ -19,7 +19,9 @@ from dsr_jax.core.cli import run_main
 from dsr_jax.core.trees import count_params
 from dsr_jax.data.classes import DataDescription, describe
 from dsr_jax.parallel import shardings
+from dsr_jax.parallel.device_memory import FreeBytes, free_bytes
 from dsr_jax.runs.decoder_evaluation import Reconstructions
+from dsr_jax.runs.folder import add_to_provenance
 from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.training.decoder_state import DecoderState
 from dsr_jax.training.decoder_step import make_decoder_step
@@ -32,8 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(argv, make_job, "python -m dsr_jax.train_decoder", __doc__)
 
 
-def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
+def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_bytes) -> TrainingJob:
     """Builds a decoder's training.
+
+    Args:
+      config: Experiment config.
+      workdir: The run's folder.
+      free_memory: Memory that the step may allocate on each device.
 
     Raises:
       DsrError: If what the config names does not exist or does not fit.
@@ -46,22 +53,25 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_decoder_state(config, parts, optimizer, mesh, rules)
     settings = build.make_loss_settings(config)
-    step = build.jit_step(
-        build.skip_batches(
-            config,
-            make_decoder_step(
-                parts.networks,
-                settings,
-                optimizer,
-                seed=config.seed,
-                reshard=make_reshard(abstract),
+    steps = {
+        policy: build.jit_step(
+            build.skip_batches(
+                config,
+                make_decoder_step(
+                    parts.with_remat(policy).networks,
+                    settings,
+                    optimizer,
+                    seed=config.seed,
+                    reshard=make_reshard(abstract),
+                ),
             ),
-        ),
-        abstract,
-        sharding,
-        mesh,
-        build.xla_options(config),
-    )
+            abstract,
+            sharding,
+            mesh,
+            build.xla_options(config),
+        )
+        for policy in build.remat_policies(config, parts.decoder)
+    }
     reconstructions = Reconstructions(
         config,
         workdir,
@@ -69,6 +79,13 @@ def make_job(config: ConfigDict, workdir: Path) -> TrainingJob:
         parts.variables,
         parts.decoder.config,
         sharding,
+    )
+    step = build.FittingStep(
+        steps,
+        mesh,
+        build.make_remedies(config, sharding, abstract),
+        lambda choice: add_to_provenance(workdir, {"remat": choice.to_json()}),
+        free_memory,
     )
     return TrainingJob(
         summary_text=_run_summary(config, parts, abstract, data, mesh),

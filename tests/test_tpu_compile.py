@@ -86,7 +86,9 @@ def test_data_parallel_devices_only_sum(tmp_path: Path) -> None:
 
 def test_fsdp_gathers_and_fits(tmp_path: Path) -> None:
     """Each device holds an eighth of the state, and gathers parameters where they are used."""
-    report = facts(tmp_path, *SMALL, *FSDP, "--config.model.remat=full")
+    report = facts(
+        tmp_path, *SMALL, *FSDP, "--config.model.remat=full", "--config.model.unroll=none"
+    )
     config = configs.load(str(REPOSITORY / "configs" / "digits.py"), SMALL)
     model = build.make_model(config, build.make_space(config)[0])
     assert kinds(report) & {"all-gather", "collective-permute"}
@@ -115,13 +117,19 @@ def test_slices_exchange_gradients_alone(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_ends_with_figures_and_advice(tmp_path: Path) -> None:
     """The same step that keeps all it computes."""
-    done = compile_for_tpu(tmp_path, *SMALL, *FSDP)
+    kept = ("--config.model.remat=none", "--config.model.unroll=none")
+    done = compile_for_tpu(tmp_path, *SMALL, *FSDP, *kept)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout and "--config.model.remat=dots" in done.stdout
     report = read_json(tmp_path / "report.json")
     assert not report["fits"] and report["step_seconds_estimate"] is None
     assert report["hbm_bytes_per_chip"] > report["hbm_limit_bytes"] > 15 * 2**30
     assert report["memory"][TEMPORARIES] > state_bytes(report) and report["advice"]
+
+
+def test_auto_takes_a_policy_that_fits(tmp_path: Path) -> None:
+    report = facts(tmp_path, *SMALL, *FSDP, "--config.model.unroll=none")
+    assert report["remat"].startswith(("dots (auto: none needs", "full (auto: none needs"))
 
 
 def test_a_sampler_fits_too(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command that trains a decoder: files of a run, restarts, switches, rejected input."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,21 @@ from PIL import Image
 from dsr_jax import build, sample, train, train_decoder
 from dsr_jax import config as configs
 from dsr_jax.convert.decoder import load_decoder
-from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError, DataError, DsrError
+from dsr_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DataError,
+    DeviceMemoryError,
+    DsrError,
+)
 from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.evaluation.reconstruction import psnr
 from dsr_jax.parallel.shardings import fetch
 from dsr_jax.registers.neurons import save_neurons
 from dsr_jax.runs.decoder_evaluation import save_pairs
+from dsr_jax.runs.runner import run_command
 from dsr_jax.sampling.images import to_uint8
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.checkpoints import Checkpoints, list_steps
@@ -77,6 +86,17 @@ def whole(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert start(folder, *overrides) == 0
     return folder
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_ends_before_it_runs(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    make_job = functools.partial(train_decoder.make_job, free_memory=lambda devices: 0)
+    words = [CONFIG, f"--workdir={tmp_path / 'run'}", *overrides, *PLAIN]
+    with pytest.raises(DeviceMemoryError, match="none needs.*dots needs.*full needs") as caught:
+        run_command(words, make_job, "test", None)
+    assert "accumulate" not in caught.value.remedy
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:

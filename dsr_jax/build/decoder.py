@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dsr_jax.build.frozen import open_lpips, open_vit
 from dsr_jax.build.rae import make_rae
+from dsr_jax.build.remat import first_policy, with_remat
 from dsr_jax.build.state import shard_state
 from dsr_jax.config import ConfigDict, trains_decoder
 from dsr_jax.convert.discriminator import load_backbone
@@ -67,6 +68,11 @@ class DecoderParts:
             discriminate=None if self.discriminator is None else self._discriminate,
         )
 
+    def with_remat(self, policy: str) -> "DecoderParts":
+        """Returns the same networks, with another policy of the trained one."""
+        decoder = with_remat(self.decoder, policy)
+        return dataclasses.replace(self, space=dataclasses.replace(self.space, decoder=decoder))
+
     def decode(self, variables: PyTree, params: Params, latents: Array) -> Array:
         """Maps latents [B, h, w, C] to images, not clipped."""
         return self.space.decode({**variables["space"], "decoder": params}, latents)
@@ -100,7 +106,13 @@ def make_decoder_parts(config: ConfigDict, mesh: Mesh | None, rules: Rules) -> D
     space, frozen = make_rae(config, mesh)
     sizes = _decoder_sizes(config, space)
     trained = dataclasses.replace(precision, residual=config.precision.residual)
-    decoder = ViTDecoder(sizes, precision=trained, constrain=constrain, remat=config.decoder.remat)
+    decoder = ViTDecoder(
+        sizes,
+        precision=trained,
+        constrain=constrain,
+        remat=first_policy("decoder.remat", config.decoder.remat),
+        unroll=config.decoder.unroll,
+    )
     space = dataclasses.replace(space, decoder=decoder)
     others: dict[str, PyTree] = {}
     lpips = discriminator = None
@@ -114,7 +126,7 @@ def make_decoder_parts(config: ConfigDict, mesh: Mesh | None, rules: Rules) -> D
             load_backbone,
             config.seed,
         )
-        backbone = ViT(vit, precision=precision, constrain=constrain)
+        backbone = ViT(vit, precision=precision, constrain=constrain, unroll=config.decoder.unroll)
         heads = Heads(config.gan.kernel_size)
         discriminator = Discriminator(backbone, config.gan.key_depths, heads)
     if mesh is not None:
@@ -186,7 +198,7 @@ def _decoder_sizes(config: ConfigDict, space: RAE) -> DecoderConfig:
     return DecoderConfig(
         latent_channels=channels,
         grid=grid,
-        **{key: section[key] for key in section if key != "remat"},
+        **{key: section[key] for key in section if key not in ("remat", "unroll")},
     )
 
 

@@ -13,6 +13,7 @@ from dsr_jax.build.fine_tuning import (
     check_positions,
     names_of_record,
 )
+from dsr_jax.build.remat import first_policy
 from dsr_jax.build.text_to_image import add_language_model
 from dsr_jax.config import ConfigDict, base_config, has_text, trains_decoder
 from dsr_jax.convert.files import load_converted
@@ -93,7 +94,7 @@ def _model_settings(config: ConfigDict, kind: type[Denoiser]) -> dict[str, Any]:
                     f"leave it at {defaults[key]!r}, or set config.language.hidden_size",
                 )
         elif key in fields:
-            settings[key] = value
+            settings[key] = first_policy("model.remat", value) if key == "remat" else value
         elif key != "name" and value != defaults[key]:
             raise ConfigError(
                 f"config.model.{key}={value!r}, but {name} has no such setting",

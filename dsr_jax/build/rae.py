@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsr_jax.build.frozen import open_decoder, open_encoder
-from dsr_jax.config import ConfigDict
+from dsr_jax.config import ConfigDict, trains_decoder
 from dsr_jax.convert.statistics import load_statistics
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import file_digest
@@ -88,14 +88,18 @@ def place_networks(space: RAE, config: ConfigDict, mesh: Mesh) -> RAE:
     """Returns the space with networks that split their activations over the mesh by samples.
 
     Parameters are replicated, so no other dimension is split. TPUs choose their attention kernel
-    by the mesh (`models.kernels.attend`).
+    by the mesh (`models.kernels.attend`). The compiler gets their depth as the config names it for
+    the trained network.
     """
     batch = dict(make_rules(config.sharding.rules, config.sharding.overrides))["act_batch"]
     constrain = Constrain(make_rules("replicated", [("act_batch", batch)]), mesh)
+    section = config.decoder if trains_decoder(config) else config.model
+    settings = {"constrain": constrain, "unroll": section.unroll}
 
     def place(network: Any) -> Any:
         fields = getattr(network, "__dataclass_fields__", {})
-        return network.clone(constrain=constrain) if "constrain" in fields else network
+        known = {name: value for name, value in settings.items() if name in fields}
+        return network.clone(**known) if known else network
 
     return dataclasses.replace(space, encoder=place(space.encoder), decoder=place(space.decoder))
 

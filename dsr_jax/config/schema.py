@@ -70,7 +70,12 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "model.use_rmsnorm": never(True, "RMSNorm in place of LayerNorm"),
         "model.final_norm": never(True, "norm before the output layer"),
         "model.attn_kv_bias": never(False, "extra key and value per head without a token"),
-        "model.remat": free("none", "what the backward pass computes again: none, dots or full"),
+        "model.remat": free(
+            "auto", "what is recomputed: none, dots, full, or auto for the least that fits"
+        ),
+        "model.unroll": free(
+            "auto", "unroll the depth: auto (by platform), full, or none for a loop"
+        ),
         "model.attention": free("auto", "attention kernel: auto, einsum, xla, cudnn or splash"),
         "model.decoder_hidden_size": never(2048, "ditdh: width of the head"),
         "model.decoder_depth": never(2, "ditdh: blocks of the head"),
@@ -249,7 +254,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "decoder.num_heads": never(16, "train_decoder: attention heads per block"),
         "decoder.mlp_dim": never(4096, "train_decoder: hidden width of the MLP"),
         "decoder.patch_size": never(16, "train_decoder: side of a patch in pixels"),
-        "decoder.remat": free("none", "train_decoder: as model.remat"),
+        "decoder.remat": free("auto", "train_decoder: as model.remat"),
+        "decoder.unroll": free("auto", "train_decoder: as model.unroll"),
         "lpips.folder": ask("", "train_decoder: folder of the converted LPIPS network"),
         "lpips.weight": ask(1.0, "train_decoder: weight of LPIPS relative to L1; 0 for none"),
         "gan.backbone": ask("", "train_decoder: folder of the discriminator's frozen backbone"),

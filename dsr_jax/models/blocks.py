@@ -1,4 +1,4 @@
-"""The modulated transformer block, and stacks of it as one scan over depth.
+"""The modulated transformer block, and stacks of it over depth.
 
 Source: DSR lightningDiT.py (LightningDiTBlock); spec denoiser 1.3.
 """
@@ -13,7 +13,7 @@ from dsr_jax.core.typing import Array
 from dsr_jax.models.attention import Attention, Rope
 from dsr_jax.models.dropout import ATTENTION_OUTPUT, MLP_HIDDEN, Dropout
 from dsr_jax.models.elementwise import gated_residual
-from dsr_jax.models.kernels import ATTENTION_RESIDUALS
+from dsr_jax.models.kernels import save_attention
 from dsr_jax.models.layers import (
     XAVIER,
     Dense,
@@ -25,17 +25,25 @@ from dsr_jax.models.layers import (
     zeros,
 )
 from dsr_jax.models.precision import Precision
+from dsr_jax.models.tuning import tuning
 from dsr_jax.parallel.axes import Constrain
 
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS),
+        save_attention,
     ),
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass keeps of a block: everything, only its input, or outputs of matmuls."""
+"""What the backward pass keeps of a block, from the fastest to the least memory.
+
+Everything, the outputs of matmuls and attention (what is element-wise is recomputed), or only the
+block's input.
+"""
+
+UNROLL = ("auto", "none", "full")
+"""Forms of a stack for the compiler: the platform's choice, one block in a loop, all blocks."""
 
 
 def mlp_width(width: int, mlp_ratio: float, use_swiglu: bool) -> int:
@@ -161,38 +169,47 @@ class Block(nn.Module):
 
 def make_stack(
     depth: int,
+    width: int,
     remat: str,
     name: str | None,
     block: type[nn.Module] = Block,
     in_axes: tuple[Any, ...] = (nn.broadcast, nn.broadcast),
+    unroll: str = "auto",
     **attributes: Any,
 ) -> nn.Module:
-    """Returns `depth` blocks as one scan; parameters and intermediates get a leading layer axis.
+    """Returns `depth` blocks; parameters and intermediates get a leading layer axis.
 
     Args:
       depth: Number of blocks.
+      width: Channels of a token.
       remat: A name in REMAT_POLICIES.
       name: The stack's name in the parameter tree; None in a `setup` method, which names it.
       block: Class of the blocks, which return (carry, None).
       in_axes: For each input after the carry, the axis that the scan runs over, or `nn.broadcast`.
+      unroll: A name in UNROLL. It changes the compiled program and nothing else: "auto" is
+        unrolled from the platform's `Tuning.unroll_width` on.
       **attributes: Attributes of each block.
 
     Raises:
-      ConfigError: If the policy's name is unknown.
+      ConfigError: If one of the names is unknown.
     """
-    if remat not in REMAT_POLICIES:
-        raise ConfigError(
-            f"config.model.remat={remat!r} is unknown", f"choose from {', '.join(REMAT_POLICIES)}"
-        )
+    for key, value, known in (("remat", remat, REMAT_POLICIES), ("unroll", unroll, UNROLL)):
+        if value not in known:
+            raise ConfigError(
+                f"config.model.{key}={value!r} is unknown", f"choose from {', '.join(known)}"
+            )
+    unrolled = width >= tuning().unroll_width if unroll == "auto" else unroll == "full"
     target: Any = block
     if remat != "none":
-        # A scan already prevents common-subexpression elimination; barriers only cost time.
-        target = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+        # Without barriers the compiler finds the values that an unrolled backward pass recomputes
+        # among those of the forward pass, and keeps them all. A loop is such a barrier itself.
+        target = nn.remat(block, prevent_cse=unrolled, policy=REMAT_POLICIES[remat])
     return nn.scan(
         target,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=depth,
+        unroll=depth if unrolled else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )(name=name, **attributes)

@@ -84,7 +84,7 @@ class DecoderOutput(NamedTuple):
 
 
 class ViTDecoder(nn.Module):
-    """Decodes tokens on a square grid; its depth is one scan.
+    """Decodes tokens on a square grid; its blocks have stacked parameters.
 
     With `mutable=["intermediates"]` it sows "embeddings" [B, 1+N, D], the input of the first
     block, and "blocks/block_out" [L, B, 1+N, D].
@@ -95,6 +95,7 @@ class ViTDecoder(nn.Module):
       precision: Dtype policy.
       constrain: Layout of activations.
       remat: Rematerialization in the backward pass: "none", "full" or "dots".
+      unroll: Form of the depth for the compiler, see `models.blocks.make_stack`.
     """
 
     config: DecoderConfig
@@ -102,6 +103,7 @@ class ViTDecoder(nn.Module):
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
     remat: str = "none"
+    unroll: str = "auto"
 
     @nn.compact
     def __call__(self, tokens: Array, drop_first: bool = False) -> DecoderOutput:
@@ -129,7 +131,12 @@ class ViTDecoder(nn.Module):
         x = self._add_positions(x)
         self.sow("intermediates", "embeddings", x)
         blocks = make_vit_stack(
-            config.blocks, self.attention, self.precision, self.constrain, self.remat
+            config.blocks,
+            self.attention,
+            self.precision,
+            self.constrain,
+            self.remat,
+            self.unroll,
         )
         x, _ = blocks(x, None, None)
         x = LayerNorm(config.layer_norm_eps, affine=True, precision=self.precision, name="norm")(

@@ -194,6 +194,7 @@ class DiffusionTransformer(Denoiser):
       register_condition: Rule for the registers' rows, see `models.conditioning.TextEmbed`.
       remat: Rematerialization in the backward pass: "none", "full" or "dots".
       attention: Attention kernel, see `models.kernels.attend`.
+      unroll: Form of the depth for the compiler, see `models.blocks.make_stack`.
       time_features: Sines and cosines that enter the time MLP.
       stack_prefix: Put before the names of the stacks and of the registers' tables.
     """
@@ -220,6 +221,7 @@ class DiffusionTransformer(Denoiser):
     register_condition: str = "mean"
     remat: str = "none"
     attention: str = "auto"
+    unroll: str = "auto"
 
     def check_sizes(self) -> None:
         """Checks that sizes fit each other; the original crashes, or worse, where they do not.
@@ -407,10 +409,12 @@ class DiffusionTransformer(Denoiser):
         """Runs one scanned stack; tokens in front of the grid's patches are not rotated."""
         stack = make_stack(
             depth,
+            tokens.shape[-1],
             self.remat,
             name,
             # Condition and rope are shared by all blocks; dropout is per block.
             in_axes=(nn.broadcast, nn.broadcast, 0),
+            unroll=self.unroll,
             num_heads=num_heads,
             mlp_ratio=self.mlp_ratio,
             use_swiglu=self.use_swiglu,

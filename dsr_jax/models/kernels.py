@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec
 
 from dsr_jax.core.errors import ConfigError
@@ -18,6 +19,21 @@ from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
 
 ATTENTION_RESIDUALS = "attention_residuals"
 """Checkpoint name of attention's residuals, which rematerialization may keep."""
+
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""JAX's primitive of cuDNN's forward pass, whose results have no checkpoint name.
+
+Source: jax/_src/cudnn/fused_attention_stablehlo.py.
+"""
+
+
+def save_attention(primitive: Primitive, *inputs: Any, **params: Any) -> bool:
+    """Rematerialization policy that saves the residuals of attention, whichever kernel it uses."""
+    if primitive.name == _CUDNN_FORWARD:
+        return True
+    by_name = jax.checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS)
+    return bool(by_name(primitive, *inputs, **params))
+
 
 _FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a masked key: finite, so that a row without keys does not divide 0 by 0."""

@@ -210,6 +210,7 @@ class LanguageModel(nn.Module):
         self.embed = TokenTable(self.vocab_size, self.hidden_size)
         self.layers = make_stack(
             self.depth,
+            self.hidden_size,
             self.remat,
             None,
             LanguageBlock,

@@ -158,8 +158,9 @@ def make_vit_stack(
     precision: Precision,
     constrain: Constrain,
     remat: str = "none",
+    unroll: str = "auto",
 ) -> nn.Module:
-    """Returns the stack `blocks` as one scan: `(tokens, intervention, rope) -> (tokens, None)`.
+    """Returns the stack `blocks`: `(tokens, intervention, rope) -> (tokens, None)`.
 
     Args:
       config: Sizes and flags.
@@ -167,13 +168,16 @@ def make_vit_stack(
       precision: Dtype policy.
       constrain: Layout of activations.
       remat: Rematerialization in the backward pass: "none", "full" or "dots".
+      unroll: Form of the depth for the compiler: "auto", "none" or "full".
     """
     return make_stack(
         config.depth,
+        config.hidden_size,
         remat,
         "blocks",
         ViTBlock,
         (0, nn.broadcast),
+        unroll,
         config=config,
         attention=attention,
         precision=precision,
@@ -182,7 +186,7 @@ def make_vit_stack(
 
 
 class ViT(nn.Module):
-    """A frozen image encoder; its depth is one scan.
+    """A frozen image encoder; its blocks have stacked parameters.
 
     With `mutable=["intermediates"]` it sows "embeddings" [B, S, D], and by block, stacked,
     "block_out" [L, B, S, D], "attn/qk", queries and keys [L, B, S, H, K], and "mlp/mlp_act"
@@ -194,12 +198,14 @@ class ViT(nn.Module):
       attention: Attention kernel, see `models.kernels.attend`.
       precision: Dtype policy.
       constrain: Layout of activations.
+      unroll: Form of the depth for the compiler, see `models.blocks.make_stack`.
     """
 
     config: ViTConfig
     attention: str = "auto"
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
+    unroll: str = "auto"
 
     @property
     def patch_size(self) -> int:
@@ -250,7 +256,9 @@ class ViT(nn.Module):
         if intervention is not None:
             tokens = intervention.append_registers(tokens)
         self.sow("intermediates", "embeddings", tokens)
-        blocks = make_vit_stack(config, self.attention, self.precision, self.constrain)
+        blocks = make_vit_stack(
+            config, self.attention, self.precision, self.constrain, unroll=self.unroll
+        )
         tokens, _ = blocks(tokens, intervention, self._rope(rows, columns, tokens.shape[1]))
         patches = tokens[:, config.num_prefix : config.num_prefix + rows * columns]
         class_token = None

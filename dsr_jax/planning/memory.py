@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
-
-from dsr_jax.core.typing import PyTree
+from dsr_jax.parallel.device_memory import bytes_per_chip as bytes_per_chip
+from dsr_jax.parallel.device_memory import out_of_memory as out_of_memory
 from dsr_jax.parallel.gpus import MEMORY_FRACTION, Card
 
 GIB = 2**30
 TEMPORARIES = "activations and temporaries"
 _MAX_FRACTION = 0.95
 """Fraction of a GPU's memory that JAX can take; CUDA and its libraries need the rest."""
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def bytes_per_chip(tree: PyTree) -> int:
-    """Returns the bytes of one device's shards, for abstract arrays with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
@@ -47,29 +34,6 @@ def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
         "program": analysis.generated_code_size_in_bytes,
     }
     return {name: int(size) for name, size in parts.items() if size}
-
-
-def out_of_memory(message: str, argument_bytes: int) -> tuple[int, int] | None:
-    """Returns (bytes needed, bytes available) from XLA's out-of-memory message, else None.
-
-    The compiler reports the total, or, if it gives up earlier, the temporaries alone.
-
-    Args:
-      message: Text of the exception.
-      argument_bytes: Bytes of the program's arguments on one device.
-    """
-    size = r"([\d.]+)([KMGT])"
-    patterns = {
-        rf"Used {size} of {size} hbm": 0,
-        rf"temporaries \({size}\) exceeds available HBM \({size}\)": argument_bytes,
-    }
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    for pattern, more in patterns.items():
-        if found := re.search(pattern, message):
-            need, limit = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
-            return need + more, limit
-    return None
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from dsr_jax.core.provenance import git_revision
 from dsr_jax.core.typing import PyTree
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.parallel.device_memory import RESERVE
 from dsr_jax.parallel.gpus import CUDA_VERSIONS, GpuTopology
 from dsr_jax.parallel.topologies import AnyTopology, compile_only_devices
 from dsr_jax.planning.hlo import parse
 from dsr_jax.planning.memory import (
+    GIB,
     TEMPORARIES,
     Layout,
     advice,
@@ -162,13 +164,21 @@ def compile_report(
       DsrError: If the compiler is not installed, or the config does not fit the mesh.
     """
     mesh = build.make_mesh(config, compile_only_devices(topology))
-    aot = PROGRAMS[program](config, mesh, topology.larger)
-    compiled = _compile(aot, mesh, topology, keep_text)
+    refused: list[str] = []
+    for candidate in build.policy_configs(config) if program == "train" else [config]:
+        aot = PROGRAMS[program](candidate, mesh, topology.larger)
+        compiled = _compile(aot, mesh, topology, keep_text)
+        if compiled.fits and compiled.needed <= (1 - RESERVE) * compiled.limit:
+            break
+        refused.append(f"{candidate.model.remat} needs {compiled.needed / GIB:.2f} GiB")
+    remat = candidate.model.remat
+    if config.model.remat != remat and refused:
+        remat += f" (auto: {', '.join(refused)})"
     about = {
         "what": aot.what,
         **subject,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "remat": config.model.remat,
+        "remat": remat,
         "global_batch": aot.images,
         "versions": _versions(topology.platform),
         "git_revision": git_revision(),

@@ -15,6 +15,7 @@ from dsr_jax.core.errors import CheckpointError, ConfigError, DamagedFileError, 
 from dsr_jax.core.lock import is_lock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.data.classes import DataDescription, compare, read_class_names
+from dsr_jax.parallel.processes import is_process_zero
 from dsr_jax.parallel.watch import FOLDER as FAILURES
 from dsr_jax.telemetry.writers import METRICS_FILE, read_metrics
 from dsr_jax.training.save_record import SaveRecord
@@ -152,3 +153,15 @@ def write_run_files(config: ConfigDict, workdir: str | os.PathLike[str]) -> None
     # First, since a folder without it is taken for somebody else's.
     files.write_json(folder / "config.json", to_json(config))
     files.write_json(path, [*starts, provenance()])
+
+
+def add_to_provenance(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
+    """Adds what a start decides after `write_run_files`, if that was called, to its entry.
+
+    Process 0 writes; the caller holds the folder's lock.
+    """
+    path = Path(workdir) / "provenance.json"
+    if not is_process_zero() or not path.is_file():
+        return
+    *before, last = files.read_json(path, f"remove {path}")
+    files.write_json(path, [*before, {**last, **facts}])

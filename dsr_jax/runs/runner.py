@@ -29,6 +29,7 @@ from dsr_jax.core.provenance import git_revision, package_versions
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.core.typing import Batch
 from dsr_jax.data.classes import DataDescription, warnings_of, write_class_names
+from dsr_jax.parallel.device_memory import is_out_of_memory
 from dsr_jax.parallel.peers import check_identical
 from dsr_jax.parallel.processes import (
     HEARTBEAT_SECONDS,
@@ -137,14 +138,16 @@ def explain_out_of_memory() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise DeviceMemoryError(
             f"a device is out of memory: {str(error).splitlines()[0][:300]}",
             "set config.model.remat=full (config.decoder.remat=full for a decoder) or a higher "
             "config.optim.accumulate, split the state over more devices with config.mesh.fsdp and "
-            "config.sharding.rules=fsdp, or compute in config.precision.compute=bfloat16; each may "
-            "change within a run, and python -m dsr_jax.compile reports the memory beforehand",
+            "config.sharding.rules=fsdp, compute in config.precision.compute=bfloat16, or, if "
+            "images were being sampled or scored, lower config.sample.batch or config.eval.batch; "
+            "each may change within a run, and python -m dsr_jax.compile reports the memory "
+            "beforehand",
         ) from error
 
 

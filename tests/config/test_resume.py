@@ -13,6 +13,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
 FREE = (
     *("model.remat", "model.attention", "model.dropout", "decoder.remat"),
+    *("model.unroll", "decoder.unroll"),
     *("optim.lr", "optim.clip_norm", "optim.weight_decay", "optim.accumulate", "optim.schedule"),
     *("ema.decays", "train.steps", "mesh.fsdp", "sharding.rules", "precision.compute"),
     *("log.every_steps", "checkpoint.every_steps", "data.workers", "sample.guidance"),
@@ -38,7 +39,7 @@ def test_changes_are_sorted_by_what_they_do() -> None:
         DIGITS, ["--config.model.remat=full", "--config.seed=3", "--config.model.depth=9"]
     )
     changes = compare_configs(before, after)
-    assert changes.free == {"model.remat": "config.model.remat: none -> full"}
+    assert changes.free == {"model.remat": "config.model.remat: auto -> full"}
     assert changes.ask == {"seed": "config.seed: 0 -> 3"}
     assert list(changes.never) == ["model.depth"]
     assert compare_configs(configs.to_json(after), after) == ({}, {}, {})

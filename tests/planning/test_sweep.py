@@ -84,4 +84,4 @@ def test_what_cannot_be_better_is_not_compiled(monkeypatch: pytest.MonkeyPatch) 
     assert reports[0]["overrides"][3] == "--config.model.remat=full"
     assert [report["fits"] for report in reports] == [True, True, True, False, False]
     assert len(notes) == 5 and "does not fit" in notes[0]
-    assert config.model.remat == "none", "the config itself stays as it is"
+    assert config.model.remat == "auto", "the config itself stays as it is"

@@ -81,7 +81,7 @@ def changed(run: Path, override: str, *allowed: str) -> list[str]:
 
 def test_a_run_takes_changes_of_memory_speed_and_rate(run: Path) -> None:
     assert changed(run, "train.steps=9") == ["config.train.steps: 1200 -> 9"]
-    assert changed(run, "model.remat=full") == ["config.model.remat: none -> full"]
+    assert changed(run, "model.remat=full") == ["config.model.remat: auto -> full"]
     assert changed(run, "optim.clip_norm=0.0") == ["config.optim.clip_norm: 1.0 -> 0.0"]
 
 

@@ -24,6 +24,7 @@ def test_a_device_without_memory_names_what_to_change() -> None:
     changes = (
         *("model.remat=full", "decoder.remat=full", "optim.accumulate=2", "mesh.fsdp=2"),
         *("sharding.rules=fsdp", "precision.compute=bfloat16"),
+        *("sample.batch=8", "eval.batch=8"),
     )
     assert named == {change.partition("=")[0] for change in changes}
     before = configs.load(DIGITS, ["--config.sharding.rules=zero1"])
