@@ -77,7 +77,7 @@ Scene = tuple[Object, ...]
 
 
 def render(scene: Scene, image_size: int = SCENE_SIZE) -> np.ndarray:
-    """Draws a scene, uint8 [image_size, image_size, 3]; the size is a multiple of 24."""
+    """Renders a scene, uint8 [image_size, image_size, 3]; the size is a multiple of 24."""
     image = np.empty((SCENE_SIZE, SCENE_SIZE, 3), np.uint8)
     image[:] = BACKGROUND
     forms = masks()
