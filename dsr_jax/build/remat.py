@@ -53,14 +53,17 @@ def remat_policies(config: ConfigDict, network: nn.Module) -> tuple[str, ...]:
       network: The trained network; one without a field `remat` has no choice.
     """
     value = config.decoder.remat if trains_decoder(config) else config.model.remat
-    if "remat" not in network.__dataclass_fields__:
+    if not {"remat", "denoiser"} & set(network.__dataclass_fields__):
         return ("none",)
     return tuple(REMAT_POLICIES) if value == AUTO else (value,)
 
 
 def with_remat(network: Network, policy: str) -> Network:
-    """Returns the network with another policy, if it has any."""
-    return network.clone(remat=policy) if "remat" in network.__dataclass_fields__ else network
+    """Returns the network, or the denoiser within it, with another policy, if it has any."""
+    fields: Any = network.__dataclass_fields__
+    if "denoiser" in fields:
+        return network.clone(denoiser=with_remat(vars(network)["denoiser"], policy))
+    return network.clone(remat=policy) if "remat" in fields else network
 
 
 @dataclass(frozen=True)
