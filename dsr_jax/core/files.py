@@ -100,7 +100,7 @@ def name_storage_errors(path: str | os.PathLike[str] | None) -> Iterator[None]:
             raise
         raise StorageError(
             f"{path or error.filename or 'a file'} cannot be written: {error.strerror or error}",
-            "make room on the disk or make the folder writable, then run the same command again",
+            "free space on the disk or make the folder writable, then run the same command again",
         ) from error
 
 

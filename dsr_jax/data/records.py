@@ -213,7 +213,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     except RuntimeError as error:
         raise StorageError(
             f"{path} cannot be written: {error}",
-            "make room on the disk, then run the same command again",
+            "free space on the disk, then run the same command again",
         ) from error
 
 
