@@ -186,8 +186,8 @@ def make_stack(
       name: The stack's name in the parameter tree; None in a `setup` method, which names it.
       block: Class of the blocks, which return (carry, None).
       in_axes: For each input after the carry, the axis that the scan runs over, or `nn.broadcast`.
-      unroll: A name in UNROLL. It changes the compiled program and nothing else: "auto" is
-        unrolled from the platform's `Tuning.unroll_width` on.
+      unroll: A name in UNROLL. It changes the compiled program and nothing else: "auto"
+        follows the platform's `Tuning`.
       **attributes: Attributes of each block.
 
     Raises:
@@ -198,7 +198,12 @@ def make_stack(
             raise ConfigError(
                 f"config.model.{key}={value!r} is unknown", f"choose from {', '.join(known)}"
             )
-    unrolled = width >= tuning().unroll_width if unroll == "auto" else unroll == "full"
+    choice = tuning()
+    unrolled = unroll == "full" or (
+        unroll == "auto"
+        and width >= choice.unroll_width
+        and (remat == "none" or choice.unroll_remat)
+    )
     target: Any = block
     if remat != "none":
         # Without barriers the compiler finds the values that an unrolled backward pass recomputes

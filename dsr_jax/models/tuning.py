@@ -35,12 +35,16 @@ class Tuning:
         and copies slices out of them: on a GPU a tenth of a step and half of its memory, on a CPU
         a quarter of the digits' step. Toy networks, as those of the tests, take a CPU's compiler
         more than twice as long unrolled, which their runs do not repay.
+      unroll_remat: Unrolls blocks that are recomputed in the backward pass, too. A TPU's compiler
+        takes over ten minutes for RAE-DiT-XL with everything recomputed, three as a loop, and a
+        loop stacks little then.
     """
 
     query_rows: int
     pad_convolutions: bool
     separate_outputs: bool
     unroll_width: int
+    unroll_remat: bool = True
     row_major: bool = False
     xla_options: tuple[tuple[str, Any], ...] = ()
 
@@ -58,7 +62,13 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
             row_major=True,
             xla_options=(("xla_allow_excess_precision", False),),
         ),
-        "tpu": Tuning(query_rows=0, pad_convolutions=False, separate_outputs=True, unroll_width=0),
+        "tpu": Tuning(
+            query_rows=0,
+            pad_convolutions=False,
+            separate_outputs=True,
+            unroll_width=0,
+            unroll_remat=False,
+        ),
     }
 )
 
