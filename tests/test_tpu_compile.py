@@ -36,6 +36,10 @@ SMALL = (
 )
 
 
+# A batch whose activations do not fit if all are kept.
+TOO_LARGE = "--config.data.global_batch=1536"
+
+
 def compile_for_tpu(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs the command on the digits config, changed by overrides."""
     require("libtpu", "tpu")
@@ -118,7 +122,7 @@ def test_slices_exchange_gradients_alone(tmp_path: Path) -> None:
 def test_what_does_not_fit_ends_with_figures_and_advice(tmp_path: Path) -> None:
     """The same step that keeps all it computes."""
     kept = ("--config.model.remat=none", "--config.model.unroll=none")
-    done = compile_for_tpu(tmp_path, *SMALL, *FSDP, *kept)
+    done = compile_for_tpu(tmp_path, *SMALL, *FSDP, *kept, TOO_LARGE)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout and "--config.model.remat=dots" in done.stdout
     report = read_json(tmp_path / "report.json")
@@ -128,7 +132,7 @@ def test_what_does_not_fit_ends_with_figures_and_advice(tmp_path: Path) -> None:
 
 
 def test_auto_takes_a_policy_that_fits(tmp_path: Path) -> None:
-    report = facts(tmp_path, *SMALL, *FSDP, "--config.model.unroll=none")
+    report = facts(tmp_path, *SMALL, *FSDP, "--config.model.unroll=none", TOO_LARGE)
     assert report["remat"].startswith(("dots (auto: none needs", "full (auto: none needs"))
 
 
