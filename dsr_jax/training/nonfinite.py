@@ -75,7 +75,7 @@ def describe_step(
       norms: Gradient norm of every array, a scalar or one per block.
       records: Numbers of the batch's records.
     """
-    names = ("loss", "grad_norm", "param_norm", "learning_rate")
+    names = ("loss", "discriminator_loss", "grad_norm", "param_norm", "learning_rate")
     bins = np.asarray(metrics.get("bin_loss", ()), np.float64)
     flat = [
         (f"{name}, block {index[0]}" if index else name, float(norm))
@@ -88,7 +88,7 @@ def describe_step(
     )
     return NonFiniteStep(
         step,
-        {name: float(metrics[name]) for name in names},
+        {name: float(metrics[name]) for name in names if name in metrics},
         [
             f"{index / len(bins):.2f}-{(index + 1) / len(bins):.2f}"
             for index in np.flatnonzero(~np.isfinite(bins))

@@ -12,22 +12,22 @@ from dsr_jax.core.typing import Array, Batch, Metrics, PyTree
 
 AnyStep = Callable[[Any, Batch, PyTree], tuple[Any, Metrics]]
 
-_CHECKED = ("loss", "grad_norm", "discriminator_loss")
-
 
 def skip_batches(step: AnyStep, *, nonfinite: bool, steps: Sequence[int] = ()) -> AnyStep:
     """Wraps a step so that some batches change nothing but the number of steps done.
 
     Parameters, EMA weights, moments and their counts stay as they are. Whether a batch is skipped
-    follows from its loss and gradients, which are equal on all processes.
+    follows from its metrics, which are equal on all processes.
 
     Args:
       step: The step, not compiled.
-      nonfinite: Skips batches whose loss or gradients are not finite.
+      nonfinite: Skips batches whose metric "finite" is False: losses, gradients or the parameters
+        that they lead to are not finite.
       steps: Numbers, from 1, of further steps to skip.
 
     Returns:
-      The step itself where nothing is skipped; otherwise one whose metrics have "skipped", a bool.
+      The step itself where nothing is skipped; otherwise one whose metrics have "skipped", a bool,
+      and are those of the step that was not done if it is True.
     """
     if not nonfinite and not steps:
         return step
@@ -36,12 +36,9 @@ def skip_batches(step: AnyStep, *, nonfinite: bool, steps: Sequence[int] = ()) -
         new, metrics = step(state, batch, variables)
         skipped = jnp.any(state.step + 1 == jnp.asarray(steps or (-1,), jnp.int32))
         if nonfinite:
-            values = jnp.stack([metrics[name] for name in _CHECKED if name in metrics])
-            skipped |= ~jnp.all(jnp.isfinite(values))
+            skipped |= ~metrics["finite"]
         kept = jax.tree.map(lambda old, moved: jnp.where(skipped, old, moved), state, new)
-        kept = dataclasses.replace(kept, step=new.step)
-        # The state before was finite, or the run would have ended.
-        return kept, {**metrics, "finite": metrics["finite"] | skipped, "skipped": skipped}
+        return dataclasses.replace(kept, step=new.step), {**metrics, "skipped": skipped}
 
     return guarded
 
@@ -55,4 +52,6 @@ def array_norms(tree: PyTree) -> dict[str, Array]:
 
 
 def _is_stacked(name: str) -> bool:
-    return any(part.startswith("blocks") for part in name.split("/")[:-1])
+    """Whether an array belongs to a stack of blocks: "blocks_reg", "enc_blocks", "layers"."""
+    parts = name.split("/")[:-1]
+    return any(part == "layers" or "blocks" in part.split("_") for part in parts)

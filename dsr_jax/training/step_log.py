@@ -103,9 +103,9 @@ class StepLog:
         else:
             self._skipped_in_a_row = 0
             self.window.add(host)
-        if not host["finite"]:
-            self._out.writer.write(step, self.window.flush())
-            raise self._not_finite(self._describe(step, host, norms))
+            if not host["finite"]:
+                self._out.writer.write(step, self.window.flush())
+                raise self._not_finite(self._describe(step, host, norms))
         if check is not None and sums is not None:
             check.verify(step, np.asarray(sums))
         if step % self._every == 0:
@@ -131,7 +131,7 @@ class StepLog:
           NumericsError: After too many in a row that are not finite.
         """
         self.window.add_skipped()
-        if np.isfinite(host["loss"]) and np.isfinite(host["grad_norm"]):
+        if host["finite"]:
             self._skipped_in_a_row = 0
             self._out.progress.log(f"step {step}: its batch is skipped, as the config asks")
             return
@@ -164,6 +164,6 @@ class StepLog:
             "\n    ".join(lines),
             "lower config.optim.lr, set config.optim.clip_norm, warm up longer, or check the data; "
             "the same command continues from the newest checkpoint, and leaves out this batch with "
-            f"--config.train.skip_steps=({found.step},), or all that are not finite with "
+            f"'--config.train.skip_steps=({found.step},)', or all that are not finite with "
             "--config.failures.on_nonfinite=skip",
         )

@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +18,11 @@ from dsr_jax.core.rng import sample_keys, stream_key, uniform_per_sample
 from dsr_jax.diffusion.time_sampling import TimeSampler
 from dsr_jax.parallel.mesh import MeshShape
 from dsr_jax.training.checkpoints import list_steps
-from dsr_jax.training.step_log import MAX_SKIPPED
+from dsr_jax.training.metrics import MetricWindow
+from dsr_jax.training.nonfinite import describe_step
+from dsr_jax.training.skipping import array_norms, skip_batches
+from dsr_jax.training.state import TrainState
+from dsr_jax.training.step_log import MAX_SKIPPED, PendingStep, StepLog
 from tests.training.test_loop import equal, records
 from tests.training.toy_training import BATCH, Run, flat
 
@@ -113,3 +119,41 @@ def test_a_cause_other_than_single_batches_ends_the_run(skipping: Any, tmp_path:
     bad = range(2, 2 + MAX_SKIPPED)
     with pytest.raises(NumericsError, match=f"{MAX_SKIPPED} steps in a row.* step {bad[-1]}"):
         run.train(100, batches=with_nan(run, *bad))
+
+
+def discriminator_step(state: TrainState, batch: Any, variables: Any) -> Any:
+    """A step whose losses and gradients are finite, but not what the discriminator becomes."""
+    metrics = dict.fromkeys(("loss", "grad_norm", "param_norm", "learning_rate"), jnp.ones(()))
+    bad = {"discriminator_loss": jnp.asarray(jnp.inf), "finite": jnp.asarray(False)}
+    new = dataclasses.replace(state, step=state.step + 1, params=state.params + jnp.nan)
+    return new, metrics | bad
+
+
+def test_a_step_that_only_the_discriminator_fails_is_skipped_and_counted(tmp_path: Path) -> None:
+    step = skip_batches(discriminator_step, nonfinite=True)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(step=zero, params=jnp.zeros(2), ema={}, opt_state=())
+    lines: list[str] = []
+    out = SimpleNamespace(
+        records=lambda step: (), failures=None, progress=SimpleNamespace(log=lines.append)
+    )
+    log = StepLog(out, 100, MetricWindow(), None)  # type: ignore[arg-type]
+    with pytest.raises(NumericsError, match=f"{MAX_SKIPPED} steps in a row are not finite"):
+        for number in range(1, MAX_SKIPPED + 1):
+            state, metrics = step(state, {}, None)
+            log.add(PendingStep(number, metrics, None, None), wait=False)
+        log.drain()
+    assert state.step == MAX_SKIPPED and not np.any(state.params)
+    assert len(lines) == MAX_SKIPPED and "discriminator_loss inf" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "stack", ["blocks", "blocks_reg", "enc_blocks_pre", "dec_blocks", "layers"]
+)
+def test_norms_are_by_block_in_every_stack(stack: str) -> None:
+    norms = array_norms({stack: {"w": jnp.ones((3, 2, 2))}, "w": jnp.ones((3, 2))})
+    assert norms[f"{stack}/w"].shape == (3,) and norms["w"].shape == ()
+    metrics = dict.fromkeys(("loss", "grad_norm", "param_norm", "learning_rate"), 1.0)
+    bad = {name: np.asarray(norm) for name, norm in norms.items()}
+    bad[f"{stack}/w"] = np.asarray([1.0, np.nan, 2.0])
+    assert describe_step(1, metrics, bad).largest == f"{stack}/w, block 1"
