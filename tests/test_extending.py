@@ -87,6 +87,9 @@ def test_describe_and_the_planned_program_of_an_outside_denoiser(modules: Path) 
     assert summary["network"]["name"] == "my_denoiser:ConvNet"
     assert summary["network"]["register_flops"] == 0
     assert summary["network"]["forward_flops"] == flops_of_program(config)
+    # It has no field `remat` that a plan could set.
+    for candidate in build.policy_configs(config):
+        build.make_model(candidate, build.make_space(candidate)[0])
 
 
 def flops_of_program(config: configs.ConfigDict) -> int:

@@ -12,6 +12,7 @@ from dsr_jax.config import ConfigDict, trains_decoder
 from dsr_jax.core.errors import ConfigError, DeviceMemoryError
 from dsr_jax.core.typing import PyTree
 from dsr_jax.models.blocks import REMAT_POLICIES
+from dsr_jax.models.registry import config_fields, denoiser_class
 from dsr_jax.parallel.device_memory import (
     GIB,
     FreeBytes,
@@ -19,6 +20,7 @@ from dsr_jax.parallel.device_memory import (
     bytes_per_chip,
     free_bytes,
     is_out_of_memory,
+    out_of_memory,
     smallest_of_processes,
 )
 from dsr_jax.parallel.processes import log
@@ -126,7 +128,9 @@ class RematChoice:
 
 def policy_configs(config: ConfigDict) -> list[ConfigDict]:
     """Returns the config with each policy that a denoiser's run may use, the fastest first."""
-    if config.model.remat != AUTO:
+    if config.model.remat != AUTO or "remat" not in config_fields(
+        denoiser_class(config.model.name)
+    ):
         return [config]
     found = []
     for policy in REMAT_POLICIES:
@@ -187,8 +191,8 @@ class FittingStep:
         fits: list[Fit] = []
         for policy, step in self._steps.items():
             fit, compiled = compile_fit(policy, step, (state, *inputs))
-            room = -1 if fit.allocated is None else free - fit.allocated
-            if smallest_of_processes(room) >= 0:
+            fits_here = compiled is not None and (fit.allocated or 0) <= free
+            if smallest_of_processes(int(fits_here)):
                 self._step = compiled
                 try:
                     done = jax.block_until_ready(compiled(state, *inputs))
@@ -221,7 +225,9 @@ def compile_fit(policy: str, step: Any, arguments: tuple[PyTree, ...]) -> tuple[
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return Fit(policy, bytes_per_chip(arguments), None), None
+        held = bytes_per_chip(arguments)
+        refused = out_of_memory(str(error), held)
+        return Fit(policy, held, refused and refused[0] - held), None
     analysis = compiled.memory_analysis()
     return Fit(policy, analysis.argument_size_in_bytes, allocated_bytes(analysis)), compiled
 
@@ -237,7 +243,7 @@ def _nothing_fits(fits: Sequence[Fit], free: int, remedies: Sequence[str]) -> De
     found = (
         f"by estimate, one of these is enough: {', '.join(remedies)}"
         if remedies
-        else ("use devices with more memory, or more of them")
+        else "use devices with more memory, or more of them"
     )
     return DeviceMemoryError(
         f"the training step does not fit into the {available} that it can have of each device: of "
@@ -277,7 +283,7 @@ def make_remedies(
                 f"--config.optim.accumulate={n} ({images // n} images at a time on each device)"
                 for n in enough[:1]
             ]
-        found += _more_shards(config, rows.mesh, bytes_per_chip(abstract), fit.allocated - free)
+        found += _more_shards(config, rows.mesh, abstract, fit.allocated - free)
         fewer = int(images * (free - fixed) / max(activations, 1)) // count * count
         if fewer > 0:
             size = config.data.global_batch // images * fewer
@@ -287,13 +293,17 @@ def make_remedies(
     return remedies
 
 
-def _more_shards(config: ConfigDict, mesh: Any, state: int, lacking: int) -> list[str]:
+def _more_shards(config: ConfigDict, mesh: Any, abstract: TrainState, lacking: int) -> list[str]:
     """Returns the smallest mesh.fsdp with which each device's part of the state is small enough."""
     width = config.decoder.hidden_size or config.model.hidden_size
-    shards = mesh.shape["fsdp"]
-    whole = state * (shards if config.sharding.rules == "fsdp" else 1)
-    for n in range(shards + 1, mesh.size // mesh.shape["tensor"] + 1):
-        if mesh.size % n == width % n == 0 and state - whole / n >= lacking:
+    shards, split = mesh.shape["fsdp"], mesh.size // mesh.shape["tensor"]
+    # With zero1 only moments and EMA weights are divided yet.
+    whole = sum(
+        bytes_per_chip(leaf) * (shards if "fsdp" in str(leaf.sharding.spec) else 1)
+        for leaf in jax.tree.leaves(abstract)
+    )
+    for n in range(shards + 1, split + 1):
+        if split % n == width % n == 0 and bytes_per_chip(abstract) - whole / n >= lacking:
             rules = "" if config.sharding.rules == "fsdp" else " --config.sharding.rules=fsdp"
             return [f"--config.mesh.data=-1 --config.mesh.fsdp={n}{rules}"]
     return []

@@ -142,9 +142,9 @@ def explain_out_of_memory() -> Iterator[None]:
             raise
         raise DeviceMemoryError(
             f"a device is out of memory: {str(error).splitlines()[0][:300]}",
-            "set config.model.remat=full (config.decoder.remat=full for a decoder) or a higher "
-            "config.optim.accumulate, split the state over more devices with config.mesh.fsdp and "
-            "config.sharding.rules=fsdp, compute in config.precision.compute=bfloat16, or, if "
+            "set config.model.remat=full or a higher config.optim.accumulate (for a decoder, "
+            "config.decoder.remat=full), split the state over more devices with config.mesh.fsdp "
+            "and config.sharding.rules=fsdp, compute in config.precision.compute=bfloat16, or, if "
             "images were being sampled or scored, lower config.sample.batch or config.eval.batch; "
             "each may change within a run, and python -m dsr_jax.compile reports the memory "
             "beforehand",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import re
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax import build, train
 from dsr_jax import config as configs
 from dsr_jax.build.abstract import abstract_batch
-from dsr_jax.build.remat import Fit, FittingStep, RematChoice, compile_fit
+from dsr_jax.build.remat import Fit, FittingStep, RematChoice, _more_shards, compile_fit
 from dsr_jax.core.errors import ConfigError, DeviceMemoryError
 from dsr_jax.core.files import read_json
 from dsr_jax.models.blocks import REMAT_POLICIES
@@ -134,9 +137,10 @@ class OutOfMemory:
 
     step: Any
     when: str
+    message: str = "RESOURCE_EXHAUSTED: Out of memory"
 
     def fail(self) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        raise jax.errors.JaxRuntimeError(self.message)
 
     def lower(self, *arguments: Any) -> Any:
         self.lowered = self.step.lower(*arguments)
@@ -159,6 +163,51 @@ def test_an_error_of_the_device_means_the_next_policy(steps: dict[str, Any], whe
     step(*toy_arrays())
     assert chosen[0].policy == "dots"
     assert chosen[0].fits[0].allocated is None and "none is out of memory" in str(chosen[0])
+
+
+def test_what_a_tpu_compiler_needs_is_read_from_its_error(steps: dict[str, Any]) -> None:
+    """It compiles nothing that does not fit, so no other figure leads to remedies."""
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+    tpu = {policy: OutOfMemory(step, "compiling", text) for policy, step in steps.items()}
+    found: list[tuple[Fit, int]] = []
+    mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
+    remedies = lambda fit, free: found.append((fit, free)) or ["half of it"]  # noqa: E731
+    # Even where the devices seem to have more than the compiler.
+    step = FittingStep(tpu, mesh, remedies, lambda choice: None, lambda _: 32 * GIB)
+    with pytest.raises(DeviceMemoryError, match=r"full needs 20\.50 GiB.*\n.*half of it"):
+        step(*toy_arrays())
+    ((fit, _),) = found
+    assert fit.arguments + fit.allocated == int(20.5 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh", "lacking", "named"),
+    [
+        # Of 1,280 bytes in all a device has 768: 427 of 3 shards, 320 of 4, 213 of 6.
+        ("fsdp", {"data": 12, "fsdp": 2, "tensor": 1}, 340, 3),
+        ("zero1", {"data": 12, "fsdp": 2, "tensor": 1}, 400, 4),
+        ("zero1", {"data": 12, "fsdp": 2, "tensor": 1}, 500, 6),
+        # Of 768: 4 shards would be enough, but do not divide the 6 groups of 24 devices.
+        ("fsdp", {"data": 6, "fsdp": 1, "tensor": 4}, 550, 6),
+    ],
+)
+def test_the_named_mesh_exists_and_is_enough(
+    rules: str, mesh: dict[str, int], lacking: int, named: int
+) -> None:
+    config = configs.load(
+        DIGITS, ["--config.model.hidden_size=48", f"--config.sharding.rules={rules}"]
+    )
+    devices = make_mesh(MeshShape(4, 2, 1))
+    abstract: Any = {
+        name: jax.ShapeDtypeStruct((size,), jnp.uint8, sharding=NamedSharding(devices, spec))
+        for name, size, spec in (
+            ("whole", 256, PartitionSpec()),
+            ("divided", 1024, PartitionSpec("fsdp")),
+        )
+    }
+    planned = types.SimpleNamespace(shape=mesh, size=math.prod(mesh.values()))
+    (remedy,) = _more_shards(config, planned, abstract, lacking)
+    assert remedy.split()[:2] == ["--config.mesh.data=-1", f"--config.mesh.fsdp={named}"]
 
 
 def test_the_smallest_value_of_one_process_is_its_own() -> None:
