@@ -11,7 +11,7 @@ import pytest
 from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.core.files import read_json
-from dsr_jax.parallel.gpus import MEMORY_FRACTION
+from dsr_jax.parallel.gpus import MEMORY_FRACTIONS
 from dsr_jax.planning.memory import TEMPORARIES
 from tests.requirements import require
 
@@ -40,7 +40,7 @@ def compile_for_gpus(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command on the digits config, changed by overrides."""
     require("jax_cuda13_plugin", "cuda")
-    dropped = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", MEMORY_FRACTION)
+    dropped = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", *MEMORY_FRACTIONS)
     own = {name: value for name, value in os.environ.items() if name not in dropped}
     command = (sys.executable, "-m", "dsr_jax.compile", "--config=configs/digits.py")
     return subprocess.run(
@@ -118,11 +118,15 @@ def test_two_nodes_exchange_gradients_and_what_does_not_fit_is_advised(tmp_path:
     """Each node holds the state, split over its own GPUs, of which JAX may take next to nothing."""
     words = ("--config.mesh.fsdp=8", "--config.model.hidden_size=128", "--config.model.depth=2")
     done = compile_for_gpus(
-        tmp_path, "2xh100:8", *words, "--config.registers.start=1", **{MEMORY_FRACTION: "0.0001"}
+        tmp_path,
+        "2xh100:8",
+        *words,
+        "--config.registers.start=1",
+        **{MEMORY_FRACTIONS[0]: "0.0001"},
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "2 nodes of 8 x NVIDIA H100" in done.stdout and "nodes over the network" in done.stdout
-    assert "DOES NOT FIT" in done.stdout and f"{MEMORY_FRACTION}=0.95" in done.stdout
+    assert "DOES NOT FIT" in done.stdout and f"{MEMORY_FRACTIONS[0]}=0.95" in done.stdout
     report = read_json(tmp_path / "report.json")
     assert (report["chips"], report["slices"], report["fits"]) == (16, 2, False)
     gradients = report["memory"]["parameters"]

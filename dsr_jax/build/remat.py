@@ -15,6 +15,7 @@ from dsr_jax.models.blocks import REMAT_POLICIES
 from dsr_jax.models.registry import config_fields, denoiser_class
 from dsr_jax.parallel.device_memory import (
     GIB,
+    RESERVE,
     FreeBytes,
     allocated_bytes,
     bytes_per_chip,
@@ -23,6 +24,7 @@ from dsr_jax.parallel.device_memory import (
     out_of_memory,
     smallest_of_processes,
 )
+from dsr_jax.parallel.gpus import CARDS, MAX_FRACTION, memory_fraction
 from dsr_jax.parallel.processes import log
 from dsr_jax.training.state import TrainState
 
@@ -283,6 +285,7 @@ def make_remedies(
                 f"--config.optim.accumulate={n} ({images // n} images at a time on each device)"
                 for n in enough[:1]
             ]
+        found += _more_memory(rows.mesh, fit.allocated - free)
         found += _more_shards(config, rows.mesh, abstract, fit.allocated - free)
         fewer = int(images * (free - fixed) / max(activations, 1)) // count * count
         if fewer > 0:
@@ -291,6 +294,16 @@ def make_remedies(
         return found
 
     return remedies
+
+
+def _more_memory(mesh: Any, lacking: int) -> list[str]:
+    """Returns the environment variable by which JAX takes more of a GPU's memory, if enough."""
+    kind = mesh.devices.flat[0].device_kind
+    for card in CARDS.values():
+        more = (1 - RESERVE) * (MAX_FRACTION * card.memory_bytes - card.hbm_bytes)
+        if card.device_kind == kind and more >= lacking:
+            return [f"in the environment {memory_fraction()[0]}={MAX_FRACTION}"]
+    return []
 
 
 def _more_shards(config: ConfigDict, mesh: Any, abstract: TrainState, lacking: int) -> list[str]:

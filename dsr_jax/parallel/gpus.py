@@ -17,10 +17,20 @@ import jax
 
 from dsr_jax.core.errors import MeshError
 
-MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-"""Environment variable with the fraction of a GPU's memory that JAX takes."""
+MEMORY_FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+"""Environment variables with the fraction of a GPU's memory that JAX takes, which refuses both at
+once. Source: jaxlib/xla_client.py."""
 
 _DEFAULT_FRACTION = 0.75
+
+MAX_FRACTION = 0.95
+"""Fraction of a GPU's memory that JAX can take; CUDA and its libraries need the rest."""
+
+
+def memory_fraction() -> tuple[str, str]:
+    """Returns the name of the variable that is set, or the first one's, and its value or ""."""
+    found = {name: os.environ[name] for name in MEMORY_FRACTIONS if os.environ.get(name)}
+    return next(iter(found.items()), (MEMORY_FRACTIONS[0], ""))
 
 
 @dataclass(frozen=True)
@@ -59,20 +69,20 @@ class Card:
 
     @property
     def hbm_bytes(self) -> int:
-        """Memory that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION of it, three quarters by default.
+        """Memory that JAX takes: a variable of MEMORY_FRACTIONS, three quarters by default.
 
         Raises:
           MeshError: If the variable is not a fraction.
         """
-        text = os.environ.get(MEMORY_FRACTION, str(_DEFAULT_FRACTION))
+        name, text = memory_fraction()
         try:
-            fraction = float(text)
+            fraction = float(text or _DEFAULT_FRACTION)
         except ValueError:
             fraction = 0.0
         if not 0 < fraction <= 1:
             raise MeshError(
-                f"{MEMORY_FRACTION}={text!r} is not a fraction of a GPU's memory",
-                f"set it above 0 and at most 1, as in {MEMORY_FRACTION}=0.92, or unset it",
+                f"{name}={text!r} is not a fraction of a GPU's memory",
+                f"set it above 0 and at most 1, as in {name}=0.92, or unset it",
             )
         return int(self.memory_bytes * fraction)
 

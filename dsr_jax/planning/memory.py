@@ -9,12 +9,10 @@ from typing import Any
 
 from dsr_jax.parallel.device_memory import bytes_per_chip as bytes_per_chip
 from dsr_jax.parallel.device_memory import out_of_memory as out_of_memory
-from dsr_jax.parallel.gpus import MEMORY_FRACTION, Card
+from dsr_jax.parallel.gpus import MAX_FRACTION, Card, memory_fraction
 
 GIB = 2**30
 TEMPORARIES = "activations and temporaries"
-_MAX_FRACTION = 0.95
-"""Fraction of a GPU's memory that JAX can take; CUDA and its libraries need the rest."""
 
 
 def memory_parts(analysis: Any, arguments: Mapping[str, int]) -> dict[str, int]:
@@ -106,12 +104,12 @@ def gpu_advice(card: Card, needed: int) -> list[str]:
       card: The GPU.
       needed: Bytes needed on it.
     """
-    most = int(_MAX_FRACTION * card.memory_bytes)
+    most = int(MAX_FRACTION * card.memory_bytes)
     if card.hbm_bytes >= most:
         return []
     return [
         f"let JAX take more of the GPU's memory, here and in the run: set the environment variable "
-        f"{MEMORY_FRACTION}={_MAX_FRACTION}{_outcome(needed, most)}"
+        f"{memory_fraction()[0]}={MAX_FRACTION}{_outcome(needed, most)}"
     ]
 
 

@@ -11,18 +11,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax import build, train
 from dsr_jax import config as configs
 from dsr_jax.build.abstract import abstract_batch
-from dsr_jax.build.remat import Fit, FittingStep, RematChoice, _more_shards, compile_fit
+from dsr_jax.build.remat import (
+    Fit,
+    FittingStep,
+    RematChoice,
+    _more_memory,
+    _more_shards,
+    compile_fit,
+)
 from dsr_jax.core.errors import ConfigError, DeviceMemoryError
 from dsr_jax.core.files import read_json
 from dsr_jax.models.blocks import REMAT_POLICIES
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.device_memory import GIB, free_bytes, smallest_of_processes
+from dsr_jax.parallel.gpus import MEMORY_FRACTIONS
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.shardings import batch_sharding
 from dsr_jax.runs.runner import TrainingJob, run_command
@@ -208,6 +217,16 @@ def test_the_named_mesh_exists_and_is_enough(
     planned = types.SimpleNamespace(shape=mesh, size=math.prod(mesh.values()))
     (remedy,) = _more_shards(config, planned, abstract, lacking)
     assert remedy.split()[:2] == ["--config.mesh.data=-1", f"--config.mesh.fsdp={named}"]
+
+
+def test_the_memory_that_jax_leaves_to_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MEMORY_FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    assert _more_memory(mesh, 15 * GIB) == [f"in the environment {MEMORY_FRACTIONS[0]}=0.95"]
+    assert not _more_memory(mesh, 16 * GIB)
+    assert not _more_memory(make_mesh(MeshShape(8, 1, 1)), 1)
 
 
 def test_the_smallest_value_of_one_process_is_its_own() -> None:

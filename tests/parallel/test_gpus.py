@@ -3,10 +3,11 @@
 import re
 
 import pytest
+from jaxlib import xla_client
 
 from dsr_jax.core.errors import MeshError
 from dsr_jax.parallel import gpus
-from dsr_jax.parallel.gpus import CARDS, MEMORY_FRACTION, GpuTopology
+from dsr_jax.parallel.gpus import CARDS, MEMORY_FRACTIONS, GpuTopology
 from dsr_jax.parallel.topologies import compile_only_devices, find_topology
 from dsr_jax.telemetry.flops import peak_flops
 
@@ -50,15 +51,21 @@ def test_advice_names_more_gpus_of_the_node_and_then_more_nodes() -> None:
         assert find(name).name == name
 
 
-def test_a_program_has_what_jax_takes_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", MEMORY_FRACTIONS)
+def test_a_program_has_what_jax_takes_of_the_memory(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX reads either variable."""
     card = CARDS["h200"]
-    monkeypatch.delenv(MEMORY_FRACTION, raising=False)
+    for name in MEMORY_FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
     assert card.hbm_bytes == int(0.75 * card.memory_bytes)
-    monkeypatch.setenv(MEMORY_FRACTION, "0.92")
+    monkeypatch.setenv(variable, "0.92")
     assert card.hbm_bytes == int(0.92 * card.memory_bytes)
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.92
     for wrong in ("92", "0", "most"):
-        monkeypatch.setenv(MEMORY_FRACTION, wrong)
-        with pytest.raises(MeshError, match=MEMORY_FRACTION):
+        monkeypatch.setenv(variable, wrong)
+        with pytest.raises(MeshError, match=f"^{variable}=.*\n.*{variable}=0.92"):
             card.hbm_bytes  # noqa: B018
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsr_jax.parallel.gpus import CARDS, MEMORY_FRACTION
+from dsr_jax.parallel.gpus import CARDS, MEMORY_FRACTIONS
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.planning.memory import (
     GIB,
@@ -120,10 +120,14 @@ def test_advice_leaves_out_what_is_done_already() -> None:
 def test_advice_names_the_fraction_of_a_gpus_memory_that_jax_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(MEMORY_FRACTION, raising=False)
+    for name in MEMORY_FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
     card = CARDS["h200"]
     (line,) = gpu_advice(card, 120 * GIB)
-    assert f"{MEMORY_FRACTION}=0.95; enough: about 120.00 GiB of 133.38 GiB" in line
+    assert f"{MEMORY_FRACTIONS[0]}=0.95; enough: about 120.00 GiB of 133.38 GiB" in line
     assert "not enough by itself" in gpu_advice(card, 140 * GIB)[0]
-    monkeypatch.setenv(MEMORY_FRACTION, "0.95")
+    # JAX refuses both variables at once.
+    monkeypatch.setenv(MEMORY_FRACTIONS[1], "0.5")
+    assert f"{MEMORY_FRACTIONS[1]}=0.95" in gpu_advice(card, 120 * GIB)[0]
+    monkeypatch.setenv(MEMORY_FRACTIONS[1], "0.95")
     assert gpu_advice(card, 140 * GIB) == []
