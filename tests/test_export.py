@@ -20,8 +20,8 @@ from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.core.errors import CheckpointError, ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.registry import denoiser_name, model_sizes
+from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.runs.folder import write_run_files
 from dsr_jax.training.checkpoints import Checkpoints
 from dsr_jax.training.state import create_state

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsr_jax.convert.denoiser import shapes_of_model
 from dsr_jax.core.trees import unflatten_names
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.transformer import DiffusionTransformer
 
 
 def random_params(model: DiffusionTransformer, seed: int = 0) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key, uniform_per_sample
 from dsr_jax.core.typing import Params
-from dsr_jax.models.denoiser import Denoiser, DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.registry import DENOISERS, denoiser_class, is_denoiser, model_sizes
+from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.parallel import shardings
 from dsr_jax.training.step import to_unit_range
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not isinstance(model, DiffusionTransformer):
         raise ConfigError(
             f"{record['family']} cannot have registers",
-            "use a denoiser that is a dsr_jax.models.denoiser.DiffusionTransformer",
+            "use a denoiser that is a dsr_jax.models.transformer.DiffusionTransformer",
         )
     if args.ablate:
         changed, more = remove_registers(model, params)

@@ -19,9 +19,10 @@ from dsr_jax.core.typing import Array, Batch, Params
 from dsr_jax.data.base import Source
 from dsr_jax.data.sources import make_caption_source
 from dsr_jax.models.conditioning import TextCondition, drop_text
-from dsr_jax.models.denoiser import Denoiser, DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.language import LanguageModel
 from dsr_jax.models.text_to_image import TextToImage
+from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.sampling.sampler import Conditioner
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.state import TrainState, create_state

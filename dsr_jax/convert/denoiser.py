@@ -1,6 +1,6 @@
 """Rules of the parts that denoisers share. Source: DSR lightningDiT.py and DDT.py; spec denoiser 9.
 
-The names on the right are those of `models.denoiser`, on the left the original's.
+The names on the right are those of `models.transformer`, on the left the original's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ import numpy as np
 from dsr_jax.convert.rules import CONV, LINEAR, Layout, Rule, linear, shapes_of, vector
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.models.blocks import mlp_width
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.rope import rope_tables
+from dsr_jax.models.transformer import DiffusionTransformer
 
 
 def pair(

@@ -20,8 +20,8 @@ from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.rng import stream_key
 from dsr_jax.core.trees import flatten_names, unflatten_names
 from dsr_jax.core.typing import Params
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.embeddings import sincos_2d
+from dsr_jax.models.transformer import DiffusionTransformer
 
 _OURS = ("register_tokens", "register_pos_embed", "register_gate")
 

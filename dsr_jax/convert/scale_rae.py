@@ -12,10 +12,10 @@ import numpy as np
 from dsr_jax.convert import denoiser as parts
 from dsr_jax.convert.qwen2 import language_rules
 from dsr_jax.convert.rules import CONV, Rule, RuleSet, shapes_of
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.depth import Stack
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.text_to_image import TextToImage, initial_inputs
+from dsr_jax.models.transformer import DiffusionTransformer
 
 DENOISER = "diff_head.model."
 """Begin of the names of the denoiser."""

@@ -29,13 +29,13 @@ from dsr_jax.core.cli import positive_int
 from dsr_jax.core.errors import ConversionError
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.models.language import LanguageModel
 from dsr_jax.models.registry import TEXT_TO_IMAGE, denoiser_class, model_sizes
 from dsr_jax.models.text_to_image import TextToImage
+from dsr_jax.models.transformer import DiffusionTransformer
 
 FAMILIES = (QWEN2, TEXT_TO_IMAGE)
 _POSITION_ERROR = 1e-5

@@ -11,9 +11,9 @@ import flax.linen as nn
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.conditioning import FOURIER_SEED, TextCondition
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.embeddings import FourierTimeEmbed, PatchEmbed
 from dsr_jax.models.flops import final_layer_macs, time_macs
+from dsr_jax.models.transformer import DiffusionTransformer
 
 DIT: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {

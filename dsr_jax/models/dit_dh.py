@@ -12,12 +12,13 @@ import jax
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.conditioning import FOURIER_SEED, TextCondition
-from dsr_jax.models.denoiser import DiffusionTransformer, check_heads
 from dsr_jax.models.depth import Stack, TokenRows
 from dsr_jax.models.dit import DIT
 from dsr_jax.models.embeddings import FourierTimeEmbed, PatchEmbed
 from dsr_jax.models.flops import block_macs, final_layer_macs, time_macs
 from dsr_jax.models.layers import TORCH_DEFAULT, Dense
+from dsr_jax.models.sizes import check_heads
+from dsr_jax.models.transformer import DiffusionTransformer
 
 DIT_DH: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dropout import Dropout, make_dropout, middle_half
 from dsr_jax.models.embeddings import BottleneckPatchEmbed, LabelEmbed, SinusoidalTimeEmbed
 from dsr_jax.models.flops import final_layer_macs, time_macs
+from dsr_jax.models.transformer import DiffusionTransformer
 
 _SIZES = {
     "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "class_token_start": 4},

@@ -15,11 +15,12 @@ from dsr_jax.core.prompts import IMAGE_SLOT
 from dsr_jax.core.slots import first_slot, is_answer
 from dsr_jax.core.typing import Array
 from dsr_jax.models.conditioning import TextCondition
-from dsr_jax.models.denoiser import Denoiser, DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.embeddings import patchify
 from dsr_jax.models.language import LanguageModel
 from dsr_jax.models.layers import Dense, add_param
 from dsr_jax.models.precision import Precision
+from dsr_jax.models.transformer import DiffusionTransformer
 
 CONNECTORS: Mapping[str, int] = {"linear": 1, "mlp2": 2}
 """Layers of the connector by its name. Source: the released code has one, the page names two."""

@@ -14,8 +14,9 @@ import numpy as np
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Params
-from dsr_jax.models.denoiser import Denoiser, DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.models.vit import ViT
 from dsr_jax.registers.outliers import split_norms
 
@@ -113,7 +114,7 @@ def run_denoiser(
     if not isinstance(model, DiffusionTransformer):
         raise ConfigError(
             f"{type(model).__name__} has no transformer blocks whose tokens could be measured",
-            "set config.log.outliers=0, or derive it from models.denoiser.DiffusionTransformer",
+            "set config.log.outliers=0, or derive it from models.transformer.DiffusionTransformer",
         )
     times = 1 - t if model.reversed_time else t
     _, sown = model.apply({"params": params}, x, times, *conditions, mutable=["intermediates"])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dsr_jax.convert.converter import require_converter
-from dsr_jax.models.denoiser import DiffusionTransformer
+from dsr_jax.models.transformer import DiffusionTransformer
 
 
 def make_state(model: DiffusionTransformer, seed: int = 0) -> dict[str, np.ndarray]:

@@ -14,13 +14,13 @@ from dsr_jax.convert.families import export_denoiser
 from dsr_jax.convert.retrofit import add_registers, remove_registers
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.core.trees import flatten_names
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.models.jit import JiT
 from dsr_jax.models.registry import model_sizes
 from dsr_jax.models.sit import SiT
+from dsr_jax.models.transformer import DiffusionTransformer
 from tests.programs import quick_programs
 from tests.tiny_denoisers import random_params
 

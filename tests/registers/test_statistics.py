@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.models.denoiser import Denoiser, DiffusionTransformer
+from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.jit import JiT
 from dsr_jax.models.sit import SiT
+from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.registers.outliers import split_norms
 from dsr_jax.registers.planting import plant_register_neurons

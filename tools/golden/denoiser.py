@@ -12,12 +12,12 @@ from dsr_jax.convert.converter import require_converter
 from dsr_jax.convert.rules import flax_to_torch, torch_to_flax
 from dsr_jax.core.typing import Params
 from dsr_jax.diffusion import guidance
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import sincos_2d
 from dsr_jax.models.rope import rope_tables, rotate
 from dsr_jax.models.sit import SiT
+from dsr_jax.models.transformer import DiffusionTransformer
 from tools.golden.compare import Case, Check, checks_of
 
 _STACKS = (

@@ -19,11 +19,11 @@ from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.diffusion.samplers import released_grid, sample_ode, sample_released
 from dsr_jax.diffusion.time_sampling import shift_time
 from dsr_jax.models.conditioning import FOURIER_SEED, TextCondition, drop_text
-from dsr_jax.models.denoiser import DiffusionTransformer
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.embeddings import FourierTimeEmbed, torch_normal
 from dsr_jax.models.text_to_image import TextToImage
+from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.training.language_loss import language_loss
 from dsr_jax.training.step import RandomInputs
 from dsr_jax.training.text_step import JointLosses, joint_losses, total_loss
