@@ -24,7 +24,7 @@ from dsr_jax.runs.decoder_evaluation import Reconstructions
 from dsr_jax.runs.folder import add_to_provenance
 from dsr_jax.runs.runner import TrainingJob, run_command
 from dsr_jax.training.decoder_state import DecoderState
-from dsr_jax.training.decoder_step import make_decoder_step
+from dsr_jax.training.decoder_step import DecoderStep, make_decoder_step
 from dsr_jax.training.loop import Hook
 from dsr_jax.training.state import make_reshard
 
@@ -53,25 +53,25 @@ def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_by
     sharding = shardings.batch_sharding(mesh, rules)
     abstract, init = build.make_decoder_state(config, parts, optimizer, mesh, rules)
     settings = build.make_loss_settings(config)
-    steps = {
-        policy: build.jit_step(
-            build.skip_batches(
-                config,
-                make_decoder_step(
-                    parts.with_remat(policy).networks,
-                    settings,
-                    optimizer,
-                    seed=config.seed,
-                    reshard=make_reshard(abstract),
-                ),
-            ),
-            abstract,
-            sharding,
-            mesh,
-            build.xla_options(config),
+
+    def make_step(policy: str) -> DecoderStep:
+        return make_decoder_step(
+            parts.with_remat(policy).networks,
+            settings,
+            optimizer,
+            seed=config.seed,
+            reshard=make_reshard(abstract),
         )
-        for policy in build.remat_policies(config, parts.decoder)
-    }
+
+    step = build.make_fitting_step(
+        config,
+        parts.decoder,
+        make_step,
+        abstract,
+        sharding,
+        lambda choice: add_to_provenance(workdir, {"remat": choice.to_json()}),
+        free_memory,
+    )
     reconstructions = Reconstructions(
         config,
         workdir,
@@ -79,13 +79,6 @@ def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_by
         parts.variables,
         parts.decoder.config,
         sharding,
-    )
-    step = build.FittingStep(
-        steps,
-        mesh,
-        build.make_remedies(config, sharding, abstract),
-        lambda choice: add_to_provenance(workdir, {"remat": choice.to_json()}),
-        free_memory,
     )
     return TrainingJob(
         summary_text=_run_summary(config, parts, abstract, data, mesh),

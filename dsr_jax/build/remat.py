@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from dsr_jax.build.experiment import jit_step, skip_batches, xla_options
 from dsr_jax.config import ConfigDict, trains_decoder
 from dsr_jax.core.errors import ConfigError, DeviceMemoryError
 from dsr_jax.core.typing import PyTree
@@ -209,6 +210,36 @@ class FittingStep:
                     return done
             fits.append(fit)
         raise _nothing_fits(fits, free, self._remedies(fits[-1], free))
+
+
+def make_fitting_step(
+    config: ConfigDict,
+    network: nn.Module,
+    make_step: Callable[[str], Callable[..., Any]],
+    abstract: TrainState,
+    rows: NamedSharding,
+    note: Callable[[RematChoice], None],
+    free: FreeBytes = free_bytes,
+) -> FittingStep:
+    """Returns a run's step, compiled for the policies that the config allows when it is called.
+
+    Args:
+      config: Experiment config.
+      network: The trained network.
+      make_step: Returns the step with a policy, not compiled.
+      abstract: Shapes and shardings of the state.
+      rows: Sharding of the batch.
+      note: Receives the choice, see `FittingStep`.
+      free: Bytes that a program can allocate on each device.
+    """
+    mesh: Any = rows.mesh
+    steps = {
+        policy: jit_step(
+            skip_batches(config, make_step(policy)), abstract, rows, mesh, xla_options(config)
+        )
+        for policy in remat_policies(config, network)
+    }
+    return FittingStep(steps, mesh, make_remedies(config, rows, abstract), note, free)
 
 
 def compile_fit(policy: str, step: Any, arguments: tuple[PyTree, ...]) -> tuple[Fit, Any]:

@@ -32,6 +32,9 @@ from dsr_jax.training.skipping import array_norms
 from dsr_jax.training.state import Reshard
 from dsr_jax.training.step import apply_gradients, to_unit_range
 
+DecoderStep = Callable[[DecoderState, Batch, PyTree], tuple[DecoderState, Metrics]]
+"""`(state, batch, frozen arrays) -> (state, metrics)`."""
+
 
 class Encode(Protocol):
     """Function from images to latents."""
@@ -302,7 +305,7 @@ def make_decoder_step(
     *,
     seed: int,
     reshard: Reshard | None = None,
-) -> Callable[[DecoderState, Batch, PyTree], tuple[DecoderState, Metrics]]:
+) -> DecoderStep:
     """Builds the step that the caller compiles, with shardings and donation of the state.
 
     First the decoder is updated, from latents with noise; then, from `discriminator_start` on, the

@@ -25,6 +25,7 @@ from dsr_jax.build.remat import (
     _more_memory,
     _more_shards,
     compile_fit,
+    make_remedies,
 )
 from dsr_jax.core.errors import ConfigError, DeviceMemoryError
 from dsr_jax.core.files import read_json
@@ -259,7 +260,7 @@ def sharded_fits(policies: Sequence[str], *overrides: str) -> tuple[dict[str, Fi
         step = build.make_step(config, build.with_remat(model, policy), space, optimizer, abstract)
         jitted = build.jit_step(step, abstract, rows, mesh)
         found[policy] = compile_fit(policy, jitted, inputs)[0]
-    return found, build.make_remedies(config, rows, abstract)
+    return found, make_remedies(config, rows, abstract)
 
 
 @pytest.fixture(scope="module")
