@@ -261,12 +261,8 @@ def make_step(
       ConfigError: If tokens are to be weighted by norms that the space does not give.
     """
     weights = make_token_weights(config)
-    if weights and not isinstance(space, RAE):
-        raise ConfigError(
-            f"config.objective weights tokens by their norms, but config.space.name="
-            f"{config.space.name!r} has no token norms",
-            "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
-        )
+    if weights:
+        _check_token_weights(config, space)
     section = config.objective
     parts = (
         make_denoise_fn(model, section.prediction),
@@ -288,11 +284,6 @@ def make_step(
     }
     if not isinstance(model, TextToImage):
         return TrainStep(*parts, **settings)
-    if weights:
-        raise ConfigError(
-            "config.objective weights tokens by their norms, which training on text does not",
-            "set outlier_norm=0.0 and norm_shift=False",
-        )
     return TextStep(
         *parts,
         **settings,
@@ -301,6 +292,21 @@ def make_step(
         diffusion_weight=section.diffusion_weight,
         max_targets=section.max_targets,
     )
+
+
+def _check_token_weights(config: ConfigDict, space: InputSpace) -> None:
+    """Checks that losses can be weighted by the norms of tokens."""
+    if not isinstance(space, RAE):
+        raise ConfigError(
+            f"config.objective weights tokens by their norms, but config.space.name="
+            f"{config.space.name!r} has no token norms",
+            "set outlier_norm=0.0 and norm_shift=False, or config.space.name=rae",
+        )
+    if has_text(config):
+        raise ConfigError(
+            "config.objective weights tokens by their norms, which training on text does not",
+            "set outlier_norm=0.0 and norm_shift=False",
+        )
 
 
 def skip_batches(config: ConfigDict, step: Step) -> Step:

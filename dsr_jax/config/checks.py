@@ -135,6 +135,19 @@ def check(config: ConfigDict) -> None:
         if not condition:
             raise ConfigError(problem, remedy)
 
+    for part in (
+        *(_check_numbers, _check_ema, _check_choices, _check_task, _check_secrets),
+        *(_check_skipping, _check_outliers, _check_text, _check_guidance, _check_scores),
+    ):
+        part(config, require)
+
+
+Require = Callable[[bool, str, str], None]
+"""`(condition, problem, remedy)`: raises a ConfigError if the condition is False."""
+
+
+def _check_numbers(config: ConfigDict, require: Require) -> None:
+    """Checks the ranges of numbers."""
     values = dict(leaves(config))
     for key in _POSITIVE:
         require(
@@ -144,19 +157,6 @@ def check(config: ConfigDict) -> None:
         require(
             0 <= values[key] < 2**32, f"config.{key}={values[key]}", "use a number in [0, 2**32)"
         )
-    for decay in config.ema.decays:
-        require(
-            0 <= decay < 1,
-            f"config.ema.decays holds {decay}, outside of [0, 1)",
-            "use decays such as 0.9999",
-        )
-    ema = config.sample.ema
-    known = [str(decay) for decay in config.ema.decays]
-    require(
-        ema in ("none", *known),
-        f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
-        f"choose from {', '.join(['none', *known])}",
-    )
     for key in _NOT_NEGATIVE:
         require(values[key] >= 0, f"config.{key}={values[key]}", "use 0 for none, or more")
     require(
@@ -176,11 +176,41 @@ def check(config: ConfigDict) -> None:
         f"config.objective.label_dropout={dropout} is not a fraction",
         "use 0 to 1",
     )
+
+
+def _check_ema(config: ConfigDict, require: Require) -> None:
+    """Checks the decays of EMA weights, and that samples use one of them."""
+    for decay in config.ema.decays:
+        require(
+            0 <= decay < 1,
+            f"config.ema.decays holds {decay}, outside of [0, 1)",
+            "use decays such as 0.9999",
+        )
+    ema = config.sample.ema
+    known = [str(decay) for decay in config.ema.decays]
+    require(
+        ema in ("none", *known),
+        f"config.sample.ema={ema!r} is not among config.ema.decays={config.ema.decays}",
+        f"choose from {', '.join(['none', *known])}",
+    )
+
+
+def _check_choices(config: ConfigDict, require: Require) -> None:
+    """Checks names that no function looks up when all is built."""
     require(
         config.precision.matmul in ("default", "tensorfloat32", "highest", "high", "bfloat16"),
         f"config.precision.matmul={config.precision.matmul!r} is unknown",
         "choose from default, bfloat16, tensorfloat32, high, highest",
     )
+    require(
+        config.eval.classifier in ("", "digits"),
+        f"config.eval.classifier={config.eval.classifier!r} is unknown",
+        "choose digits, or leave it empty for no classifier",
+    )
+
+
+def _check_task(config: ConfigDict, require: Require) -> None:
+    """Checks that what a run starts from, or learns from, is of its task."""
     require(
         not config.data.latents or (config.space.name == "rae" and not trains_decoder(config)),
         f"config.data.latents={config.data.latents!r}, but images are needed",
@@ -191,13 +221,10 @@ def check(config: ConfigDict) -> None:
         f"config.train.init_from={config.train.init_from!r}, but a decoder is trained",
         "leave it empty: only denoisers start from a converted folder",
     )
-    require(
-        config.eval.classifier in ("", "digits"),
-        f"config.eval.classifier={config.eval.classifier!r} is unknown",
-        "choose digits, or leave it empty for no classifier",
-    )
-    _check_secrets(config, require)
-    _check_skipping(config, require)
+
+
+def _check_outliers(config: ConfigDict, require: Require) -> None:
+    """Checks the outlier statistics of a denoiser."""
     times = config.log.outlier_times
     require(
         bool(times) and all(0 <= time <= 1 for time in times),
@@ -206,15 +233,12 @@ def check(config: ConfigDict) -> None:
     )
     require(
         not config.log.outliers or not (trains_decoder(config) or has_text(config)),
-        f"config.log.outliers={config.log.outliers}, but a decoder or on text is trained",
+        f"config.log.outliers={config.log.outliers}, but a decoder is trained, or on text",
         "set it to 0: only denoisers of classes are measured",
     )
-    _check_text(config, require)
-    _check_guidance(config, require)
-    _check_scores(config, require)
 
 
-def _check_secrets(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+def _check_secrets(config: ConfigDict, require: Require) -> None:
     """Checks that no value, which is stored with every result, holds a token or password."""
     for key, value in leaves(config):
         require(
@@ -224,7 +248,7 @@ def _check_secrets(config: ConfigDict, require: Callable[[bool, str, str], None]
         )
 
 
-def _check_skipping(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+def _check_skipping(config: ConfigDict, require: Require) -> None:
     """Checks which batches a run skips."""
     require(
         config.failures.on_nonfinite in ("stop", "skip"),
@@ -239,7 +263,7 @@ def _check_skipping(config: ConfigDict, require: Callable[[bool, str, str], None
     )
 
 
-def _check_text(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+def _check_text(config: ConfigDict, require: Require) -> None:
     """Checks that a config of text has what training on text needs."""
     if not has_text(config):
         return
@@ -270,7 +294,7 @@ def _check_text(config: ConfigDict, require: Callable[[bool, str, str], None]) -
     )
 
 
-def _check_guidance(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+def _check_guidance(config: ConfigDict, require: Require) -> None:
     """Checks that guidance has a prediction to lead away from."""
     section, dropout = config.sample, config.objective.label_dropout
     require(
@@ -287,7 +311,7 @@ def _check_guidance(config: ConfigDict, require: Callable[[bool, str, str], None
     )
 
 
-def _check_scores(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+def _check_scores(config: ConfigDict, require: Require) -> None:
     """Checks that what config.eval asks for can be scored."""
     section = config.eval
     networks = section.inception or section.dinov2

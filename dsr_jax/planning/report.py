@@ -116,19 +116,6 @@ def _speed(
     times, cost = part_times(parts, chip), total(list(parts))
     seconds = sum(time.seconds for time in times)
     useful = model_flops if model_flops is not None else cost.flops * chips
-    collectives = [
-        {
-            "part": part.name,
-            "kind": found.kind,
-            "network": found.network,
-            "group": found.group,
-            "bytes": found.bytes,
-            "count": count,
-            "sent_bytes": round(count * found.wire_bytes),
-        }
-        for part in parts
-        for found, count in part.cost.collectives.items()
-    ]
     return {
         "step_seconds_estimate": seconds,
         "mfu_bound": useful / (seconds * chips * chip.peak_flops),
@@ -164,9 +151,27 @@ def _speed(
             }
             for time in times
         ],
-        "collectives": sorted(collectives, key=lambda row: -row["sent_bytes"]),
+        "collectives": _collective_rows(parts),
         "how": METHODS[topology.platform],
     }
+
+
+def _collective_rows(parts: Sequence[Part]) -> list[Report]:
+    """Returns the collectives of all parts, the largest first."""
+    rows = [
+        {
+            "part": part.name,
+            "kind": found.kind,
+            "network": found.network,
+            "group": found.group,
+            "bytes": found.bytes,
+            "count": count,
+            "sent_bytes": round(count * found.wire_bytes),
+        }
+        for part in parts
+        for found, count in part.cost.collectives.items()
+    ]
+    return sorted(rows, key=lambda row: -row["sent_bytes"])
 
 
 def format_report(report: Report) -> str:

@@ -164,15 +164,9 @@ def make_device_sampler(
     def sample(
         params: Params, guide: Params | None, variables: PyTree, indices: Array, labels: Array
     ) -> Samples:
-        noise_key = stream_key(settings.seed, "sample_noise")
-        noise = normal_per_sample(sample_keys(noise_key, indices), latent_shape)
+        noise, step_noise = _noise(settings.seed, indices, latent_shape)
         predict = guided(params, guide)
         condition = conditioner.prepare(params, labels) if conditioner else labels
-
-        def step_noise(step: Array) -> Array:
-            keys = sample_keys(stream_key(settings.seed, "sample_sde", step), indices)
-            return normal_per_sample(keys, latent_shape)
-
         problem = SamplingProblem(
             lambda x, t: predict(x, t, condition),
             objective,
@@ -183,21 +177,52 @@ def make_device_sampler(
         )
         latents = sampler.run(problem)
         images = decode(variables, latents)
-        finite = jnp.isfinite(latents).all(axis=(1, 2, 3)) & jnp.isfinite(images).all(
-            axis=(1, 2, 3)
-        )
-        pixels = to_uint8(images, settings.uint8)
-        if conditioner:
-            shown = conditioner.present(labels)[:, None, None, None]
-            pixels = jnp.where(shown, pixels, jnp.zeros_like(pixels))
-        if sharding is None:
-            return Samples(pixels, finite, indices)
-        whole = NamedSharding(sharding.mesh, PartitionSpec())
-        constrain = jax.lax.with_sharding_constraint
-        pixels, indices = (constrain(x, sharding) for x in (pixels, indices))
-        return Samples(pixels, constrain(finite, whole), indices)
+        shown = conditioner.present(labels) if conditioner else None
+        return _samples(latents, images, shown, indices, settings.uint8, sharding)
 
     return sample
+
+
+def _noise(
+    seed: int, indices: Array, shape: tuple[int, int, int]
+) -> tuple[Array, Callable[[Array], Array]]:
+    """Returns the first noise of samples [B, *shape], and a function to the noise of a step."""
+
+    def step_noise(step: Array) -> Array:
+        return normal_per_sample(sample_keys(stream_key(seed, "sample_sde", step), indices), shape)
+
+    first = stream_key(seed, "sample_noise")
+    return normal_per_sample(sample_keys(first, indices), shape), step_noise
+
+
+def _samples(
+    latents: Array,
+    images: Array,
+    shown: Array | None,
+    indices: Array,
+    uint8: str,
+    sharding: NamedSharding | None,
+) -> Samples:
+    """Casts images [B, H, W, c], and lays the samples out for the host.
+
+    Args:
+      latents: [B, h, w, C].
+      images: Decoded latents.
+      shown: Samples [B] whose images are not black; None for all.
+      indices: Global indices [B].
+      uint8: Cast of the images.
+      sharding: Sharding of the batch; None for one device.
+    """
+    finite = jnp.isfinite(latents).all(axis=(1, 2, 3)) & jnp.isfinite(images).all(axis=(1, 2, 3))
+    pixels = to_uint8(images, uint8)
+    if shown is not None:
+        pixels = jnp.where(shown[:, None, None, None], pixels, jnp.zeros_like(pixels))
+    if sharding is None:
+        return Samples(pixels, finite, indices)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    constrain = jax.lax.with_sharding_constraint
+    pixels, indices = (constrain(x, sharding) for x in (pixels, indices))
+    return Samples(pixels, constrain(finite, whole), indices)
 
 
 def _guide(
