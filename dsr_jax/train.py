@@ -65,12 +65,11 @@ def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_by
         init = _first_state(config, model, optimizer, abstract, init, data)
 
     def make_step(policy: str) -> TrainStep:
-        network = build.with_remat(model, policy)
+        network = build.with_remat(config, model, policy)
         return build.make_step(config, network, space, optimizer, abstract)
 
     step = build.make_fitting_step(
         config,
-        model,
         make_step,
         abstract,
         sharding,

@@ -56,7 +56,7 @@ def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_by
 
     def make_step(policy: str) -> DecoderStep:
         return make_decoder_step(
-            parts.with_remat(policy).networks,
+            parts.with_remat(config, policy).networks,
             settings,
             optimizer,
             seed=config.seed,
@@ -65,7 +65,6 @@ def make_job(config: ConfigDict, workdir: Path, free_memory: FreeBytes = free_by
 
     step = build.make_fitting_step(
         config,
-        parts.decoder,
         make_step,
         abstract,
         sharding,

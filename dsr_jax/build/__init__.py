@@ -27,10 +27,10 @@ from dsr_jax.build.experiment import make_token_weights as make_token_weights
 from dsr_jax.build.experiment import set_precision as set_precision
 from dsr_jax.build.experiment import skip_batches as skip_batches
 from dsr_jax.build.experiment import xla_options as xla_options
+from dsr_jax.build.fitting import make_fitting_step as make_fitting_step
 from dsr_jax.build.greedy import write_answers as write_answers
 from dsr_jax.build.guide import find_guide as find_guide
 from dsr_jax.build.guide import weights_digest as weights_digest
-from dsr_jax.build.remat import make_fitting_step as make_fitting_step
 from dsr_jax.build.remat import policy_configs as policy_configs
 from dsr_jax.build.remat import with_remat as with_remat
 from dsr_jax.build.sampler import compile_sampler as compile_sampler

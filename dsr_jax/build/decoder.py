@@ -68,9 +68,9 @@ class DecoderParts:
             discriminate=None if self.discriminator is None else self._discriminate,
         )
 
-    def with_remat(self, policy: str) -> "DecoderParts":
-        """Returns the same networks, with another policy of the trained one."""
-        decoder = with_remat(self.decoder, policy)
+    def with_remat(self, config: ConfigDict, policy: str) -> "DecoderParts":
+        """Returns the same networks, with another policy of the trained one if that is "auto"."""
+        decoder = with_remat(config, self.decoder, policy)
         return dataclasses.replace(self, space=dataclasses.replace(self.space, decoder=decoder))
 
     def decode(self, variables: PyTree, params: Params, latents: Array) -> Array:

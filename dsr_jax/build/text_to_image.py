@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.build.prompts import make_prompt_tokenizer
+from dsr_jax.build.remat import first_policy
 from dsr_jax.config import ConfigDict
 from dsr_jax.convert.files import load_converted
 from dsr_jax.convert.qwen2 import FAMILY, resize_vocabulary
@@ -61,7 +62,7 @@ def add_language_model(
         num_kv_heads=section.num_kv_heads,
         mlp_dim=section.mlp_dim,
         tied=section.tied,
-        remat=section.remat,
+        remat=first_policy("language.remat", section.remat),
         attention=settings["attention"],
         precision=shared["precision"],
         constrain=shared["constrain"],

@@ -100,7 +100,9 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "language.tied": never(True, "language model: logits by the token table"),
         "language.connector": never("linear", "language model to denoiser: linear or mlp2"),
         "language.understanding": never(False, "projector of images that a conversation shows"),
-        "language.remat": free("none", "language model: none, dots or full, as in model.remat"),
+        "language.remat": free(
+            "auto", "language model: as model.remat, and with it if both are auto"
+        ),
         "language.tokenizer": ask("shapes", "folder of the tokenizer, or shapes"),
         "language.max_length": ask(512, "tokens of a sequence, with the image's slots"),
         "language.init_from": ask("", "converted language model that a new run starts from"),

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsr_jax.build.remat import FittingStep, compile_fit
+from dsr_jax.build.fitting import FittingStep, compile_fit
 from dsr_jax.core.cli import run_main
 from dsr_jax.models.blocks import REMAT_POLICIES
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import start_processes
-from tests.build.test_remat import toy_arrays, toy_step
+from tests.build.test_fitting import toy_arrays, toy_step
 
 
 def main() -> None:
