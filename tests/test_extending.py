@@ -16,6 +16,8 @@ from dsr_jax import config as configs
 from dsr_jax.core.errors import ConfigError, ConversionError
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.registry import denoiser_class
+from dsr_jax.parallel.topologies import find_topology
+from dsr_jax.planning.sweep import trials
 from dsr_jax.telemetry.writers import read_metrics
 from tests.telemetry.test_flops import equations
 from tests.test_docs import blocks
@@ -88,7 +90,10 @@ def test_describe_and_the_planned_program_of_an_outside_denoiser(modules: Path) 
     assert summary["network"]["register_flops"] == 0
     assert summary["network"]["forward_flops"] == flops_of_program(config)
     # It has no field `remat` that a plan could set.
-    for candidate in build.policy_configs(config):
+    layouts = trials(config, find_topology("v5e:2x2"), fsdp=(1,), accumulate=(1,), tensor=(1,))
+    changed = [trial.apply(config) for trial in layouts]
+    assert len(changed) == 1
+    for candidate in (*changed, *build.policy_configs(config)):
         build.make_model(candidate, build.make_space(candidate)[0])
 
 

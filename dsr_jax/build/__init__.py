@@ -31,6 +31,7 @@ from dsr_jax.build.fitting import make_fitting_step as make_fitting_step
 from dsr_jax.build.greedy import write_answers as write_answers
 from dsr_jax.build.guide import find_guide as find_guide
 from dsr_jax.build.guide import weights_digest as weights_digest
+from dsr_jax.build.remat import has_policy as has_policy
 from dsr_jax.build.remat import policy_configs as policy_configs
 from dsr_jax.build.remat import with_remat as with_remat
 from dsr_jax.build.sampler import compile_sampler as compile_sampler

@@ -30,13 +30,17 @@ def first_policy(key: str, value: str) -> str:
     return next(iter(REMAT_POLICIES)) if value == AUTO else value
 
 
+def has_policy(config: ConfigDict) -> bool:
+    """Whether the config's denoiser has a field `remat`, which those of others may lack."""
+    return "remat" in config_fields(denoiser_class(config.model.name))
+
+
 def _auto_keys(config: ConfigDict) -> list[str]:
     """Returns the keys "section.remat" that are "auto", of the networks that a run trains."""
     if trains_decoder(config):
         sections = ["decoder"]
     else:
-        fields = config_fields(denoiser_class(config.model.name))
-        sections = ["model"] * ("remat" in fields) + ["language"] * has_text(config)
+        sections = ["model"] * has_policy(config) + ["language"] * has_text(config)
     return [f"{name}.remat" for name in sections if config[name].remat == AUTO]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsr_jax import build
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.errors import MeshError
 from dsr_jax.parallel.topologies import AnyTopology
@@ -82,7 +83,7 @@ def trials(
       config: Experiment config.
       topology: Chips to compile for.
       fsdp: Sizes to try; () for all that divide the number of chips and the width.
-      remat: Policies to try; () for all.
+      remat: Policies to try; () for all that the denoiser has.
       accumulate: Numbers of micro-batches to try; () for those of 1, 2, 4 and 8 that divide the
         images per chip.
       tensor: Sizes to try; () for 1, and also 2 if chips have few images and heads are even.
@@ -103,7 +104,8 @@ def trials(
     worthwhile = [n for n in sizes if n == 1 or n >= _MIN_FSDP]
     counts = [n for n in _MICRO_BATCHES if batch // chips % n == 0]
     shared = (1, 2) if batch // chips < _FEW_IMAGES and config.model.num_heads % 2 == 0 else (1,)
-    choices = (fsdp or worthwhile, tensor or shared, remat or _REMAT, accumulate or counts)
+    policies = _REMAT if build.has_policy(config) else (config.model.remat,)
+    choices = (fsdp or worthwhile, tensor or shared, remat or policies, accumulate or counts)
     for shards, parts, policy, count in itertools.product(*choices):
         # A size that the user gave is always tried: if it does not fit, the mesh's error explains.
         if tensor or parts == 1 or own % (shards * parts) == 0:
