@@ -202,7 +202,7 @@ def compile_fit(policy: str, step: Any, arguments: tuple[PyTree, ...]) -> tuple[
             raise
         held = bytes_per_chip(arguments)
         refused = out_of_memory(str(error), held)
-        return Fit(policy, held, refused and refused[0] - held), None
+        return Fit(policy, held, None if refused is None else refused[0] - held), None
     analysis = compiled.memory_analysis()
     return Fit(policy, analysis.argument_size_in_bytes, allocated_bytes(analysis)), compiled
 

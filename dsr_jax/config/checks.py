@@ -13,6 +13,9 @@ from dsr_jax.config.schema import leaves, to_json
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.secrets import hide_secrets
 
+Require = Callable[[bool, str, str], None]
+"""`(condition, problem, remedy)`: raises a ConfigError if the condition is False."""
+
 EMA_REST = 0.01
 """Fraction of the initial weights that EMA weights may still hold at the end of a run."""
 
@@ -140,10 +143,6 @@ def check(config: ConfigDict) -> None:
         *(_check_skipping, _check_outliers, _check_text, _check_guidance, _check_scores),
     ):
         part(config, require)
-
-
-Require = Callable[[bool, str, str], None]
-"""`(condition, problem, remedy)`: raises a ConfigError if the condition is False."""
 
 
 def _check_numbers(config: ConfigDict, require: Require) -> None:
