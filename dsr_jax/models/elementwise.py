@@ -17,14 +17,14 @@ from dsr_jax.models.tuning import tuning
 
 
 def _sum_to(x: Array, like: Array) -> Array:
-    """Sums x over the dimensions along which `like` was broadcast; returns its shape and dtype."""
+    """Sums x over the dimensions along which `like` was broadcast; returns its shape."""
     front = tuple(range(x.ndim - like.ndim))
     inner = tuple(
         x.ndim - like.ndim + i
         for i, n in enumerate(like.shape)
         if n == 1 and x.shape[i - like.ndim] != 1
     )
-    return x.sum(axis=front + inner).reshape(like.shape).astype(like.dtype)
+    return x.sum(axis=front + inner).reshape(like.shape)
 
 
 def _row_major(x: Array) -> Array:
@@ -38,10 +38,11 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def scaled_norm(
     x: Array,
-    multiplier: Array | None,
+    scale: Array | None,
+    factor: Array | None,
     offset: Array | None,
     epsilon: float,
     center: bool,
@@ -51,7 +52,8 @@ def scaled_norm(
 
     Args:
       x: [..., D].
-      multiplier: Broadcasts to x; None for 1.
+      scale: Multiplies [D]; None for 1.
+      factor: Of the modulation, which multiplies by 1 + factor; broadcasts to x. None for 0.
       offset: Broadcasts to x; None for 0.
       epsilon: Added to the mean square.
       center: Subtracts the mean first, as LayerNorm does and RMSNorm does not.
@@ -60,15 +62,22 @@ def scaled_norm(
     Returns:
       [..., D].
     """
-    return _norm_forward(x, multiplier, offset, epsilon, center, dtype)[0]
+    return _norm_forward(x, scale, factor, offset, epsilon, center, dtype)[0]
 
 
-_NormKept = tuple[Array, Array | None, Array | None, Array | None, Array]
+_NormKept = tuple[Array, Array | None, Array | None, Array | None, Array | None, Array]
+
+
+def _multiplier(scale: Array | None, factor: Array | None) -> Array | float:
+    """Returns scale * (1 + factor) in float32."""
+    wide: Array | float = 1.0 if factor is None else 1 + _wide(factor)
+    return wide if scale is None else wide * _wide(scale)
 
 
 def _norm_forward(
     x: Array,
-    multiplier: Array | None,
+    scale: Array | None,
+    factor: Array | None,
     offset: Array | None,
     epsilon: float,
     center: bool,
@@ -78,29 +87,41 @@ def _norm_forward(
     mean = jnp.mean(wide, axis=-1, keepdims=True) if center else None
     wide = wide if mean is None else wide - mean
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    y = wide * inverse
-    if multiplier is not None:
-        y = y * _wide(multiplier)
+    y = wide * inverse * _multiplier(scale, factor)
     if offset is not None:
         y = y + _wide(offset)
-    return y.astype(dtype), (x, multiplier, offset, mean, inverse)
+    # The multiplier, per token as large as x in float32, is computed again in the backward pass.
+    return y.astype(dtype), (x, scale, factor, offset, mean, inverse)
 
 
 def _norm_backward(
     epsilon: float, center: bool, dtype: str, kept: _NormKept, grad: Array
-) -> tuple[Array, Array | None, Array | None]:
+) -> tuple[Array, Array | None, Array | None, Array | None]:
     del epsilon, dtype
-    x, multiplier, offset, mean, inverse = kept
+    x, scale, factor, offset, mean, inverse = kept
     grad, wide = _wide(grad), _wide(x)
     normed = (wide if mean is None else wide - mean) * inverse
-    grad_multiplier = None if multiplier is None else _sum_to(grad * normed, multiplier)
-    grad_offset = None if offset is None else _sum_to(grad, offset)
-    if multiplier is not None:
-        grad = grad * _wide(multiplier)
+    grad_offset = None if offset is None else _sum_to(grad, offset).astype(offset.dtype)
+    grad_scale, grad_factor = _multiplier_backward(grad * normed, scale, factor)
+    grad = grad * _multiplier(scale, factor)
     along = normed * jnp.mean(grad * normed, axis=-1, keepdims=True)
     if center:
         along = along + jnp.mean(grad, axis=-1, keepdims=True)
-    return (inverse * (grad - along)).astype(x.dtype), grad_multiplier, grad_offset
+    grad_x = (inverse * (grad - along)).astype(x.dtype)
+    return grad_x, grad_scale, grad_factor, grad_offset
+
+
+def _multiplier_backward(
+    grad: Array, scale: Array | None, factor: Array | None
+) -> tuple[Array | None, Array | None]:
+    """Returns the gradients of scale and factor from that of their broadcast product."""
+    grad_factor: Array | None = None
+    if factor is not None:
+        grad = _sum_to(grad, factor)
+        grad_factor = (grad if scale is None else grad * _wide(scale)).astype(factor.dtype)
+        grad = grad * (1 + _wide(factor))
+    grad_scale = None if scale is None else _sum_to(grad, scale).astype(scale.dtype)
+    return grad_scale, grad_factor
 
 
 scaled_norm.defvjp(_norm_forward, _norm_backward)
@@ -126,7 +147,8 @@ def _gated_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Arra
     gate, y = kept
     grad = _row_major(grad)
     wide = _wide(grad)
-    return grad, _sum_to(wide * _wide(y), gate), (wide * _wide(gate)).astype(y.dtype)
+    grad_gate = _sum_to(wide * _wide(y), gate).astype(gate.dtype)
+    return grad, grad_gate, (wide * _wide(gate)).astype(y.dtype)
 
 
 gated_residual.defvjp(_gated_forward, _gated_backward)

@@ -185,13 +185,10 @@ def _normalize(
     policy = module.precision
     shift, factor = modulation
     if shift is None or factor is None:
-        return scaled_norm(x, scale, bias, module.epsilon, center, policy.residual)
-    multiplier = 1 + factor.astype(jnp.float32)
-    if scale is not None:
-        multiplier = multiplier * scale
+        return scaled_norm(x, scale, None, bias, module.epsilon, center, policy.residual)
     if bias is not None:
-        shift = shift + bias * multiplier
-    return scaled_norm(x, multiplier, shift, module.epsilon, center, policy.compute)
+        shift = shift + bias * (1 + factor.astype(jnp.float32))
+    return scaled_norm(x, scale, factor, shift, module.epsilon, center, policy.compute)
 
 
 class RMSNorm(nn.Module):

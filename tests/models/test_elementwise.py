@@ -14,6 +14,7 @@ from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.elementwise import gated_residual, scaled_norm, silu_product
 from dsr_jax.models.jit import JiT
+from dsr_jax.models.layers import LayerNorm
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.sit import SiT
 
@@ -41,20 +42,33 @@ def _check_gradients(ours: Any, plain: Any, *args: Any) -> None:
 
 
 @pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shape", [(B, 1, D), (B, L, D), (D,), None])
-def test_norm_has_the_gradients_of_its_formula(center: bool, shape: tuple[int, ...] | None) -> None:
-    x = _normal(0, B, L, D) + 1
-    multiplier, offset = (None, None) if shape is None else (_normal(1, *shape), _normal(2, *shape))
+def test_norm_has_the_gradients_of_its_formula(
+    center: bool, scaled: bool, shape: tuple[int, ...] | None
+) -> None:
+    x, scale = _normal(0, B, L, D) + 1, _normal(3, D) if scaled else None
+    factor, offset = (None, None) if shape is None else (_normal(1, *shape), _normal(2, *shape))
 
-    def plain(x: Any, multiplier: Any, offset: Any) -> Any:
+    def plain(x: Any, scale: Any, factor: Any, offset: Any) -> Any:
         x = x - x.mean(-1, keepdims=True) if center else x
         x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
-        return x if multiplier is None else x * multiplier + offset
+        x = x if scale is None else x * scale
+        return x if factor is None else x * (1 + factor) + offset
 
     def ours(*args: Any) -> Any:
         return scaled_norm(*args, 1e-6, center, "float32")
 
-    _check_gradients(ours, plain, x, multiplier, offset)
+    _check_gradients(ours, plain, x, scale, factor, offset)
+
+
+def test_an_affine_norm_is_modulated_behind_its_bias() -> None:
+    shapes = (B, L, D), (D,), (D,), (B, 1, D), (B, 1, D)
+    x, scale, bias, shift, factor = (_normal(i, *shape) for i, shape in enumerate(shapes))
+    params = {"params": {"scale": scale, "bias": bias}}
+    plain = LayerNorm(affine=True).apply(params, x)
+    modulated = LayerNorm(affine=True).apply(params, x, shift, factor)
+    np.testing.assert_allclose(modulated, plain * (1 + factor) + shift, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(B, 1, D), (B, L, D)])
@@ -68,14 +82,15 @@ def test_silu_product_has_the_gradients_of_its_formula() -> None:
     _check_gradients(silu_product, lambda a, b: a * jax.nn.sigmoid(a) * b, *args)
 
 
-def test_parts_keep_their_inputs_alone() -> None:
-    x, vector = _normal(0, B, L, D).astype(jnp.bfloat16), _normal(1, B, 1, D)
+@pytest.mark.parametrize("rows", [1, L])
+def test_parts_keep_their_inputs_alone(rows: int) -> None:
+    x, vector = (_normal(i, B, n, D).astype(jnp.bfloat16) for i, n in enumerate((L, rows)))
 
-    def part(x: jax.Array, vector: jax.Array) -> jax.Array:
-        y = scaled_norm(x, vector, vector, 1e-6, False, "bfloat16")
+    def part(x: jax.Array, vector: jax.Array, scale: jax.Array) -> jax.Array:
+        y = scaled_norm(x, scale, vector, vector, 1e-6, False, "bfloat16")
         return gated_residual(x, vector, silu_product(y, y))
 
-    kept = jax.tree.leaves(jax.vjp(part, x, vector)[1])
+    kept = jax.tree.leaves(jax.vjp(part, x, vector, _normal(2, D))[1])
     large = [leaf.dtype for leaf in kept if leaf.shape == x.shape]
     assert large and set(large) == {jnp.dtype("bfloat16")}
 
