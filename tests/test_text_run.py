@@ -15,7 +15,9 @@ from dsr_jax.core.errors import (
     EvaluationError,
     PromptError,
 )
+from dsr_jax.reports.outlier_records import read_history
 from dsr_jax.telemetry.writers import read_metrics
+from tools import inspect_outliers
 
 ARGS = ["--config=configs/shapes_t2i.py:runlocal", "--config.registers.condition=query"]
 PROMPTS = ["a photo of a red square", "a photo of two blue crosses"]
@@ -31,7 +33,23 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text") / "run"
     stopped = _train(folder, "--config.train.stop_after_steps=4")
     assert len(stopped) == 2
-    return folder, _train(folder)
+    measured = ["--config.log.outliers=8", "--config.log.outlier_times=(0.5,)"]
+    return folder, _train(folder, *measured)
+
+
+@pytest.mark.slow
+def test_outlier_tokens_of_the_denoiser_are_measured(run, tmp_path):
+    folder, _ = run
+    history = read_history(read_metrics(folder))
+    assert history.steps == (8,) and history.values["norm_p50"].shape == (1, 1, 2)
+    assert np.isfinite(history.values["norm_p50"]).all()
+    assert history.values["register_attention"][0, 0, 1] > 0
+    common = [f"--workdir={folder}", f"--out={tmp_path / 'report.html'}", "--times=0.5"]
+    inspect_outliers.main([*common, "--num-images=2", "--samples=2", "--ema=none"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") >= 2 and '"samples":null' not in page.replace(" ", "")
+    with pytest.raises(ConfigError, match="has no captions"):
+        inspect_outliers.main([*common, f"--images={tmp_path}"])
 
 
 @pytest.mark.slow

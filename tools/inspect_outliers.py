@@ -113,7 +113,7 @@ def _denoisers(
     for folder in (args.workdir or args.converted, *args.compare):
         parts = _load(args, folder, overrides)
         config, model, params, space, variables, origin = parts
-        batch = batch or _batch(args, config)
+        batch = batch or _batch(args, config, getattr(model, "num_slots", 0))
         one = inspect_denoiser(
             folder.resolve().name,
             config,
@@ -144,10 +144,26 @@ def _load(args: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> t
     return load_converted(folder, config)
 
 
-def _batch(args: argparse.Namespace, config: configs.ConfigDict) -> dict[str, np.ndarray]:
-    """Reads the images that denoisers are measured on."""
+def _batch(
+    args: argparse.Namespace, config: configs.ConfigDict, slots: int
+) -> dict[str, np.ndarray]:
+    """Reads the images that denoisers are measured on.
+
+    Args:
+      args: The command line.
+      config: Config of the first network.
+      slots: Its image slots of a token sequence, 0 if it takes classes.
+
+    Raises:
+      ConfigError: If images without captions are given to a network of text.
+    """
     if not args.images:
-        return read_images(build.make_source(config), args.num_images)
+        return read_images(build.make_source(config, slots=slots), args.num_images)
+    if slots:
+        raise ConfigError(
+            f"--images={args.images} has no captions, which a network of text needs",
+            "leave it out: the images of the run's own data are measured",
+        )
     source = UnlabeledImages(str(args.images), config.data.image_size, count=args.num_images)
     batch = read_images(source, args.num_images)
     if config.data.channels == 1:

@@ -88,11 +88,16 @@ class TextToImage(Denoiser):
     text_length: int = 512
 
     @property
+    def grid(self) -> int:
+        """Latent tokens along one side."""
+        return self.denoiser.grid
+
+    @property
     def num_slots(self) -> int:
         """Slots of an image in a token sequence: one per latent token, and per register if its
         condition is a query."""
         extra = self.denoiser.num_registers if self.denoiser.register_condition == "query" else 0
-        return self.denoiser.grid**2 + extra
+        return self.grid**2 + extra
 
     def setup(self) -> None:
         """Makes the parts."""

@@ -16,6 +16,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.models.vit import ViT
 from dsr_jax.registers.outliers import split_norms
@@ -66,11 +67,11 @@ def measure_denoiser(
     Attention is that of the softmax: the learned gate of `config.registers.gate` is not applied.
 
     Args:
-      model: A network with blocks.
+      model: A network with blocks; of one of text, those of its denoiser are measured.
       params: Its parameters.
       x: Noised input [B, h, w, C].
       t: Times [B], 0 = data, 1 = noise, for all networks.
-      *conditions: Labels [B], or what else the network takes.
+      *conditions: Labels [B], or tokens [B, L] of text.
 
     Raises:
       ConfigError: If the network has no blocks of tokens.
@@ -111,21 +112,24 @@ def run_denoiser(
     model: Denoiser, params: Params, x: Array, t: Array, *conditions: Array
 ) -> list[StackRun]:
     """Runs a denoiser and returns what its stacks sowed; arguments as of `measure_denoiser`."""
-    if not isinstance(model, DiffusionTransformer):
+    denoiser = model.denoiser if isinstance(model, TextToImage) else model
+    if not isinstance(denoiser, DiffusionTransformer):
         raise ConfigError(
             f"{type(model).__name__} has no transformer blocks whose tokens could be measured",
             "set config.log.outliers=0, or derive it from models.transformer.DiffusionTransformer",
         )
-    times = 1 - t if model.reversed_time else t
-    _, sown = model.apply({"params": params}, x, times, *conditions, mutable=["intermediates"])
+    times = 1 - t if denoiser.reversed_time else t
+    _, found = model.apply({"params": params}, x, times, *conditions, mutable=["intermediates"])
+    sown = found["intermediates"]
+    sown = sown["denoiser"] if isinstance(model, TextToImage) else sown
     return [
         StackRun(
-            sown["intermediates"][rows.stack.name],
+            sown[rows.stack.name],
             slice(rows.patches, None),
             range(rows.registers[0], sum(rows.registers)),
-            (model.grid, model.grid),
+            (denoiser.grid, denoiser.grid),
         )
-        for rows in model.token_rows()
+        for rows in denoiser.token_rows()
     ]
 
 

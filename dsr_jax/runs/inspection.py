@@ -1,5 +1,6 @@
 """Measures networks for the report on their outlier tokens: maps, statistics and samples."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from dsr_jax.core.typing import Array, Batch, Params, PyTree
 from dsr_jax.data.base import Source
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.parallel.axes import Constrain
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
@@ -70,14 +72,18 @@ class Inspected:
 
 
 def read_images(source: Source, count: int) -> dict[str, np.ndarray]:
-    """Returns `count` records, evenly over a source: "image", "label" and "index"."""
+    """Returns `count` records, evenly over a source: "image", "index" and "label", of captions
+    "tokens" in place of the label."""
     rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
     records = [source[int(row)] for row in rows]
-    return {
+    batch = {
         "image": np.stack([record["image"] for record in records]),
-        "label": np.array([record.get("label", 0) for record in records], np.int32),
         "index": rows.astype(np.uint32),
     }
+    if "tokens" in records[0]:
+        return {**batch, "tokens": np.stack([record["tokens"] for record in records])}
+    labels = [record.get("label", 0) for record in records]
+    return {**batch, "label": np.array(labels, np.int32)}
 
 
 def inspect_denoiser(
@@ -108,8 +114,8 @@ def inspect_denoiser(
 
     @jax.jit
     def measure(params: Params, variables: PyTree, batch: Batch, t: Array) -> Any:
-        x, labels = noised_latents(config.seed, path.interpolate, space, variables, batch, t)
-        runs = run_denoiser(model, params, x, jnp.full(len(x), t), labels)
+        x, conditions = noised_latents(config.seed, path.interpolate, space, variables, batch, t)
+        runs = run_denoiser(model, params, x, jnp.full(len(x), t), conditions)
         return [measure_blocks(*run) for run in runs], [map_blocks(run) for run in runs]
 
     found = []
@@ -161,14 +167,19 @@ def draw_samples(
 ) -> np.ndarray | None:
     """Returns a grid of samples, uint8 [H, W, C]; None if the space cannot make images.
 
-    Noise and labels depend on config.sample.seed, the count and the classes alone.
+    Noise depends on config.sample.seed alone; labels, or of text the config's prompts, come in
+    turn.
     """
     mesh, rules = make_mesh(MeshShape(data=1), jax.local_devices()[:1]), build.make_rules(config)
     try:
         sampler = build.make_sampler(config, model.clone(constrain=Constrain()), space, mesh, rules)
-        labels = cycled_labels(list(range(config.data.num_classes)), count)
+        if isinstance(model, TextToImage):
+            prompts = list(itertools.islice(itertools.cycle(config.sample.prompts), count))
+            conditions = build.encode_prompts(config, prompts, model.num_slots)
+        else:
+            conditions = cycled_labels(list(range(config.data.num_classes)), count)
         indices = np.arange(count, dtype=np.uint32)
-        images = np.asarray(sampler(params, variables, indices, labels).images)
+        images = np.asarray(sampler(params, variables, indices, conditions).images)
     except DsrError:
         return None
     scale = max(1, -(-48 // images.shape[1]))

@@ -127,8 +127,8 @@ def make_measure(
     path = build.make_objective(config).path
 
     def measure(params: Params, variables: PyTree, batch: Batch, t: Array) -> TokenMeasures:
-        x, labels = noised_latents(config.seed, path.interpolate, space, variables, batch, t)
-        return measure_denoiser(model, params, x, jnp.full(len(x), t), labels)
+        x, conditions = noised_latents(config.seed, path.interpolate, space, variables, batch, t)
+        return measure_denoiser(model, params, x, jnp.full(len(x), t), conditions)
 
     return measure
 
@@ -141,7 +141,8 @@ def noised_latents(
     batch: Batch,
     t: Array,
 ) -> tuple[Array, Array]:
-    """Returns a batch's latents at noise level t [B, h, w, C], and its labels [B].
+    """Returns a batch's latents at noise level t [B, h, w, C], and its labels [B], of text its
+    tokens [B, L].
 
     Noise depends on the seed and the samples' indices alone, not on t.
 
@@ -159,4 +160,5 @@ def noised_latents(
     ]
     latents = space.encode(variables, to_unit_range(batch["image"]), keys[0]).astype(jnp.float32)
     noise = normal_per_sample(keys[1], latents.shape[1:])
-    return interpolate(latents, noise, jnp.full(len(latents), t))[0], batch["label"]
+    conditions = batch["tokens"] if "tokens" in batch else batch["label"]
+    return interpolate(latents, noise, jnp.full(len(latents), t))[0], conditions

@@ -68,6 +68,6 @@ class PromptGenerator:
             wrong = prompts[int(np.flatnonzero(~finite[:count])[0])]
             raise NumericsError(
                 f"the image of {wrong!r} is not finite",
-                "sample with config.precision.dtype=float32, or from another checkpoint",
+                "sample with --config.precision.compute=float32, or from another checkpoint",
             )
         return images[:count]

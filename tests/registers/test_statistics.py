@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.prompts import IMAGE_SLOT
+from dsr_jax.models.conditioning import TextCondition
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.dit_dh import DiTDH
 from dsr_jax.models.intervention import Intervention
 from dsr_jax.models.jit import JiT
+from dsr_jax.models.language import LanguageModel
 from dsr_jax.models.sit import SiT
+from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.models.transformer import DiffusionTransformer
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.registers.outliers import split_norms
@@ -150,6 +154,35 @@ def check(name: str) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_measures_of_every_denoiser_equal_numpy(name: str) -> None:
     check(name)
+
+
+@pytest.mark.slow
+def test_a_network_of_text_is_measured_at_its_denoiser() -> None:
+    text = LightningDiT(**{**SIZES, "depth": 2}, condition_width=8)
+    language = LanguageModel(11, 8, 1, 2, 1, 16)
+    model = TextToImage(
+        input_size=4, in_channels=3, num_classes=0, language=language, denoiser=text, text_length=20
+    )
+    x, t, _ = inputs(text)
+    tokens = jnp.full((3, 20), IMAGE_SLOT).at[:, :3].set(jnp.arange(9).reshape(3, 3))
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), x, t, tokens))["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: (0.3 * random.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
+
+    @jax.jit
+    def both(params: Any) -> Any:
+        states = model.apply({"params": params}, tokens, method="read")
+        condition = TextCondition(states.rows, jnp.zeros(3, bool))
+        alone = measure_denoiser(text, params["denoiser"], x, t, condition)
+        return measure_denoiser(model, params, x, t, tokens), alone
+
+    measures, alone = both(params)
+    assert measures.norms.shape == (2, 3, 16)
+    assert measures.to_registers[-1].max() > 0.01
+    for field, got, want in zip(TokenMeasures._fields, measures, alone, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=field)
 
 
 def test_a_network_without_blocks_is_refused() -> None:
