@@ -80,6 +80,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.groups = ((("language", "queries"), 0.1, 0.9, 0.999),)
     config.optim.freeze = ("denoiser/pos_embed",)
     config.optim.schedule = "cosine"
+    config.optim.final_lr = 0.0
     config.optim.warmup_steps = round(0.0134 * args.steps)
     config.optim.warmup_from_zero = True
     config.optim.decay_end_steps = args.steps

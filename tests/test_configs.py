@@ -224,3 +224,18 @@ def test_a_config_file_cannot_invent_keys(tmp_path: Path) -> None:
     file.write_text(text.replace("config.optim.lr = 2e-3", "config.optim.lr = 'fast'"))
     with pytest.raises(ConfigError, match="str"):
         configs.load(str(file))
+
+
+@pytest.mark.parametrize("name", ["scale_rae", "shapes_t2i"])
+def test_the_rate_of_text_configs_decays_to_zero(name: str) -> None:
+    config = configs.load(f"{ROOT / 'configs' / name}.py:steps=1000")
+    rate = build.make_optimizer(config).learning_rate
+    assert rate(999) < 1e-4 * config.optim.lr and rate(1000) == 0
+
+
+def test_the_loss_of_shapes_weighs_times_at_which_objects_are_undecided() -> None:
+    config = configs.load(f"{ROOT / 'configs' / 'shapes_t2i.py'}")
+    t = np.asarray(build.make_time_sampler(config)((np.arange(10_000) + 0.5) / 10_000))
+    weights = np.maximum(t, 0.05) ** -2.0
+    assert config.objective.prediction == "data" and 0.6 < np.median(t) < 0.95
+    assert weights[t > 0.6].sum() > 0.5 * weights.sum()

@@ -44,7 +44,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """GenEval's tasks."""
 
-COLOR_PROBABILITY, RELATION_PROBABILITY = 0.7, 0.5
+SINGLE_PROBABILITY, PAIR_PROBABILITY = 0.15, 0.55
+"""Fractions of scenes with one object and with two different ones; the others repeat one."""
+COLOR_PROBABILITY, RELATION_PROBABILITY = 0.7, 0.6
 _SEED = 2_607
 
 
@@ -97,9 +99,9 @@ def make_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     ]
     cells = [(int(n) // CELLS, int(n) % CELLS) for n in rng.permutation(CELLS * CELLS)]
     layout = rng.random()
-    if layout < 0.2:
+    if layout < SINGLE_PROBABILITY:
         pairs = [first]
-    elif layout < 0.65:
+    elif layout < SINGLE_PROBABILITY + PAIR_PROBABILITY:
         others = [pair for pair in allowed if pair[0] != first[0] and pair[1] != first[1]]
         pairs = [first, others[rng.integers(len(others))]]
     else:
