@@ -37,6 +37,33 @@ def unflatten_names(flat: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
     return tree
 
 
+def select(tree: PyTree, wanted: PyTree) -> PyTree:
+    """Returns nested dictionaries with only those leaves for which `wanted` is True.
+
+    Args:
+      tree: Nested dictionaries; whatever is no dictionary counts as a leaf.
+      wanted: The same tree with booleans in place of arrays.
+    """
+    found = {}
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            if below := select(node, wanted[key]):
+                found[key] = below
+        elif all(jax.tree.leaves(wanted[key])):
+            found[key] = node
+    return found
+
+
+def fill(part: PyTree, whole: PyTree) -> PyTree:
+    """Returns `part`, a result of `select`, with the leaves of `whole` that it lacks."""
+    if not isinstance(whole, Mapping):
+        return part
+    return {
+        key: fill(part.get(key, {} if isinstance(node, Mapping) else node), node)
+        for key, node in whole.items()
+    }
+
+
 def count_params(tree: PyTree) -> int:
     """Returns the number of elements in all leaves (arrays or `ShapeDtypeStruct`s)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -208,7 +208,8 @@ class Checkpoints:
         """Restores a whole state, on the mesh of `abstract`, whichever it was saved on.
 
         EMA weights that the checkpoint lacks start from its parameters; those that the state at
-        hand lacks are dropped. The log says so.
+        hand lacks are dropped. The log says so. Moments of parameters that were frozen start at 0;
+        those of parameters that are frozen now are dropped.
 
         Args:
           abstract: `ShapeDtypeStruct`s with shardings.
@@ -233,7 +234,10 @@ class Checkpoints:
             log(f"EMA weights of decay {decay} are new: they start from the weights of step {step}")
         for decay in match.dropped_ema:
             log(f"EMA weights of decay {decay} are dropped")
-        found = {name: read[source] for name, source in match.sources.items()}
+        if match.new_moments:
+            log(f"{len(match.new_moments)} moments of parameters frozen until step {step} are 0")
+        new = {name: _zeros(wanted[name]) for name in match.new_moments}
+        found = {n: new[n] if n in new else read[match.sources[n]] for n in wanted}
         return _assemble(abstract, found, match.new_ema), meta["extra"]
 
     def set_aside_after(self, step: int) -> list[int]:
@@ -314,6 +318,10 @@ class Checkpoints:
                 f"whole checkpoints there: {self.steps() or 'none'}; free space or repair the "
                 "storage, then start again to continue from the newest",
             ) from error
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
 
 
 def _assemble(abstract: TrainState, found: Mapping[str, Any], new_ema: Sequence[str]) -> TrainState:

@@ -1,5 +1,7 @@
 """The state of a run of stage 1: the arrays of the decoder and of the discriminator."""
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 
@@ -32,6 +34,11 @@ class DecoderState(TrainState):
     discriminator: DiscriminatorState | None = None
 
 
+def discriminator_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Returns the decoder's optimizer without the settings that name the decoder's parameters."""
+    return dataclasses.replace(optimizer, freeze=(), groups=())
+
+
 def create_decoder_state(
     params: Params,
     heads: tuple[Params, PyTree] | None,
@@ -52,7 +59,7 @@ def create_decoder_state(
             step=jnp.zeros((), jnp.int32),
             params=heads[0],
             spectral=heads[1],
-            opt_state=optimizer.init(heads[0]),
+            opt_state=discriminator_optimizer(optimizer).init(heads[0]),
         )
     return DecoderState(
         **vars(create_state(params, optimizer, ema_decays)), discriminator=discriminator

@@ -25,7 +25,11 @@ from dsr_jax.training.adversarial import (
     quantize,
     to_signed,
 )
-from dsr_jax.training.decoder_state import DecoderState, DiscriminatorState
+from dsr_jax.training.decoder_state import (
+    DecoderState,
+    DiscriminatorState,
+    discriminator_optimizer,
+)
 from dsr_jax.training.diffaug import NUM_UNIFORMS, augment
 from dsr_jax.training.optimizers import Optimizer
 from dsr_jax.training.skipping import array_norms
@@ -287,9 +291,7 @@ def update_discriminator(
     terms, grads = discriminator_loss_and_grads(
         networks.discriminate, settings, variables, discriminator, *seen
     )
-    # config.optim.freeze names parameters of the decoder.
-    optimizer = dataclasses.replace(optimizer, freeze=())
-    moved, opt_state = optimizer.apply(
+    moved, opt_state = discriminator_optimizer(optimizer).apply(
         grads, discriminator.opt_state, discriminator.params, discriminator.step
     )
     new = DiscriminatorState(

@@ -15,6 +15,9 @@ Arrays = Mapping[str, Mapping[str, Any]]
 _MOMENTS = re.compile(r"(.*opt_state)/\d+/(.+)")
 """Names of the optimizer's arrays: their index depended on clipping in older checkpoints."""
 
+_MOMENT = re.compile(r"opt_state/(?:mu|nu)/(.+)")
+"""Current names of a parameter's moments."""
+
 _DISCRIMINATOR = re.compile(r"critic/(.+)")
 """Names of the discriminator's arrays in older checkpoints."""
 
@@ -26,11 +29,14 @@ class Match(NamedTuple):
       sources: Name in the checkpoint by name in the state.
       new_ema: Decays of EMA weights that the checkpoint lacks: their sources are the parameters.
       dropped_ema: Decays of EMA weights that only the checkpoint has.
+      new_moments: Names in the state of moments that the checkpoint lacks, where their parameters
+        were frozen; they have no source.
     """
 
     sources: dict[str, str]
     new_ema: list[str]
     dropped_ema: list[str]
+    new_moments: list[str]
 
 
 def match_state(
@@ -57,11 +63,17 @@ def match_state(
         if name.split("/")[0] == "ema" and name.split("/")[1] in new_ema:
             source = "/".join(["params", *name.split("/")[2:]])
         sources[name] = source
-    used = {*sources.values(), *(n for n in saved if _is_ema(n, dropped_ema))}
+    kept = {_current_name(name) for name in wanted}
+    frozen = {n for n in saved if _is_moment(n, wanted) and _current_name(n) not in kept}
+    frozen = frozen if "opt_state/count" in kept else set()
+    new_moments = [n for n in wanted if sources[n] not in saved and _is_moment(n, saved)]
+    sources = {name: source for name, source in sources.items() if name not in new_moments}
+    used = {*sources.values(), *frozen, *(n for n in saved if _is_ema(n, dropped_ema))}
     found = {name: saved[source] for name, source in sources.items() if source in saved}
+    found |= {name: wanted[name] for name in new_moments}
     found |= {name: array for name, array in saved.items() if name not in used}
     _require_equal(path, meta, found, wanted, architecture, state=True)
-    return Match(sources, new_ema, dropped_ema)
+    return Match(sources, new_ema, dropped_ema, new_moments)
 
 
 def check_arrays(path: Path, meta: Mapping[str, Any], wanted: Arrays, prefix: str) -> None:
@@ -134,6 +146,12 @@ def _ema_decays(arrays: Arrays) -> set[str]:
 
 def _is_ema(name: str, decays: list[str]) -> bool:
     return name.startswith("ema/") and name.split("/")[1] in decays
+
+
+def _is_moment(name: str, arrays: Arrays) -> bool:
+    """Returns whether an array is a moment of one of the parameters in `arrays`."""
+    found = _MOMENT.fullmatch(_current_name(name))
+    return found is not None and f"params/{found[1]}" in arrays
 
 
 def _current_name(name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.trees import flatten_names
+from dsr_jax.core.trees import fill, flatten_names, select
 from dsr_jax.core.typing import Array, Params, PyTree
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -105,7 +105,7 @@ class ParamGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW over the parameters that are not frozen.
+    """AdamW over the parameters that are not frozen, which alone have moments.
 
     Attributes:
       learning_rate: Rate by step.
@@ -155,7 +155,7 @@ class Optimizer:
 
     def init(self, params: Params) -> PyTree:
         """Returns the moments; `params` may be boxed."""
-        return self._direction().init(params)
+        return self._direction(params).init(self._trained(params))
 
     def freeze_params(self, params: Params) -> Params:
         """Stops gradients into frozen parameters, so that no norm counts them.
@@ -209,22 +209,23 @@ class Optimizer:
         rate = self.learning_rate(step)
         if self.clip_norm:
             grads = _clip_by_global_norm(grads, self.clip_norm)
-        update, opt_state = self._direction().update(grads, opt_state, params)
-        factors = self._per_parameter(params, lambda group: group.lr_factor)
-        moved = jax.tree.map(lambda p, u, f: p - rate * f * u, params, update, factors)
-        if self.freeze:
-            # Weight decay reaches frozen parameters although their gradient is zero.
-            kept = self.trainable(params)
-            moved = jax.tree.map(lambda new, old, k: new if k else old, moved, params, kept)
-        return moved, opt_state
+        trained = self._trained(params)
+        update, opt_state = self._direction(params).update(self._trained(grads), opt_state, trained)
+        factors = self._trained(self._per_parameter(params, lambda group: group.lr_factor))
+        moved = jax.tree.map(lambda p, u, f: p - rate * f * u, trained, update, factors)
+        return fill(moved, params), opt_state
 
-    def _direction(self) -> optax.GradientTransformation:
+    def _trained(self, tree: PyTree) -> PyTree:
+        """Returns a tree like the parameters without the frozen ones."""
+        return select(tree, self.trainable(tree)) if self.freeze else tree
+
+    def _direction(self, params: Params) -> optax.GradientTransformation:
         decay = self.weight_decay
         # The state's structure is the same whether or not parameters decay.
         shrink = optax.add_decayed_weights(decay) if decay else optax.identity()
-        decays = lambda params: (  # noqa: E731
-            self._per_parameter(params, lambda group: group.b1),
-            self._per_parameter(params, lambda group: group.b2),
+        decays = (
+            self._trained(self._per_parameter(params, lambda group: group.b1)),
+            self._trained(self._per_parameter(params, lambda group: group.b2)),
         )
         return optax.chain(_scale_by_adam(decays, self.eps), shrink)
 
@@ -252,13 +253,11 @@ class Optimizer:
         )
 
 
-def _scale_by_adam(
-    decays: Callable[[PyTree], tuple[PyTree, PyTree]], eps: float
-) -> optax.GradientTransformation:
+def _scale_by_adam(decays: tuple[PyTree, PyTree], eps: float) -> optax.GradientTransformation:
     """Returns Adam's direction, with bias corrections exact to float32 rounding.
 
     Args:
-      decays: Returns the decays of first and second moment of each parameter.
+      decays: Decays of first and second moment of each parameter.
       eps: Added to the root of the second moment.
     """
 
@@ -275,7 +274,7 @@ def _scale_by_adam(
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         del params
         count = state.count + 1
-        first, second = decays(grads)
+        first, second = decays
         mu = jax.tree.map(lambda m, g, b1: b1 * m + (1 - b1) * g, state.mu, grads, first)
         nu = jax.tree.map(lambda v, g, b2: b2 * v + (1 - b2) * g * g, state.nu, grads, second)
         factors = {decay: correction(decay, count) for decay in jax.tree.leaves((first, second))}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.trees import fill
 from dsr_jax.core.typing import Array, Params, PyTree
 from dsr_jax.training.optimizers import Optimizer
 
@@ -68,7 +69,8 @@ def create_state(
 def make_reshard(abstract: TrainState) -> Reshard | None:
     """Returns a function that gives a tree like the parameters the layout of their moments.
 
-    None where that layout is the parameters' own.
+    None where that layout is the parameters' own. Frozen parameters, which have no moments, keep
+    theirs.
 
     A step under ZeRO-1 applies it to gradients and parameters, so that each device reduces and
     updates its own part only, and the new parameters are gathered afterwards.
@@ -77,9 +79,10 @@ def make_reshard(abstract: TrainState) -> Reshard | None:
       abstract: Shapes and shardings of the state.
     """
     moments = optax.tree.get(abstract.opt_state, "mu")
-    layout, whole = (
+    divided, whole = (
         jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (moments, abstract.params)
     )
+    layout = fill(divided, whole)
     if layout == whole:
         return None
     return lambda tree: jax.lax.with_sharding_constraint(tree, layout)

@@ -21,6 +21,16 @@ def test_a_leaf_cannot_be_a_folder() -> None:
         trees.unflatten_names({"a/b": 2, "a": 1})
 
 
+def test_selected_leaves_are_filled_up_again() -> None:
+    tree = {"a": {"x": 1, "y": 2}, "b": {"z": {"w": 3}}, "c": 4}
+    wanted = {"a": {"x": True, "y": False}, "b": {"z": {"w": False}}, "c": True}
+    part = trees.select(tree, wanted)
+    assert part == {"a": {"x": 1}, "c": 4}
+    assert trees.fill(part, tree) == tree
+    assert trees.fill({"a": {"x": 10}}, tree) == {**tree, "a": {"x": 10, "y": 2}}
+    assert trees.fill({}, tree) == tree and trees.fill(5, 6) == 5
+
+
 def test_sizes_of_abstract_trees() -> None:
     tree = {
         "a": jax.ShapeDtypeStruct((3, 4), jnp.float32),

@@ -327,6 +327,25 @@ def test_clipping_and_decay_may_change(saved: Any, changes: dict[str, float]) ->
         equal(checkpoints.restore(other.abstract)[0], saved[1])
 
 
+def test_frozen_parameters_may_change(
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Moments of what is frozen are dropped; those of what no longer is start at 0."""
+    run, arrays = saved
+    frozen = Run(run.workdir, MeshShape(8, 1, 1), Toy(WIDE), tx=optimizer(freeze=("w1",)))
+    moments = {f"opt_state/0/{name}/w1" for name in ("mu", "nu")}
+    with frozen.checkpoints() as checkpoints:
+        state, _ = checkpoints.restore(frozen.abstract)
+    equal(state, {name: array for name, array in arrays.items() if name not in moments})
+    frozen = frozen.elsewhere(tmp_path)
+    with frozen.checkpoints() as checkpoints:
+        checkpoints.save(5, state)
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(run.abstract)
+    equal(restored, {n: np.zeros_like(a) if n in moments else a for n, a in arrays.items()})
+    assert "2 moments of parameters frozen until step 5 are 0" in capsys.readouterr().err
+
+
 def test_moments_are_found_where_older_checkpoints_have_them(saved: Any, tmp_path: Path) -> None:
     """There clipping came first in the chain, so that the moments had another index."""
     run = saved[0].elsewhere(tmp_path)

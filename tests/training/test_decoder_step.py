@@ -24,7 +24,7 @@ from dsr_jax.training.decoder_step import (
     update_discriminator,
 )
 from dsr_jax.training.diffaug import NUM_UNIFORMS, augment
-from dsr_jax.training.optimizers import LearningRate, Optimizer
+from dsr_jax.training.optimizers import LearningRate, Optimizer, ParamGroup
 from tests.training.toy_training import FAST_COMPILE
 
 SIDE, ROWS, PIXELS = 8, 4, 8 * 8 * 3
@@ -59,12 +59,12 @@ NETWORKS = Networks(encode, decode, perceptual, discriminate)
 VARIABLES = {"scale": jnp.float32(0.7)}
 
 
-def state(with_discriminator: bool = True) -> DecoderState:
+def state(with_discriminator: bool = True, optimizer: Optimizer = OPTIMIZER) -> DecoderState:
     keys = jax.random.split(jax.random.key(0), 3)
     kernel = 0.1 * jax.random.normal(keys[1], (6, PIXELS))
     params = {"first": 0.1 * jax.random.normal(keys[0], (PIXELS, 6)), "pred": {"kernel": kernel}}
     heads = (0.1 * jax.random.normal(keys[2], (PIXELS, 5)), jnp.zeros(()))
-    return create_decoder_state(params, heads if with_discriminator else None, OPTIMIZER, (0.5,))
+    return create_decoder_state(params, heads if with_discriminator else None, optimizer, (0.5,))
 
 
 def batch() -> dict[str, Any]:
@@ -240,11 +240,12 @@ def test_balancing_costs_no_second_pass_through_the_decoder() -> None:
     )
 
 
-def test_frozen_parameters_of_the_decoder_do_not_concern_the_discriminator() -> None:
-    optimizer = dataclasses.replace(OPTIMIZER, freeze=("first",), weight_decay=0.1)
+def test_settings_of_the_decoders_parameters_do_not_concern_the_discriminator() -> None:
+    group = ParamGroup(("pred",), 1.0, OPTIMIZER.b1, OPTIMIZER.b2)
+    optimizer = dataclasses.replace(OPTIMIZER, freeze=("first",), groups=(group,), weight_decay=0.1)
     settings = dataclasses.replace(SETTINGS, discriminator_start=0, generator_start=0)
     step = make_decoder_step(NETWORKS, settings, optimizer, seed=0)
-    before = state()
+    before = state(optimizer=optimizer)
     after, metrics = jax.jit(step, compiler_options=FAST_COMPILE)(before, batch(), VARIABLES)
     np.testing.assert_array_equal(after.params["first"], before.params["first"])
     assert (after.params["pred"]["kernel"] != before.params["pred"]["kernel"]).any()

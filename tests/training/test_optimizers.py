@@ -1,5 +1,6 @@
 """Learning rates and AdamW against the spec and PyTorch."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,9 +94,18 @@ def test_frozen_parameters_stay_and_count_in_no_norm() -> None:
     loss = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(optimizer.freeze_params(p)))  # noqa: E731
     grads = jax.grad(loss)(PARAMS)
     np.testing.assert_array_equal(grads["b"]["W"], 0.0)
-    new, _ = optimizer.apply(grads, optimizer.init(PARAMS), PARAMS, jnp.int32(0))
+    state = optimizer.init(PARAMS)
+    assert {name: set(optax.tree.get(state, name)) for name in ("mu", "nu")} == {
+        "mu": {"a"},
+        "nu": {"a"},
+    }, "frozen parameters have no moments"
+    new, after = optimizer.apply(grads, state, PARAMS, jnp.int32(0))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
     np.testing.assert_array_equal(new["b"]["W"], PARAMS["b"]["W"])
     assert np.all(np.asarray(new["a"]) != np.asarray(PARAMS["a"]))
+    boxed = jax.tree.map(lambda p: nn.LogicallyPartitioned(p, (None,) * p.ndim), PARAMS)
+    boxes = optax.tree.get(optimizer.init(boxed), "mu")
+    assert set(boxes) == {"a"} and isinstance(boxes["a"], nn.LogicallyPartitioned)
 
 
 @pytest.mark.parametrize(
