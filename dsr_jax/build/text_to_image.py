@@ -190,7 +190,8 @@ def start_from_language(
       abstract: The state's shapes and shardings.
 
     Raises:
-      ConversionError: If the folder holds no language model of the config's sizes.
+      ConversionError: If the folder holds no language model of the config's sizes, or one with
+        constants that the config's does not have.
     """
     folder = config.language.init_from
     params, record = load_converted(folder)
@@ -199,6 +200,14 @@ def start_from_language(
             f"{folder} holds a {record['family']}",
             f"name a folder that python -m dsr_jax.convert {FAMILY} wrote",
         )
+    for name in ("rope_theta", "epsilon"):
+        # No shape shows these, and no key of the config sets them.
+        own, other = getattr(LanguageModel, name), record["model"][name]
+        if other != own:
+            raise ConversionError(
+                f"{folder} holds a language model with {name}={other:g}; a run's has {own:g}",
+                "start from Qwen2.5 or Qwen2.5-Instruct, which have the latter",
+            )
     tokenizer = make_prompt_tokenizer(config.language.tokenizer)
     first_new = min(tokenizer.image_start_id, tokenizer.image_end_id)
     params = resize_vocabulary(params, config.language.vocab_size, first_new)

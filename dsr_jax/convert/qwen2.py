@@ -88,6 +88,12 @@ def model_of_config(
                 f"config.json has {key}={value!r}, which is not supported",
                 f"use a model with {key}={known[0]!r}",
             )
+    kind = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind != "default":
+        raise ConversionError(
+            f"config.json has rope_parameters of rope_type={kind!r}, which is not supported",
+            "use a model with rope_type='default'",
+        )
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     more = ("num_key_value_heads", "intermediate_size")
     if absent := [key for key in (*needed, *more) if key not in config]:
@@ -110,9 +116,12 @@ def model_of_config(
 
 
 def _theta(config: Mapping[str, Any]) -> float:
-    """Returns the base of the rotary frequencies, also where transformers 5 keeps it."""
+    """Returns the base of the rotary frequencies, also where transformers 5 keeps it.
+
+    transformers takes 10000 where none is given: it does not write values that are its defaults.
+    """
     nested = config.get("rope_parameters") or {}
-    return config.get("rope_theta", nested.get("rope_theta", 1e6))
+    return config.get("rope_theta", nested.get("rope_theta", 10_000.0))
 
 
 def tie_head(state: Mapping[str, np.ndarray], tied: bool) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from dsr_jax.convert.__main__ import main
 from dsr_jax.convert.files import load_converted
-from dsr_jax.convert.qwen2 import resize_vocabulary
+from dsr_jax.convert.qwen2 import model_of_config, resize_vocabulary
 from dsr_jax.convert.rules import flax_to_torch
 from dsr_jax.convert.scale_rae import rope_buffers, scale_rae_rules
 from dsr_jax.convert.text_models import text_model_of_record
@@ -106,6 +106,15 @@ def test_qwen2_shards_of_transformers_round_trip(tmp_path):
     _assert_equal(_convert("qwen2", tmp_path / "in", tmp_path / "out"), want)
 
 
+@pytest.mark.parametrize("keys", [{}, {"rope_theta": 1e6}, {"rope_theta": 1e4}])
+def test_the_rotary_base_is_that_of_transformers(keys):
+    transformers = pytest.importorskip("transformers")
+    want = transformers.Qwen2Config(**CONFIG, **keys).rope_parameters["rope_theta"]
+    assert model_of_config({**CONFIG, **keys}).rope_theta == want
+    nested = {"rope_parameters": {"rope_type": "default", **keys}}
+    assert model_of_config({**CONFIG, **nested}).rope_theta == want
+
+
 def test_tied_qwen2_round_trips_without_its_head(tmp_path):
     state = {k: v for k, v in _scale_rae().items() if k.startswith("model.layers")}
     state |= {"model.norm.weight": np.ones(8, np.float32)}
@@ -136,6 +145,10 @@ def test_missing_extra_and_untied_tensors_are_named(tmp_path):
     source = _write(tmp_path / "sliding", state, use_sliding_window=True)
     with pytest.raises(ConversionError, match="use_sliding_window=True"):
         main(["scale_rae", "--source", str(source), "--out", str(tmp_path / "sliding-out")])
+    # As transformers 5 writes what was rope_scaling.
+    source = _write(tmp_path / "yarn", state, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ConversionError, match="rope_type='yarn'"):
+        main(["scale_rae", "--source", str(source), "--out", str(tmp_path / "yarn-out")])
     with pytest.raises(ConversionError, match="not Qwen2"):
         main(["qwen2", "--source", str(tmp_path / "missing"), "--out", str(tmp_path / "q")])
 
