@@ -184,6 +184,9 @@ def test_settings_that_cannot_work_are_named(tmp_path):
     cases = {
         "--config.data.flip=True": "mirrors pictures",
         "--config.sample.prompts=()": "no prompt to show",
+        "--config.eval.num_samples=8": "config.eval asks for scores",
+        "--config.data.latents=cache": "config.data.latents='cache'",
+        "--config.data.crop_from=48": "crop_from=48 has no effect",
         "--config.sample.text=free": "choose forced or greedy",
         "--config.model.name=jit": "condition_width=16, but jit has class tokens|takes no text",
         "--config.language.vocab_size=5": "28 ids, the embedding table 5 rows",

@@ -3,6 +3,7 @@
 Source: Scale-RAE's inference; spec t2i 2.1.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from dsr_jax.core.errors import PromptError
 from dsr_jax.core.prompts import IMAGE_SLOT
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.text_to_image import TextToImage
+from dsr_jax.parallel.shardings import fetch
 
 MAX_NEW_TOKENS = 512
 """Words that an answer may have before its image, as in the original."""
@@ -27,7 +29,7 @@ def write_answers(
 ) -> np.ndarray:
     """Continues prompts by the likeliest token until the image begins.
 
-    Every token costs a pass over the whole batch.
+    Every token costs a pass over config.sample.batch prompts at a time.
 
     Args:
       config: Experiment config.
@@ -44,7 +46,6 @@ def write_answers(
     """
     tokenizer = make_prompt_tokenizer(config.language.tokenizer)
     length, slots = config.language.max_length, model.num_slots
-    read = make_text_model(model)
     tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
     ends = np.zeros(len(prompts), np.int32)
     for row, prompt in enumerate(prompts):
@@ -60,21 +61,37 @@ def write_answers(
             )
         tokens[row, : len(prefix)], ends[row] = prefix, len(prefix)
 
-    @jax.jit
-    def likeliest(params: Params, tokens: Array, ends: Array) -> Array:
-        hidden: Any = read.read(params, tokens, None, None).hidden
-        last = jnp.take_along_axis(hidden, (ends - 1)[:, None, None], axis=1)[:, 0]
-        return jnp.argmax(read.logits(params, last), axis=-1)
+    size = min(max(len(prompts), 1), config.sample.batch)
+    for first in range(0, len(prompts), size):
+        # The last group is filled up by its first prompts, so that all have one shape.
+        rows = np.resize(np.arange(first, min(first + size, len(prompts))), size)
+        tokens[rows] = _continue(model, params, tokens[rows], ends[rows], tokenizer.image_start_id)
+    return tokens
 
-    writing, rows = np.ones(len(prompts), bool), np.arange(len(prompts))
+
+def _continue(
+    model: TextToImage, params: Params, tokens: np.ndarray, ends: np.ndarray, image_start: int
+) -> np.ndarray:
+    """Returns tokens [B, L] that are continued from the lengths [B] of their prompts."""
+    length, slots = tokens.shape[1], model.num_slots
+    writing, rows = np.ones(len(tokens), bool), np.arange(len(tokens))
     for _ in range(MAX_NEW_TOKENS):
-        found = np.asarray(likeliest(params, tokens, ends))
+        found = fetch(_likeliest(model, params, tokens, ends))
         tokens[rows[writing], ends[writing]] = found[writing]
         ends = ends + writing
-        begun = writing & (found == tokenizer.image_start_id)
+        begun = writing & (found == image_start)
         for row in rows[begun]:
             tokens[row, ends[row] : ends[row] + slots] = IMAGE_SLOT
         writing &= ~begun & (ends + slots < length)
         if not writing.any():
             break
     return tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(model: TextToImage, params: Params, tokens: Array, ends: Array) -> Array:
+    """Returns the likeliest tokens [B] behind those before `ends`; compiled once per shape."""
+    functions = make_text_model(model)
+    hidden: Any = functions.read(params, tokens, None, None).hidden
+    last = jnp.take_along_axis(hidden, (ends - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.argmax(functions.logits(params, last), axis=-1)

@@ -231,9 +231,9 @@ def _check_outliers(config: ConfigDict, require: Require) -> None:
         "give noise levels from 0, data, to 1, noise, for example 0.1,0.5,0.9",
     )
     require(
-        not config.log.outliers or not (trains_decoder(config) or has_text(config)),
-        f"config.log.outliers={config.log.outliers}, but a decoder is trained, or on text",
-        "set it to 0: only denoisers of classes are measured",
+        not config.log.outliers or not trains_decoder(config),
+        f"config.log.outliers={config.log.outliers}, but a decoder is trained",
+        "set it to 0: only denoisers are measured",
     )
 
 
@@ -281,11 +281,17 @@ def _check_text(config: ConfigDict, require: Require) -> None:
         "choose forced or greedy",
     )
     require(
-        not config.eval.classifier and not config.eval.every_steps,
-        "config.eval asks for scores during training, which need classes",
-        "set config.eval.classifier='' and config.eval.every_steps=0, and score with "
-        "python -m dsr_jax.evaluate",
+        not (config.eval.classifier or config.eval.every_steps or config.eval.num_samples),
+        "config.eval asks for scores by the training itself, which need classes",
+        "set config.eval.classifier='', config.eval.every_steps=0 and config.eval.num_samples=0, "
+        "and score with python -m dsr_jax.evaluate_prompts",
     )
+    for key, value in (("latents", ""), ("crop_from", 0)):
+        require(
+            config.data[key] == value,
+            f"config.data.{key}={config.data[key]!r} has no effect on captioned images",
+            f"leave it at {value!r}",
+        )
     require(
         not config.data.flip,
         "config.data.flip=True mirrors pictures whose captions may name left and right",
