@@ -1,6 +1,7 @@
 """Trains and scores text-to-image on rendered shapes, with and without diffusion registers.
 
     python tools/run_shapes.py --out=runs/shapes_t2i [--seeds=2] [--steps=6000] [--quick]
+    python tools/run_shapes.py --out=runs/shapes_times --config.objective.times=2
 
 Trains configs/shapes_t2i.py, samples GenEval's six tasks, and scores the images by the exact
 checker: on pairs of color and kind that training shows, on pairs that it does not, and against
@@ -45,20 +46,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=positive_int, default=2, help="number of runs of each kind")
     parser.add_argument("--steps", type=positive_int, default=6_000, help="steps of each run")
     parser.add_argument("--quick", action="store_true", help="tiny networks, a few steps only")
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     start_processes()
     scores: dict[str, list[dict[str, Any]]] = {}
     # Seeds in the outer loop, so that an unfinished experiment compares both kinds.
     for seed in range(args.seeds):
         for arm in ARMS:
-            record = run_arm(args.out / f"{arm}_{seed}", arm, seed, args.steps, args.quick)
+            folder = args.out / f"{arm}_{seed}"
+            record = run_arm(folder, arm, seed, args.steps, args.quick, overrides)
             scores.setdefault(arm, []).append(record)
             text = write_table(args.out, scores)
         print(text)
     plot_prompts(args.out / "shapes.png", args.out / "registers_0")
 
 
-def run_arm(folder: Path, arm: str, seed: int, steps: int, quick: bool) -> dict[str, Any]:
+def run_arm(
+    folder: Path,
+    arm: str,
+    seed: int,
+    steps: int,
+    quick: bool = False,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Trains, samples and scores one run, skipping finished work, and returns its record.
 
     Args:
@@ -67,6 +76,7 @@ def run_arm(folder: Path, arm: str, seed: int, steps: int, quick: bool) -> dict[
       seed: Seed of data order, parameters and noise.
       steps: Training steps.
       quick: Trains tiny networks for a few steps, and scores few images.
+      overrides: Changes of the config, such as "--config.objective.times=2".
     """
     path = folder / "scores.json"
     if path.exists():
@@ -74,8 +84,10 @@ def run_arm(folder: Path, arm: str, seed: int, steps: int, quick: bool) -> dict[
     log(f"{ARMS[arm]}, seed {seed}")
     settings = [f"steps={steps}", *(["noregisters"] if arm == "baseline" else [])]
     config = f"{CONFIG}:{','.join([*settings, *(['runlocal'] if quick else [])])}"
-    train.main([f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}"])
-    record = {"arm": arm, "seed": seed, "steps": 8 if quick else steps}
+    changes = [f"--config.seed={seed}", *overrides]
+    if status := train.main([f"--config={config}", f"--workdir={folder}", *changes]):
+        raise SystemExit(status)
+    record: dict[str, Any] = {"arm": arm, "seed": seed, "overrides": list(overrides)}
     for split in NUM_SCENES:
         images = folder / f"prompts_{split}"
         few = ["--per-task=2", "--images=1", "--batch=8"] if quick else ["--images=8", "--batch=64"]

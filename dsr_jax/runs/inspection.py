@@ -76,7 +76,7 @@ def read_images(source: Source, count: int) -> dict[str, np.ndarray]:
     "tokens" in place of the label."""
     rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
     records = [source[int(row)] for row in rows]
-    batch = {
+    batch: dict[str, np.ndarray] = {
         "image": np.stack([record["image"] for record in records]),
         "index": rows.astype(np.uint32),
     }

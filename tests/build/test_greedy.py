@@ -42,8 +42,8 @@ def test_an_image_at_once_is_the_given_answer_and_other_words_never_end() -> Non
     head[:, word] = 2
     written = build.write_answers(config, model, unflatten_names(flat), PROMPTS)
     assert not (written == IMAGE_SLOT).any()
-    room = config.language.max_length - model.num_slots
+    end = config.language.max_length - model.num_slots
     for row, prompt in zip(written, PROMPTS, strict=True):
         start = tokenizer.text.encode(prompt)
         assert row[: len(start)].tolist() == start
-        assert (row[len(start) : room] == word).all() and (row[room:] == tokenizer.pad_id).all()
+        assert (row[len(start) : end] == word).all() and (row[end:] == tokenizer.pad_id).all()

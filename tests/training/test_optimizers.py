@@ -1,14 +1,19 @@
 """Learning rates and AdamW against the spec and PyTorch."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.training.optimizers import LearningRate, Optimizer
+from dsr_jax.training.state import TrainState, make_reshard
 
 PARAMS = {"a": jnp.asarray([1.0, -2.0, 0.5]), "b": {"W": jnp.asarray([[0.3, 4.0]])}}
 
@@ -106,6 +111,35 @@ def test_frozen_parameters_stay_and_count_in_no_norm() -> None:
     boxed = jax.tree.map(lambda p: nn.LogicallyPartitioned(p, (None,) * p.ndim), PARAMS)
     boxes = optax.tree.get(optimizer.init(boxed), "mu")
     assert set(boxes) == {"a"} and isinstance(boxes["a"], nn.LogicallyPartitioned)
+
+
+def test_frozen_parameters_keep_their_layout_where_moments_are_divided() -> None:
+    mesh = make_mesh(MeshShape(data=1, fsdp=2), jax.devices()[:2])
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("fsdp",)))
+    params = {"a": jnp.arange(4.0), "b": {"W": jnp.ones(2)}}
+
+    def placed(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding if x.shape else whole
+            ),
+            tree,
+        )
+
+    for freeze, layout in (((), split), (("b",), whole)):
+        moments = jax.eval_shape(Optimizer(LearningRate(0.1), freeze=freeze).init, params)
+        state = TrainState(
+            step=jnp.int32(0),
+            params=placed(params, whole),
+            ema={},
+            opt_state=placed(moments, split),
+        )
+        reshard = make_reshard(state)
+        assert reshard is not None
+        found = jax.jit(reshard)(params)
+        assert found["a"].sharding.is_equivalent_to(split, 1)
+        assert found["b"]["W"].sharding.is_equivalent_to(layout, 1)
+    assert make_reshard(state.replace(opt_state=placed(moments, whole))) is None
 
 
 @pytest.mark.parametrize(
