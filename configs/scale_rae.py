@@ -16,10 +16,10 @@ model, 2048 images per step, 10,000 steps.
         --config.data.root=shards --config.language.tokenizer=Qwen2.5-1.5B-Instruct
 
 Arguments: `language=0.5B` (one of 0.5B, 1.5B, the default, 3B and 7B), `variant=XL` (the denoiser:
-2.4B, the default, or XL, ImageNet's), `registers=0` (default 36), `ttr=False` (no test-time
-registers in the encoder), `frozen` (the language model is not trained), `steps=5000` (default
-10000), `runlocal` (a smoke run of a few steps on rendered shapes, with tiny networks of random
-weights).
+2.4B, the default, or XL, ImageNet's), `encoder=siglip2-so400m` (the released models' encoder;
+default siglip2-base), `registers=0` (default 36), `ttr=False` (no test-time registers in the
+encoder), `frozen` (the language model is not trained), `steps=5000` (default 10000), `runlocal` (a
+smoke run of a few steps on rendered shapes, with tiny networks of random weights).
 
 Not published, and chosen here: size of both models, data order, guidance, and the rule for the
 registers' condition. Scores of the paper: GenEval 42.6 without registers and 46.6 with, DPG-Bench
@@ -32,6 +32,7 @@ from dsr_jax.config import base_config, choose, parse_arg, recipes
 from dsr_jax.models.dit import DIT, TEXT_DIT
 from dsr_jax.models.language import QWEN2
 
+LATENT_CHANNELS = {"siglip2-base": 768, "siglip2-so400m": 1152}
 TOKENIZER_ROWS = 151_667
 """Entries of Qwen2.5's tokenizer and the two words around an image."""
 
@@ -42,6 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         language="1.5B",
         variant="2.4B",
+        encoder="siglip2-base",
         registers=36,
         ttr=True,
         frozen=False,
@@ -60,7 +62,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.registers.num = args.registers
     config.registers.start = 8
 
-    recipes.use_rae(config, "siglip2-base", test_time_registers=args.ttr)
+    channels = choose(LATENT_CHANNELS, "encoder", args.encoder)
+    recipes.use_rae(config, args.encoder, test_time_registers=args.ttr)
     config.space.update(statistics="", preln=False)
     config.data.update(
         source="webdataset",
@@ -73,7 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         on_corrupt="skip",
     )
     config.objective.prediction = "velocity"
-    config.objective.time_shift = (256 * 768 / 4_096) ** 0.5
+    config.objective.time_shift = (256 * channels / 4_096) ** 0.5
     config.objective.time_range = (0.0, 1.0)
 
     config.optim.lr = 5.65e-4

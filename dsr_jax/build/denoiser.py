@@ -1,9 +1,10 @@
 """Builds the denoiser that a config names, and reads converted weights for it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -38,6 +39,8 @@ _CONFIG_KEYS = {
     "num_classes": "data.num_classes",
     "input_size": "side of the space's latents",
     "in_channels": "channels of the space's latents",
+    "connector": "language.connector",
+    "understanding": "language.understanding",
 }
 
 
@@ -144,16 +147,8 @@ def restore_converted(
             f"name a folder that python -m dsr_jax.convert {family} wrote",
         )
     adaptation = adapt(record)
-    unused = model.unused_sizes() | adaptation.adapted_sizes
-    sizes = {
-        name: value
-        for name, value in record["model"].items()
-        if name not in unused and value != getattr(model, name)
-    }
-    differing = [
-        f"{_CONFIG_KEYS.get(name, f'model.{name}')}: {value} -> {getattr(model, name)}"
-        for name, value in sizes.items()
-    ]
+    sizes = _differing_sizes(record["model"], model, adaptation.adapted_sizes)
+    differing = [f"{_key_of(name)}: {old} -> {new}" for name, (old, new) in sizes.items()]
     adapted = adaptation(params, model)
     shapes, wanted = (
         {name: leaf.shape for name, leaf in flatten_names(tree).items()}
@@ -176,6 +171,35 @@ def restore_converted(
         return jax.device_put(leaf.astype(like.dtype), like.sharding)
 
     return jax.tree.map(place, adapted, abstract), record
+
+
+def _differing_sizes(
+    stored: Mapping[str, Any], model: Any, adapted: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Returns (stored size, the model's) of those that differ and have an effect, by name.
+
+    The sizes of a network within the model have its name in front, as in "language.depth".
+    """
+    unused = {*adapted, *(model.unused_sizes() if isinstance(model, Denoiser) else ())}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, value in stored.items():
+        if name in unused:
+            continue
+        own = denoiser_name(type(model)) if name == "name" else getattr(model, name)
+        if isinstance(own, nn.Module):
+            inner = _differing_sizes(value, own)
+            found |= {f"{name}.{below}": pair for below, pair in inner.items()}
+        elif value != own:
+            found[name] = (value, own)
+    return found
+
+
+def _key_of(size: str) -> str:
+    """Returns the config's key of a size, for messages."""
+    if size.startswith("language."):
+        return size
+    name = size.removeprefix("denoiser.")
+    return _CONFIG_KEYS.get(name, f"model.{name}")
 
 
 def start_from(

@@ -208,7 +208,7 @@ class TextToImage(Denoiser):
 
     def unused_sizes(self) -> set[str]:
         """Returns the fields that have no effect, or only one that parameters' shapes show."""
-        return {"text_length", "language", "denoiser", "num_classes"}
+        return {"text_length", "num_classes"}
 
     def summary(self) -> str:
         """Returns sizes in words."""

@@ -143,7 +143,10 @@ class DiffusionTransformer(Denoiser):
         """Returns the fields that have no effect, or only one that parameters' shapes show."""
         # Different ratios can give the same hidden width.
         unused = {"mlp_ratio"} | (set() if self.num_registers else {"register_start"})
-        return unused | (set() if self.condition_width else {"condition_silu"})
+        if not (self.num_registers and self.condition_width):
+            unused.add("register_condition")
+        # Text takes the place of classes.
+        return unused | ({"num_classes"} if self.condition_width else {"condition_silu"})
 
     def summary(self) -> str:
         """Returns depth and registers in words."""

@@ -73,3 +73,27 @@ def test_what_cannot_be_started_from_is_named(parts, tmp_path):
     wrong = {**parts[2], "norm/scale": np.ones(3, np.float32)}
     with pytest.raises(ConversionError, match=r"norm/scale: \(3,\) -> \(16,\)"):
         _start((*parts[:2], wrong, parts[3]), tmp_path / "sizes")
+
+
+def test_converted_settings_that_no_shape_shows_are_compared(tmp_path):
+    config = configs.load("configs/shapes_t2i.py:runlocal")
+    mesh, rules = build.make_mesh(config, jax.devices()[:1]), build.make_rules(config)
+    space, _ = build.make_space(config)
+    model = build.make_model(config, space)
+    abstract = build.abstract_params(model, space, mesh, rules)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
+    save_converted(tmp_path / "own", params, {"family": "scale_rae", "model": model_sizes(model)})
+    build.restore_converted(str(tmp_path / "own"), model, abstract)
+    for key, value, problem in (
+        ("model.condition_silu", False, "model.condition_silu: True -> False"),
+        ("registers.condition", "time", "registers.condition: mean -> time"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({key: value})
+        with pytest.raises(ConversionError, match=problem):
+            build.restore_converted(str(tmp_path / "own"), build.make_model(other, space), abstract)
+    sizes = model_sizes(model)
+    sizes["language"] = {**sizes["language"], "rope_theta": 1e4}
+    save_converted(tmp_path / "base", params, {"family": "scale_rae", "model": sizes})
+    with pytest.raises(ConversionError, match="language.rope_theta: 10000.0 -> 1000000.0"):
+        build.restore_converted(str(tmp_path / "base"), model, abstract)
