@@ -19,7 +19,7 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 """Numbers of the errors of storage that takes no more, which only writing meets."""
 
 _TEMPORARY = ".tmp"
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
+_LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}" + re.escape(_TEMPORARY))
 
 
 @contextlib.contextmanager
@@ -109,12 +109,12 @@ def leftovers(folder: str | os.PathLike[str], name: str = "") -> list[Path]:
 
     Args:
       folder: The folder.
-      name: Start of the names of the files that were being written; "" for any.
+      name: Name of the file that was being written; "" for any.
     """
     return [
         path
         for path in Path(folder).iterdir()
-        if _LEFTOVER.fullmatch(path.name) and path.name.startswith(f".{name}")
+        if (found := _LEFTOVER.fullmatch(path.name)) and name in ("", found[1])
     ]
 
 

@@ -153,7 +153,8 @@ class FolderLock:
             now = _read(self._path)
             if now[1] is None:
                 return
-            alive = True if now != (owner, touched) else None
+            if now != (owner, touched):
+                owner, alive = now[0] or owner, True
         if alive:
             raise LockError(
                 f"{self._what} is in use by {describe(owner)}",
@@ -267,10 +268,10 @@ def _is_copy(path: Path, owner: dict[str, Any]) -> bool:
 
 def _is_alive(owner: dict[str, Any]) -> bool | None:
     """Whether the owner's process is alive; None if this machine cannot tell."""
-    if not owner or owner.get("machine") != _machine():
+    pid, started = owner.get("pid"), owner.get("started")
+    if started is None or owner.get("machine") != _machine():
         return None
-    pid = owner.get("pid")
-    return isinstance(pid, int) and pid > 0 and _start_of(pid) == owner.get("started")
+    return isinstance(pid, int) and pid > 0 and _start_of(pid) == started
 
 
 def _read(path: Path) -> tuple[dict[str, Any], float | None]:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsr_jax.core.arrays import READ_ERRORS
 from dsr_jax.core.cli import leave
 from dsr_jax.core.errors import CheckpointError, DamagedFileError, NumericsError
 from dsr_jax.core.files import file_digest, open_atomic, read_object, remove_leftovers, write_json
@@ -160,7 +161,9 @@ class SampleJob:
 
     def _plan(self, batch: int, log: Callable[[str], None]) -> np.ndarray:
         """Looks at what is there and returns which images are missing [N]."""
-        remove_leftovers(self.folder, f"{self.name}.")
+        # Of these files alone: other jobs, whose names may begin alike, write beside them.
+        for suffix in (".npz", ".json", ".png"):
+            remove_leftovers(self.folder, f"{self.name}{suffix}")
         if self._finished(log):
             return np.zeros(len(self.labels), bool)
         self._start(batch, log)
@@ -269,8 +272,8 @@ class SampleJob:
         """
         want = (part.end - part.first, *self.image_shape)
         try:
-            images = np.load(part.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            images = np.lib.format.open_memmap(part.path, mode="r")
+        except READ_ERRORS as error:
             raise _damaged(part.path, str(error)) from error
         if images.shape != want or images.dtype != np.uint8:
             found = f"{images.dtype}{images.shape}"

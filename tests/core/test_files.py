@@ -46,6 +46,8 @@ def test_leftovers_of_killed_writes_are_found(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (leftover,) = files.leftovers(tmp_path)
     assert leftover.read_bytes() == b"half"
+    assert files.leftovers(tmp_path, "x.json") == [leftover]
+    assert files.leftovers(tmp_path, "x") == []
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000])

@@ -79,6 +79,25 @@ def test_a_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_without_the_start_of_its_owner_becomes_stale(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write_lock(tmp_path, pid=ended.pid, started=None)
+    with FolderLock(tmp_path, log=lambda text: None, touch_seconds=0.2, stale_seconds=0.5):
+        assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+
+
+def test_an_owner_that_is_still_writing_its_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE).touch()
+    timer = threading.Timer(0.3, lambda: write_lock(tmp_path))
+    timer.start()
+    try:
+        with pytest.raises(LockError, match=rf"in use by process {os.getpid()} on elsewhere"):
+            FolderLock(tmp_path, log=lambda text: None, touch_seconds=0.2).acquire()
+    finally:
+        timer.join()
+
+
 def test_an_owner_on_another_machine_is_alive_while_it_touches_its_lock(tmp_path: Path) -> None:
     path = write_lock(tmp_path, machine="another", pid=7)
     said: list[str] = []

@@ -193,6 +193,24 @@ def test_images_of_a_damaged_part_are_made_again(tmp_path, damage):
     assert np.unique(np.concatenate(asked)).tolist() == [*range(8), *range(16, 23)]
 
 
+def test_a_flipped_bit_in_the_header_of_a_part_is_noticed(tmp_path):
+    job = make_job(tmp_path)
+    with pytest.raises(Killed):
+        job.run(killed_after(1), 8, quiet)
+    (part,) = job._part_files()
+    content = part.path.read_bytes()
+    for place in range(8 * 96):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        part.path.write_bytes(flipped)
+        try:
+            read = job._load_part(part)
+        except CheckpointError as error:
+            assert f"part {part.path} is damaged" in str(error)
+        else:  # The padding of the header decides nothing.
+            np.testing.assert_array_equal(read, picture(np.arange(8), job.labels[:8]))
+
+
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     job, lines = make_job(tmp_path), []
@@ -267,7 +285,8 @@ def test_one_command_at_a_time_makes_the_files_of_a_name(tmp_path):
 
 
 def test_leftovers_of_a_killed_assembly_are_removed(tmp_path):
-    for name in (".samples.npz.ab12cd_9.tmp", ".others.npz.ab12cd_9.tmp"):
+    kept = [".others.npz.ab12cd_9.tmp", ".samples.5.npz.ab12cd_9.tmp"]
+    for name in (".samples.npz.ab12cd_9.tmp", ".samples.png.ab12cd_9.tmp", *kept):
         (tmp_path / name).touch()
     make_job(tmp_path).run(sample, 5, quiet)
-    assert [p.name for p in tmp_path.glob("*.tmp")] == [".others.npz.ab12cd_9.tmp"]
+    assert sorted(p.name for p in tmp_path.glob("*.tmp")) == kept
