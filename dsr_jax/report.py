@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsr_jax.core.cli import make_parser, run_main
-from dsr_jax.core.files import read_json, write_atomic
+from dsr_jax.core.files import name_damage, read_json, write_atomic
 from dsr_jax.planning.page import plan_sections
 from dsr_jax.reports.run_page import make_run_page
 
@@ -27,13 +27,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = [path.expanduser() for path in (args.workdir, *args.others)]
     plans = {
-        folder: plan_sections(read_json(path), folder.name)
+        folder: read_plan(path, folder.name)
         for folder in folders
         if (path := folder / "plan" / "report.json").is_file()
     }
     out = args.out or folders[0] / "report.html"
     write_atomic(out, make_run_page(folders, plans))
     print(f"written: {out}")
+
+
+def read_plan(path: Path, name: str) -> list[tuple[str, str]]:
+    """Returns the sections of a compiled program's report; see `planning.page.plan_sections`.
+
+    Raises:
+      DamagedFileError: If the file is damaged.
+    """
+    with name_damage(path, f"remove {path}, or make it again with python -m dsr_jax.compile"):
+        return plan_sections(read_json(path), name)
 
 
 if __name__ == "__main__":

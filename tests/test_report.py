@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsr_jax import report
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.errors import ConfigError, DamagedFileError
 from dsr_jax.reports.outlier_records import to_record
 from dsr_jax.sampling.images import save_png_grid
 from tests.browser import open_browser
@@ -19,7 +19,8 @@ def make_run(folder: Path, *, registers: int, complete: bool) -> Path:
     folder.mkdir(parents=True)
     config = {"train": {"steps": 40}, "registers": {"num": registers}, "model": {"name": "sit"}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "provenance.json").write_text('{"time": "2026-01-02", "packages": {"jax": "1.2"}}')
+    starts = [{"time": f"2026-01-0{day}", "packages": {"jax": "1.2"}} for day in (2, 3)]
+    (folder / "provenance.json").write_text(json.dumps(starts))
     lines = []
     for step in (10, 20, 30, 40):
         record = {"loss": 1 / step, "grad_norm": 2.0, "mfu": 0.25 if step > 10 else None}
@@ -47,7 +48,15 @@ def test_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "written" in capsys.readouterr().out
     page = (run / "report.html").read_text()
     check_page(page)
-    for content in ("complete", "12.25", "Gradient norm", "25.0%", "t 0.00-0.50", "2026-01-02"):
+    for content in (
+        "complete",
+        "12.25",
+        "Gradient norm",
+        "25.0%",
+        "t 0.00-0.50",
+        "2026-01-02",
+        "jax 1.2",
+    ):
         assert content in page, content
     assert page.count("data:image/png") == 4, "two samples and two pictures of outliers"
     assert "t 0.50-1.00" not in page, "a curve without numbers"
@@ -76,6 +85,35 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     page = (run / "report.html").read_text()
     check_page(page)
     assert "step 0 of 5" in page and "Nothing is recorded" in page
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, registers=4, complete=True)
+        for name in ("<img src=x>", "<script>alert(1)")
+    ]
+    config = {"train": {"steps": 40}, "model": {"name": "<b>bold</b>"}}
+    (runs[0] / "config.json").write_text(json.dumps(config))
+    report.main([f"--workdir={runs[0]}", str(runs[1]), f"--out={tmp_path / 'page.html'}"])
+    page = (tmp_path / "page.html").read_text()
+    check_page(page)
+    for markup in ("<img src=x>", "<script>alert", "<b>bold"):
+        assert markup not in page
+
+
+def test_damaged_files_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "base", registers=0, complete=True)
+    (run / "provenance.json").write_text("[" * 100_000)
+    (run / "scores" / "step_00000040.scores.json").write_bytes(b"\xff{")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "loss": "x", "mfu": true}\n')
+    (run / "scores" / "other.scores.json").write_text('{"scores": [1]}')
+    report.main([f"--workdir={run}"])
+    check_page((run / "report.html").read_text())
+    (run / "plan").mkdir()
+    (run / "plan" / "report.json").write_text('{"fits": true}')
+    with pytest.raises(DamagedFileError, match=r"plan/report\.json is damaged: KeyError"):
+        report.main([f"--workdir={run}"])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def plan_sections(report: Report, name: str = "") -> list[tuple[str, str]]:
 
 def _summary(report: Report) -> str:
     return (
-        f"<p>{chips_text(report)} ({text(slices_text(report))}), mesh "
+        f"<p>{text(chips_text(report))} ({text(slices_text(report))}), mesh "
         f"{text(report['mesh'])}, {report['images_per_chip']:g} images per {words(report).chip}, "
         f"remat {text(report['remat'])}. Compiled in {report['compile_seconds']:.0f} s with "
         f"{text(', '.join(f'{k} {v}' for k, v in report['versions'].items()))}.</p>"

@@ -234,7 +234,8 @@ def line_chart(
 
 def to_json(value: object) -> str:
     """Returns JSON that can stand in a script element."""
-    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")
+    # Any "<": besides the end of a script, "<!--" changes how the browser reads on.
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsr_jax.core.errors import ConfigError
+from dsr_jax.core.errors import ConfigError, DsrError
+from dsr_jax.core.files import read_json
 from dsr_jax.core.trees import flatten_names
 from dsr_jax.reports.outlier_records import draw_noise_maps, draw_step_maps, read_history
 from dsr_jax.reports.page import items, line_chart, make_page, picture, step_pictures, table, text
@@ -40,7 +41,7 @@ class Run(NamedTuple):
       folder: The folder.
       records: Whole records of metrics.jsonl.
       config: config.json.
-      provenance: provenance.json.
+      starts: Entries of provenance.json, one per start.
       summary: summary.json of a complete run.
       scores: Scores by the name of their file.
     """
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     folder: Path
     records: list[dict[str, Any]]
     config: dict[str, Any]
-    provenance: dict[str, Any]
+    starts: list[dict[str, Any]]
     summary: dict[str, Any]
     scores: dict[str, dict[str, Any]]
 
@@ -75,7 +76,7 @@ def read_run(folder: Path) -> Run:
         folder,
         read_metrics(folder),
         config,
-        _read(folder / "provenance.json"),
+        _read_starts(folder / "provenance.json"),
         _read(folder / "summary.json"),
         scores,
     )
@@ -111,11 +112,21 @@ def make_run_page(
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns a JSON object; {} if the file is missing or not whole."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    found = _read_any(path)
     return found if isinstance(found, dict) else {}
+
+
+def _read_starts(path: Path) -> list[dict[str, Any]]:
+    found = _read_any(path)
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+
+
+def _read_any(path: Path) -> Any:
+    """Returns JSON values; None if the file is missing or not whole."""
+    try:
+        return read_json(path)
+    except (OSError, DsrError):
+        return None
 
 
 def _with_distinct_names(runs: list[Run]) -> list[Run]:
@@ -154,14 +165,14 @@ def _overview(runs: Sequence[Run]) -> str:
                 _last(run, "images_per_second", ",.1f"),
                 _last(run, "mfu", ".1%"),
                 text(f"{network}, {registers.get('num', 0)} registers"),
-                text(run.provenance.get("time", "")),
+                text(run.starts[0].get("time", "") if run.starts else ""),
             )
         )
     return table(heads, rows, "overview")
 
 
 def _last(run: Run, name: str, form: str) -> str:
-    values = [record[name] for record in run.records if record.get(name) is not None]
+    values = [y for _, y in points(run, name)]
     return format(values[-1], form) if values else ""
 
 
@@ -241,7 +252,8 @@ def _scores(runs: Sequence[Run]) -> str:
         if found:
             rows += [(text(run.name), "summary", text(k), f"{x:.6g}") for k, x in found.items()]
         for name, record in run.scores.items():
-            for metric, value in record.get("scores", {}).items():
+            found = record.get("scores")
+            for metric, value in found.items() if isinstance(found, dict) else ():
                 if isinstance(value, (int, float)):
                     rows.append((text(run.name), text(name), text(metric), f"{value:.6g}"))
     return table(("run", "file", "score", "value"), rows, "scores") if rows else ""
@@ -259,14 +271,21 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _provenance(run: Run) -> str:
-    if not run.provenance:
+    """Returns a table of the starts, and all that is recorded of the last one."""
+    if not run.starts:
         return ""
-    lines = []
-    for name, value in run.provenance.items():
-        shown = value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{key} {each}" for key, each in value.items())
-        elif isinstance(value, list):
-            shown = " ".join(map(str, value))
-        lines.append(f"{name}: {shown}")
-    return f"<h3>{text(run.name)}</h3>{items(lines)}"
+    names = ("time", "git_revision", "num_processes", "num_devices", "device_kind")
+    rows = (
+        (str(number), *(text(start.get(name, "")) for name in names))
+        for number, start in enumerate(run.starts, start=1)
+    )
+    heads = ("start", "time", "revision", "processes", "devices", "kind")
+    lines = [f"{name}: {_shown(value)}" for name, value in run.starts[-1].items()]
+    starts = table(heads, rows, f"starts {run.name}")
+    return f"<h3>{text(run.name)}</h3>{starts}<p>The last start:</p>{items(lines)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,5 +1,6 @@
 """The template: what it holds, and that its script works in a browser."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,8 @@ def test_pages_are_well_formed_and_self_contained() -> None:
 
 def test_data_cannot_close_its_script() -> None:
     assert "</script>" not in to_json(["</script><b>"])
+    assert "<!--" not in to_json(["<!--<script>"])
+    assert json.loads(to_json(["</script><!--"])) == ["</script><!--"]
 
 
 def test_curves_span_their_axes() -> None:
