@@ -173,7 +173,7 @@ def _batch(
 
 
 def _times(text: str) -> tuple[float, ...]:
-    times = tuple(float(word) for word in text.split(","))
+    times = tuple(sorted(float(word) for word in text.split(",")))
     if not all(0 <= time <= 1 for time in times):
         raise argparse.ArgumentTypeError(f"{text}: noise levels are from 0, data, to 1, noise")
     return times

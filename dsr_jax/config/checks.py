@@ -231,6 +231,11 @@ def _check_outliers(config: ConfigDict, require: Require) -> None:
         "give noise levels from 0, data, to 1, noise, for example 0.1,0.5,0.9",
     )
     require(
+        len({f"{time:.2f}" for time in times}) == len(times),
+        f"config.log.outlier_times={times}: some are equal in the names of metrics, tT.TT",
+        "give noise levels that differ by 0.01 or more",
+    )
+    require(
         not config.log.outliers or not trains_decoder(config),
         f"config.log.outliers={config.log.outliers}, but a decoder is trained",
         "set it to 0: only denoisers are measured",

@@ -58,12 +58,26 @@ def principal_colors(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         equal colors are equal contents.
 
     Returns:
-      uint8 [B, T, 3] for each. The 1 % and the 99 % quantile are the limits of each color.
+      uint8 [B, T, 3] for each. The 1 % and the 99 % quantile are the limits of each color. Tokens
+      that are not finite are gray.
     """
     colors: list[np.ndarray] = [np.zeros((*each.shape[:2], 3), np.uint8) for each in tokens]
     for width in {each.shape[-1] for each in tokens}:
         chosen = [i for i, each in enumerate(tokens) if each.shape[-1] == width]
         rows = np.concatenate([tokens[i].reshape(-1, width) for i in chosen]).astype(np.float64)
+        finite = np.isfinite(rows).all(axis=1)
+        shown = np.full((len(rows), 3), 128, np.uint8)
+        shown[finite] = _colors(rows[finite])
+        pieces = np.split(shown, np.cumsum([tokens[i][..., 0].size for i in chosen])[:-1])
+        for i, piece in zip(chosen, pieces, strict=True):
+            colors[i] = piece.reshape(colors[i].shape)
+    return colors
+
+
+def _colors(rows: np.ndarray) -> np.ndarray:
+    """Returns the colors of tokens [N, D], uint8 [N, 3]."""
+    shown = np.zeros((len(rows), 3), np.uint8)
+    if len(rows):
         centered = rows - rows.mean(axis=0)
         _, basis = np.linalg.eigh(centered.T @ centered)
         basis = basis[:, ::-1][:, :3]
@@ -73,9 +87,5 @@ def principal_colors(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         scores = centered @ basis
         low, high = np.quantile(scores, (0.01, 0.99), axis=0)
         scaled = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-        shown = np.zeros((len(rows), 3), np.uint8)
         shown[:, : basis.shape[1]] = np.round(255 * scaled)
-        pieces = np.split(shown, np.cumsum([tokens[i][..., 0].size for i in chosen])[:-1])
-        for i, piece in zip(chosen, pieces, strict=True):
-            colors[i] = piece.reshape(colors[i].shape)
-    return colors
+    return shown

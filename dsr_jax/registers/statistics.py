@@ -280,7 +280,9 @@ def outlier_thresholds(norms: np.ndarray, threshold: float | None = None) -> np.
       norms: Norms [L, B, T].
       threshold: Norm for all blocks; None splits each block's norms.
     """
-    found = (threshold or split_norms(each).threshold for each in norms)
+    if threshold is not None:
+        return np.full(len(norms), float(threshold))
+    found = (split_norms(each).threshold for each in norms)
     return np.array([np.nan if each is None else each for each in found])
 
 

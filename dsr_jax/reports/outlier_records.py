@@ -81,6 +81,34 @@ def read_history(records: Iterable[Mapping[str, Any]]) -> History | None:
     return History(tuple(steps), tuple(times), values)
 
 
+def extend_history(old: History | None, new: History) -> History:
+    """Returns a history with newer records.
+
+    A run's monitor calls it with one record at a time: parsing all of them again would take longer
+    with every one.
+
+    Args:
+      old: Statistics so far; those from the first new step on are dropped.
+      new: Statistics to add.
+    """
+    if old is None:
+        return new
+    kept = sum(step < new.steps[0] for step in old.steps)
+    old = old._replace(
+        steps=old.steps[:kept], values={name: each[:kept] for name, each in old.values.items()}
+    )
+    steps, times = (*old.steps, *new.steps), tuple(sorted({*old.times, *new.times}))
+    names = dict.fromkeys([*old.values, *new.values])
+    blocks = max(each.shape[2] for part in (old, new) for each in part.values.values())
+    values = {name: np.full((len(steps), len(times), blocks), np.nan) for name in names}
+    for part, first in ((old, 0), (new, kept)):
+        rows = range(first, first + len(part.steps))
+        columns = [times.index(time) for time in part.times]
+        for name, each in part.values.items():
+            values[name][np.ix_(rows, columns, range(each.shape[2]))] = each
+    return History(steps, times, values)
+
+
 def draw_noise_maps(history: History) -> np.ndarray:
     """Returns the picture of block x noise level of the last step, uint8 [H, W, 3]."""
     panels = [

@@ -4,10 +4,23 @@
 const VIRIDIS = [[68, 1, 84], [72, 40, 120], [62, 73, 137], [49, 104, 142], [38, 130, 142],
   [31, 158, 137], [53, 183, 121], [110, 206, 88], [181, 222, 43], [253, 231, 37]];
 
+// Not a number is gray.
 function color(fraction) {
+  if (Number.isNaN(fraction)) return [128, 128, 128];
   const at = Math.min(Math.max(fraction, 0), 1) * (VIRIDIS.length - 1);
   const low = Math.floor(at), high = Math.min(low + 1, VIRIDIS.length - 1);
   return VIRIDIS[low].map((value, i) => value + (at - low) * (VIRIDIS[high][i] - value));
+}
+
+// The smallest and the largest finite number; spreading many arguments would overflow the stack.
+function limits(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (!Number.isFinite(value)) continue;
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return low > high ? [0, 1] : [low, high];
 }
 
 // Decodes base64 of little-endian numbers.
@@ -25,6 +38,7 @@ function quantile(sorted, q) {
 function histogram(values, low, high, bins) {
   const counts = new Array(bins).fill(0), span = Math.log(high / low) || 1;
   for (const value of values) {
+    if (!Number.isFinite(value)) continue;
     const bin = Math.floor((Math.log(value / low) / span) * bins);
     counts[Math.min(Math.max(bin, 0), bins - 1)] += 1;
   }
@@ -86,7 +100,7 @@ const viewer = {
     const found = this.data.variants.map((v) => this.tokens(v, kind, time, block, image));
     const drawn = found.map((values) => values && this.shown(kind, values));
     const all = drawn.flatMap((values) => (values ? [...values] : []));
-    const low = Math.min(...all), high = Math.max(...all);
+    const [low, high] = limits(all);
     this.data.variants.forEach((variant, index) => {
       const canvas = document.querySelector(`#map-${index} canvas`);
       const caption = document.querySelector(`#map-${index} figcaption`);
@@ -112,9 +126,8 @@ const viewer = {
           context.strokeRect(x * scale + 1, y * scale + 1, scale - 2, scale - 2);
         }
       }
-      const sorted = [...found[index]].sort((a, b) => a - b);
       const range = kind === "pca" ? "" :
-        `; ${sorted[0].toPrecision(3)} to ${sorted[sorted.length - 1].toPrecision(3)}`;
+        `; ${limits(found[index]).map((x) => x.toPrecision(3)).join(" to ")}`;
       caption.textContent = `${variant.name}: ${outliers.length} outliers${range}`;
     });
   },
@@ -141,7 +154,7 @@ const viewer = {
         for (let block = 0; block < variant.blocks; block++) {
           const values = this.tokens(variant, kind, time, block, image);
           if (!values) continue;
-          let drawn = values, low = Math.min(...values), high = Math.max(...values);
+          let drawn = values, [low, high] = limits(values);
           if (kind === "norms") {
             // Relative to the median of the block: from a half to sixteen times.
             const median = quantile([...values].sort((a, b) => a - b), 0.5) || 1;
@@ -161,7 +174,8 @@ const viewer = {
     const { block, time } = this.choice(), style = getComputedStyle(document.body);
     const found = this.data.variants.map((v) => (block < v.blocks ? this.norms(v, time, block) : []));
     const all = found.flatMap((values) => [...values]);
-    const low = Math.max(Math.min(...all), 1e-9) * 0.95, high = Math.max(...all, 2e-9) * 1.05;
+    const [smallest, largest] = limits(all);
+    const low = Math.max(smallest, 1e-9) * 0.95, high = Math.max(largest, 2e-9) * 1.05;
     this.data.variants.forEach((variant, index) => {
       const canvas = document.querySelector(`#histogram-${index} canvas`);
       const context = canvas.getContext("2d"), width = 480, height = 200, ground = height - 18;
@@ -169,7 +183,11 @@ const viewer = {
       canvas.height = height;
       context.fillStyle = style.backgroundColor;
       context.fillRect(0, 0, width, height);
-      if (block >= variant.blocks) return;
+      const caption = document.querySelector(`#histogram-${index} figcaption`);
+      if (block >= variant.blocks) {
+        caption.textContent = `${variant.name}: no block ${block}`;
+        return;
+      }
       const counts = histogram(found[index], low, high, 60), top = Math.max(...counts);
       const place = (value) => (Math.log(value / low) / Math.log(high / low)) * width;
       context.fillStyle = "#4269d0";
@@ -189,7 +207,7 @@ const viewer = {
         context.fillText(`threshold ${threshold.toPrecision(3)}`, place(threshold) - 4, 12);
       }
       const share = variant.statistics[time].outlier_share[block];
-      document.querySelector(`#histogram-${index} figcaption`).textContent =
+      caption.textContent =
         `${variant.name}: norms after block ${block}, ${(100 * share).toFixed(2)} % outliers`;
     });
   },
@@ -250,14 +268,16 @@ const viewer = {
   },
 
   drawGallery() {
-    ["left", "right"].forEach((side, index) => {
+    const names = ["left", "right"].map((side, index) => {
       const variant = this.data.variants[document.getElementById(`gallery-${side}`).value];
       const image = document.querySelectorAll("#gallery .compare img")[index];
       image.src = variant.samples;
       image.alt = variant.name;
+      return `${variant.name} (${side})`;
     });
+    document.querySelector("#gallery label span").textContent = names.join(" and ");
   },
 };
 
 if (typeof document !== "undefined") viewer.start();
-if (typeof module !== "undefined") module.exports = { color, decode, histogram, quantile };
+if (typeof module !== "undefined") module.exports = { color, decode, histogram, limits, quantile };

@@ -161,7 +161,7 @@ def compare_pictures(first: tuple[str, Any], second: tuple[str, Any], name: str)
     )
     return (
         f'<figure id="{slug(name)}"><div class="compare">{images}</div>'
-        f"<label>{text(first[0])} (left) and {text(second[0])} (right)"
+        f"<label><span>{text(first[0])} (left) and {text(second[0])} (right)</span>"
         '<input type="range" data-compare min="0" max="100" value="50"></label></figure>'
     )
 

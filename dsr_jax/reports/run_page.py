@@ -19,6 +19,9 @@ from dsr_jax.telemetry.writers import read_metrics
 MAX_POINTS = 400
 """Points of a curve, chosen evenly if a run has more records."""
 
+MAX_STEPS = 100
+"""Steps in the table of outlier statistics, chosen evenly if a run has more."""
+
 MAX_PICTURES = 12
 """Pictures of samples per run, chosen evenly."""
 
@@ -233,11 +236,13 @@ def _outliers(run: Run) -> str:
     if history is None:
         return ""
     rows: list[list[Any]] = [["step", "t", "block", *history.values]]
-    for i, step in enumerate(history.steps):
+    for i in _thin([*range(len(history.steps))], MAX_STEPS):
+        step = history.steps[i]
         for j, time in enumerate(history.times):
             for block in range(next(iter(history.values.values())).shape[2]):
                 numbers = [float(values[i, j, block]) for values in history.values.values()]
-                rows.append([step, time, block, *(x if math.isfinite(x) else "" for x in numbers)])
+                shown = (float(f"{x:.6g}") if math.isfinite(x) else "" for x in numbers)
+                rows.append([step, time, block, *shown])
     over_steps = f"Outlier statistics of {run.name} by block over steps"
     over_noise = f"Outlier statistics of {run.name} by block over noise levels, last step"
     return picture(

@@ -22,6 +22,7 @@ from dsr_jax.reports.outlier_records import (
     History,
     draw_noise_maps,
     draw_step_maps,
+    extend_history,
     read_history,
     to_record,
 )
@@ -69,7 +70,8 @@ class OutlierMonitor:
         self._folder, self._workdir = workdir / FOLDER, workdir
         self._variables, self._batches = variables, batches
         self._batch: Batch | None = None
-        self._records: list[dict[str, Any]] | None = None
+        self._history: History | None = None
+        self._has_read = False
         measure = jax.jit(make_measure(config, model, space), out_shardings=replicated(mesh))
         self._measure = announce_first_call(measure, "the outlier statistics")
 
@@ -101,17 +103,13 @@ class OutlierMonitor:
 
     def _extended(self, step: int, record: dict[str, float]) -> History:
         """Returns the run's statistics so far, this step's included."""
-        if self._records is None:
-            self._records = [
-                {key: x for key, x in old.items() if key == "step" or key.startswith(FOLDER)}
-                for old in read_metrics(self._workdir)
-                if old["step"] < step
-            ]
-        self._records = [old for old in self._records if old["step"] < step]
-        self._records.append({"step": step, **record})
-        history = read_history(self._records)
-        assert history is not None
-        return history
+        if not self._has_read:
+            self._history = read_history(read_metrics(self._workdir))
+            self._has_read = True
+        new = read_history([{"step": step, **record}])
+        assert new is not None, "the outlier share is always finite"
+        self._history = extend_history(self._history, new)
+        return self._history
 
 
 def make_measure(

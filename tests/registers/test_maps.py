@@ -42,6 +42,16 @@ def test_attention_of_the_strongest_token_and_of_registers(registers: list[int])
     np.testing.assert_array_equal(found.tokens, tokens)
 
 
+def test_tokens_that_are_not_finite_are_gray() -> None:
+    tokens = np.random.default_rng(0).standard_normal((1, 9, 6))
+    want = principal_colors([tokens[:, 2:]])[0]
+    tokens[0, 0, 1], tokens[0, 1, 2] = np.nan, np.inf
+    found = principal_colors([tokens])[0]
+    assert (found[0, :2] == 128).all()
+    np.testing.assert_array_equal(found[:, 2:], want)
+    assert (principal_colors([np.full_like(tokens, np.nan)])[0] == 128).all()
+
+
 def test_equal_tokens_have_equal_colors_in_all_networks() -> None:
     random = np.random.default_rng(0)
     first = random.standard_normal((2, 9, 6)) * [5, 3, 2, 0.1, 0.1, 0.1]

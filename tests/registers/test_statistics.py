@@ -244,6 +244,7 @@ def test_summaries_equal_numpy() -> None:
     np.testing.assert_allclose(
         found["norm_kurtosis"][2], (centered**4).mean() / (centered**2).mean() ** 2
     )
+    assert (summarize(measures, threshold=0.0)["outlier_share"] == 1).all()
     given = summarize(measures, threshold=11.0)
     np.testing.assert_allclose(given["outlier_share"], (norms > 11).mean((1, 2)))
 

@@ -136,7 +136,30 @@ def test_the_viewer_works_in_a_browser(browser: Browser, tmp_path: Path) -> None
     choose(browser, "gallery-left", 1)
     images = "[...document.querySelectorAll('#gallery img')].map((image) => image.alt)"
     assert browser.run(images) == ["registers", "registers"]
+    named = browser.run("document.querySelector('#gallery label').textContent")
+    assert named == "registers (left) and registers (right)"
     assert browser.errors == [] and browser.requests == []
+
+
+@pytest.mark.slow
+def test_many_tokens_and_numbers_that_are_not_finite(browser: Browser, tmp_path: Path) -> None:
+    shape = (1, 2, 64, 4096)
+    norms = np.ones(shape, np.float32)
+    norms[0, 0, 0, :2], norms[0, 1] = np.nan, np.inf
+    statistics = {"threshold": np.full(2, np.nan), "outlier_share": np.zeros(2)}
+    small = variant("small", outliers=True, registers=False)
+    short = Variant("short", (4, 4), {"norms": small.maps["norms"][:1, :1]}, small.statistics[:1])
+    many = Variant("many", (64, 64), {"norms": norms, "cosine": norms}, [statistics])
+    path = tmp_path / "page.html"
+    path.write_text(make_outlier_page("Many", [many, short], TIMES[:1], {"outlier_share": "share"}))
+    browser.open(path)
+    for block in (0, 1):
+        choose(browser, "map-block", block)
+    caption = "document.querySelector('#histogram-{} figcaption').textContent"
+    assert browser.run(caption.format(0)).startswith("many: norms after block 1")
+    assert browser.run(caption.format(1)) == "short: no block 1"
+    assert browser.run("color(NaN)") == [128, 128, 128]
+    assert browser.errors == []
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import numpy as np
 from dsr_jax.reports.outlier_records import (
     draw_noise_maps,
     draw_step_maps,
+    extend_history,
     over_noise,
     read_history,
     to_record,
@@ -35,6 +36,25 @@ def test_records_give_the_statistics_back() -> None:
     np.testing.assert_allclose(history.values["norm_ratio"][1, 1], [1, 30, 1])
     np.testing.assert_array_equal(np.isnan(history.values["threshold"][0, 0]), [True, False, True])
     np.testing.assert_allclose(over_noise(history, "outlier_share")[0], [0, 0.5, 0])
+
+
+def test_a_history_is_extended_record_by_record() -> None:
+    records = [{"step": step, **to_record(TIMES, statistics(step))} for step in (1, 3, 5)]
+    # As after a change of config.log.outlier_times.
+    records.append({"step": 7, **to_record((0.9,), statistics(7)[:1])})
+    want, found = read_history(records), None
+    for record in records:
+        new = read_history([record])
+        assert new is not None
+        found = extend_history(found, new)
+    assert want is not None and found is not None
+    assert found.steps == want.steps and found.times == want.times == (0.1, 0.5, 0.9)
+    assert list(found.values) == list(want.values)
+    for name, values in want.values.items():
+        np.testing.assert_array_equal(found.values[name], values)
+    again = read_history(records[1:2])
+    assert again is not None
+    assert extend_history(found, again).steps == (1, 3), "steps that are done again"
 
 
 def test_a_run_without_statistics_has_no_history() -> None:

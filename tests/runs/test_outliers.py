@@ -78,6 +78,7 @@ def test_a_run_writes_them_and_trains_as_without(tmp_path: Path) -> None:
         (("--config.log.outlier_images=0",), "config.log.outlier_images=0"),
         (("--config.log.outlier_times=(0.5,2.0)",), "config.log.outlier_times"),
         (("--config.log.outlier_times=()",), "config.log.outlier_times"),
+        (("--config.log.outlier_times=(0.122,0.124)",), "config.log.outlier_times.*are equal"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, overrides: tuple[str, ...], problem: str) -> None:
