@@ -10,10 +10,12 @@ The same command is started again until it is done. Then final arrays, metrics, 
 scores must equal those of a run that nobody disturbed, and no command may hang or end in a
 traceback; otherwise the fault counts as lost. The last line is `faults: N, lost: M`, and the exit
 status is 1 if M > 0. The same command continues where an earlier one stopped; what was lost is kept
-under --out.
+under --out. The code must stay the same until the end, since a restart with other code may compute
+other bits: use a worktree that nobody changes.
 """
 
 import argparse
+import hashlib
 import shutil
 import sys
 import tempfile
@@ -27,9 +29,10 @@ import jax
 import numpy as np
 
 from dsr_jax.core.cli import make_parser, positive_int, run_main
+from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import read_json, write_json
 from tools.faults.injection import DAMAGE, LIVE, UNWRITABLE, Command, play_round
-from tools.faults.jobs import JOBS, Job
+from tools.faults.jobs import JOBS, ROOT, Job
 
 KINDS = (*LIVE, UNWRITABLE, *DAMAGE)
 PER_ROUND = 12
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     job, out = JOBS[args.job], args.out / args.job
     counts = tuple(n for n in args.processes or job.processes if n in job.processes)
+    code = _check_code(out)
     record_path = out / f"seed_{args.seed}.json"
     record = (
         read_json(record_path)
@@ -67,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes=count,
             budget=min(PER_ROUND, left),
         )
+        if code_digest() != code:
+            raise ConfigError(
+                f"the code in {ROOT} has changed during round {number}, which is not counted",
+                "use a worktree that nobody changes, and a new --out",
+            )
         record["faults"] = dict(Counter(record["faults"]) + found.faults)
         record["lost"] += bool(found.problem)
         entry = {"processes": count, "faults": dict(found.faults), "starts": found.starts}
@@ -78,6 +87,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder)
     _print_table(record)
     return int(record["lost"] > 0)
+
+
+def code_digest() -> str:
+    """Returns a digest of all that decides what the commands compute, but for their packages."""
+    digest = hashlib.sha256()
+    for folder in ("configs", "dsr_jax", "tests", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return "sha256:" + digest.hexdigest()
+
+
+def _check_code(out: Path) -> str:
+    """Returns the code's digest, which `out` records on its first use.
+
+    Raises:
+      ConfigError: If the results in `out` are of other code.
+    """
+    path, code = out / "code.json", code_digest()
+    if not path.exists() and not (out / "inputs.done").exists():
+        write_json(path, {"digest": code})
+    elif not path.exists() or read_json(path)["digest"] != code:
+        raise ConfigError(
+            f"the results in {out} are of other code, which may compute other bits",
+            "name another --out, or go back to that code",
+        )
+    return code
 
 
 def _make_inputs(job: Job, out: Path) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsr_jax.core.errors import ConfigError
 from tests.faults.worker import TOTAL
 from tools import torture
 from tools.faults.injection import Round, play_round
@@ -56,8 +57,21 @@ def test_a_command_that_fails_by_itself_is_found(tmp_path: Path) -> None:
     assert "No module named" in play(tmp_path, broken, 2).problem
 
 
+def test_results_of_other_code_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(torture.JOBS, "numbers", numbers_job())
+    words = ["--job=numbers", "--faults=1", "--processes=1", f"--out={tmp_path}"]
+    digests = iter("abb")
+    monkeypatch.setattr(torture, "code_digest", lambda: next(digests))
+    with pytest.raises(ConfigError, match="has changed during round 0"):
+        torture.main(words)
+    with pytest.raises(ConfigError, match="are of other code"):
+        torture.main(words)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["encode"])
+@pytest.mark.parametrize("job", ["encode", "train"])
 def test_commands_lose_nothing(tmp_path: Path, job: str, capsys) -> None:
     words = [f"--job={job}", "--faults=4", "--seed=3", "--processes=1", f"--out={tmp_path}"]
     assert torture.main(words) == 0

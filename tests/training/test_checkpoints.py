@@ -69,6 +69,15 @@ def test_restores_onto_another_mesh(saved: Any, shape: MeshShape) -> None:
         assert leaf.sharding == sharding
 
 
+def test_a_restored_state_is_trained_by_the_same_program(saved: Any) -> None:
+    """Another program, as for weak types or layouts of its own, would round in other places."""
+    run = saved[0]
+    with run.checkpoints() as checkpoints:
+        restored, _ = checkpoints.restore(run.abstract)
+    programs = {run.step.lower(s, run.batch(0)).as_text() for s in (run.init(), restored)}
+    assert len(programs) == 1
+
+
 @pytest.mark.parametrize("ema", [None, "0.9"])
 def test_parameters_or_ema_weights_are_restored_alone(saved: Any, ema: str | None) -> None:
     run, arrays = saved
