@@ -260,10 +260,10 @@ class Tfds:
                 "data_dir",
             ) from error
         features = self._records.dataset_info.features
-        if not {"image", "label"} <= set(features):
+        if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
             raise DataError(
                 f"TFDS {dataset!r} has the features {', '.join(features)}",
-                "choose a data set with image and label",
+                "choose a data set with an image and a class label",
             )
         self._fit = fit_name(options.fit)
         self.name = f"tfds {dataset} {options.split}"
@@ -278,19 +278,26 @@ class Tfds:
         """Reads one record.
 
         Raises:
-          DataError: If the image has another type than uint8 or uint16.
+          DataError: If the record is damaged, or its image no array [H, W, C] of uint8 or uint16.
         """
         from PIL import Image
 
-        record = self._records[index]
-        pixels = record["image"]
+        try:
+            record = self._records[index]
+            pixels, label = record["image"], operator.index(record["label"])
+        # As above: damaged records raise errors of TFDS, protobuf and ArrayRecord.
+        except Exception as error:
+            raise DataError(
+                f"record {index} of {self.name} is damaged: {error!r}", "prepare the data set again"
+            ) from error
         if pixels.dtype == np.uint16:
             pixels = (pixels >> 8).astype(np.uint8)
-        if pixels.dtype != np.uint8:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
             raise DataError(
-                f"the images of {self.name} are of type {pixels.dtype}", "choose another data set"
+                f"the images of {self.name} are arrays of {pixels.dtype} {list(pixels.shape)}",
+                "choose another data set",
             )
         size, _, channels = self.image_shape
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         fitted = FITS[self._fit](to_mode(image, channels), size)
-        return {"image": to_array(fitted), "label": np.int32(record["label"])}
+        return {"image": to_array(fitted), "label": np.int32(label)}

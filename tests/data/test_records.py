@@ -90,6 +90,14 @@ def test_tfds(tmp_path: Path) -> None:
         record = source[1]
         assert record["image"].dtype == np.uint8 and record["image"].shape == (14, 14, 3)
         assert record["image"].std() > 0 and 0 <= record["label"] < 10
+        image = np.zeros((4, 4, 1), np.uint8)
+        records = [b"cut", {"image": image}, {"image": image, "label": "seven"}]
+        records += [{"image": x, "label": 7} for x in (image.astype(float), image[..., 0])]
+        source._records = records
+        for index in range(5):
+            problem = "is damaged" if index < 3 else "are arrays of"
+            with pytest.raises(DataError, match=f"of tfds mnist train {problem}"):
+                source[index]
     with pytest.raises(DataError, match="TFDS cannot open 'mnist'"):
         make_source("tfds:mnist", root=str(tmp_path), image_size=14, channels=1)
 
