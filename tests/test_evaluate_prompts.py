@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dsr_jax import evaluate_prompts
-from dsr_jax.core.errors import ConfigError, EvaluationError
+from dsr_jax.core.errors import ConfigError, DamagedFileError, EvaluationError
 from dsr_jax.data import shapes
 from dsr_jax.evaluation import dpg
 from dsr_jax.evaluation.prompt_images import image_seeds
@@ -80,6 +80,41 @@ def test_a_stopped_command_continues(tmp_path, monkeypatch) -> None:
     (tmp_path / "stopped.json").unlink()
     with pytest.raises(EvaluationError, match=r"stopped\.json beside it is missing"):
         write("geneval", stopped, f"--prompts={prompts}")
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-20]
+
+
+def flip(content: bytes) -> bytes:
+    return content[:60] + bytes([content[60] ^ 4]) + content[61:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, None])
+@pytest.mark.parametrize("benchmark", ["geneval", "dpg"])
+def test_damaged_images_are_made_again(tmp_path, benchmark, damage) -> None:
+    prompts, out = tmp_path / "prompts", tmp_path / "out"
+    prompts.mkdir()
+    (prompts / "a.txt").write_text("a cat")
+    words = f"--prompts={metadata_file(tmp_path) if benchmark == 'geneval' else prompts}"
+    write(benchmark, out, words)
+    whole = files(out)
+    path = sorted(out.rglob("*.png"))[-1]
+    path.with_name(f".{path.name}.ab12cd_9.tmp").touch()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    write(benchmark, out, words)
+    assert files(out) == whole
+
+
+def test_a_damaged_recipe_is_named(tmp_path) -> None:
+    words = f"--prompts={metadata_file(tmp_path)}"
+    for content in ("[]", '{"recipe": 3}', "{"):
+        (tmp_path / "out.json").write_text(content)
+        with pytest.raises(DamagedFileError, match=r"out\.json is damaged"):
+            write("geneval", tmp_path / "out", words)
 
 
 def test_geneval_folders_are_what_the_official_tool_reads(tmp_path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsr_jax.core.errors import EvaluationError
-from dsr_jax.core.files import read_json, write_atomic, write_json
+from dsr_jax.core.errors import DamagedFileError, EvaluationError
+from dsr_jax.core.files import read_object, remove_leftovers, write_atomic, write_json
 from dsr_jax.core.images import read_file
 from dsr_jax.core.provenance import provenance
 from dsr_jax.evaluation import dpg
@@ -61,7 +62,7 @@ class Layout(Protocol):
         """Images of each prompt."""
 
     def exists(self, root: Path, prompt: Prompt) -> bool:
-        """Whether all images of a prompt are there."""
+        """Whether all images of a prompt are there and whole."""
 
     def save(self, root: Path, prompt: Prompt, images: np.ndarray) -> None:
         """Writes all images of a prompt, uint8 [N, H, W, 3]."""
@@ -74,7 +75,9 @@ class GenevalLayout:
     per_prompt: int = 4
 
     def exists(self, root: Path, prompt: Prompt) -> bool:
-        return (root / prompt.name / "metadata.jsonl").is_file()
+        folder = root / prompt.name
+        images = (folder / "samples" / f"{number:04d}.png" for number in range(self.per_prompt))
+        return (folder / "metadata.jsonl").is_file() and all(map(_is_whole, images))
 
     def save(self, root: Path, prompt: Prompt, images: np.ndarray) -> None:
         for number, image in enumerate(images):
@@ -90,7 +93,7 @@ class DpgLayout:
     per_prompt: int = 4
 
     def exists(self, root: Path, prompt: Prompt) -> bool:
-        return (root / f"{prompt.name}.png").is_file()
+        return _is_whole(root / f"{prompt.name}.png")
 
     def save(self, root: Path, prompt: Prompt, images: np.ndarray) -> None:
         boxes = dpg.tiles(len(images), images.shape[1])
@@ -99,6 +102,21 @@ class DpgLayout:
         for image, (left, top, right, bottom) in zip(images, boxes, strict=True):
             grid[top:bottom, left:right] = image
         _write_png(root / f"{prompt.name}.png", grid)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file is there, with the checksums that it was written with."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except FileNotFoundError:
+        return False
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        log(f"{path} is damaged ({error}); it is made again")
+        return False
+    return True
 
 
 def _write_png(path: Path, image: np.ndarray) -> None:
@@ -267,7 +285,10 @@ def _check_recipe(root: Path, recipe: Mapping[str, Any]) -> None:
     path = root.with_name(root.name + ".json")
     wanted = json.loads(json.dumps(recipe))
     if path.exists():
-        stored = read_json(path).get("recipe", {})
+        remedy = f"delete {root} and {path}: the images are made again"
+        stored = read_object(path, remedy).get("recipe")
+        if not isinstance(stored, dict):
+            raise DamagedFileError(f"{path} is damaged: it holds no recipe", remedy)
         changed = [key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key)]
         if changed:
             raise EvaluationError(
@@ -281,6 +302,9 @@ def _check_recipe(root: Path, recipe: Mapping[str, Any]) -> None:
     wait_for_all("recipe read")
     if is_process_zero():
         root.mkdir(parents=True, exist_ok=True)
+        # DPG-Bench takes every file for an image.
+        for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+            remove_leftovers(folder)
         if not path.exists():
             write_json(path, {"recipe": wanted, "provenance": provenance()})
 
