@@ -31,6 +31,7 @@ from dsr_jax import build
 from dsr_jax import config as configs
 from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.files import write_atomic, write_json
+from dsr_jax.core.secrets import hide_secrets
 from dsr_jax.parallel.topologies import find_topology
 from dsr_jax.planning.page import make_plan_page
 from dsr_jax.planning.programs import compile_report
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.set_precision(config)
     subject = {
         "config": args.config,
-        "command": shlex.join(["python", "-m", "dsr_jax.compile", *words]),
+        "command": shlex.join(["python", "-m", "dsr_jax.compile", *map(hide_secrets, words)]),
     }
     if args.sweep:
         chosen = trials(

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dsr_jax import compile as plans
 from dsr_jax import config as configs
 from dsr_jax.core import cli
 from dsr_jax.core.errors import ConfigError, DataError
@@ -57,6 +59,20 @@ def test_commands_are_recorded_without_secrets(
         text = (tmp_path / ".lock.json").read_text()
     text += json.dumps(provenance())
     assert not any(secret in text for secret in SECRETS) and text.count("[hidden]") == 6
+
+
+def test_plans_are_recorded_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[str] = []
+
+    def report(config: object, topology: object, program: str, subject: Any, keep: object) -> None:
+        recorded.append(subject["command"])
+        raise ConfigError("compiled")
+
+    monkeypatch.setattr(plans, "compile_report", report)
+    words = [f"--config={ROOT / 'configs' / 'digits.py'}", "--topology=v5e:2x2", f"--out={URL}"]
+    with pytest.raises(ConfigError, match="compiled"):
+        plans.main(words)
+    assert "hunter2" not in recorded[0] and "--out=https://[hidden]@example.org" in recorded[0]
 
 
 def test_a_config_with_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
