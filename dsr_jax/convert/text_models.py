@@ -4,7 +4,6 @@ Source: transformers' Qwen2 folders, Scale-RAE's folders; spec t2i 5.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,8 @@ from dsr_jax.convert.qwen2 import FAMILY as QWEN2
 from dsr_jax.convert.rules import flax_to_torch, lazy_params
 from dsr_jax.convert.scale_rae import DENOISER, NULL, rope_buffers, scale_rae_rules
 from dsr_jax.core.cli import positive_int
-from dsr_jax.core.errors import ConversionError
+from dsr_jax.core.errors import ConversionError, DsrError
+from dsr_jax.core.files import read_object
 from dsr_jax.core.trees import count_params
 from dsr_jax.core.typing import Params
 from dsr_jax.models.dit import LightningDiT
@@ -208,8 +208,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return read_object(file)
+    except (OSError, DsrError) as error:
         raise ConversionError(
             f"{file} cannot be read: {error}", "give the folder that has config.json and weights"
         ) from error

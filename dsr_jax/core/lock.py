@@ -253,7 +253,8 @@ def describe(owner: dict[str, Any]) -> str:
     """Returns the description of a lock's owner for messages."""
     if not owner:
         return "an unknown process"
-    command = " ".join(map(str, owner.get("command", [])))
+    words = owner.get("command")
+    command = " ".join(map(str, words)) if isinstance(words, list) else "unknown command"
     process = f"process {owner.get('pid')} on {owner.get('host')}"
     return f"{process}, started {owner.get('time')} ({command})"
 

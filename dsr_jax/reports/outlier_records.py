@@ -65,7 +65,7 @@ def read_history(records: Iterable[Mapping[str, Any]]) -> History | None:
     numbers: dict[tuple[int, str, float, int], float] = {}
     for record in records:
         for key, value in record.items():
-            if (match := _NAME.fullmatch(key)) and value is not None:
+            if isinstance(value, (int, float)) and (match := _NAME.fullmatch(key)):
                 place = (record["step"], match[1], float(match[2]), int(match[3]))
                 numbers[place] = float(value)
     if not numbers:

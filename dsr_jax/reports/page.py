@@ -56,8 +56,8 @@ def make_page(
 
 
 def text(value: object) -> str:
-    """Returns a value as escaped text."""
-    return html.escape(str(value))
+    """Returns a value as escaped text; characters that have no UTF-8 become "?"."""
+    return html.escape(str(value).encode("utf-8", "replace").decode())
 
 
 def slug(name: str) -> str:
@@ -240,7 +240,8 @@ def to_json(value: object) -> str:
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    margin = abs(low) / 2 or 0.5
+    return (low, high) if high > low else (low - margin, high + margin)
 
 
 def _source(image: Any) -> str:

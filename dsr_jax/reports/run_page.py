@@ -156,14 +156,14 @@ def _overview(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         step = max((record["step"] for record in run.records), default=0)
-        total = run.config.get("train", {}).get("steps", 0)
-        state = "complete" if run.summary.get("steps") == total else f"step {step:,} of {total:,}"
-        model, registers = run.config.get("model", {}), run.config.get("registers", {})
+        total = _section(run, "train").get("steps", 0)
+        state = "complete" if run.summary.get("steps") == total else f"step {step} of {total}"
+        model, registers = _section(run, "model"), _section(run, "registers")
         network = f"{model.get('name', '')}, depth {model.get('depth', '')}"
         rows.append(
             (
                 text(run.name),
-                state,
+                text(state),
                 _last(run, "loss", ".4g"),
                 _last(run, "images_per_second", ",.1f"),
                 _last(run, "mfu", ".1%"),
@@ -172,6 +172,11 @@ def _overview(runs: Sequence[Run]) -> str:
             )
         )
     return table(heads, rows, "overview")
+
+
+def _section(run: Run, name: str) -> dict[str, Any]:
+    found = run.config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _last(run: Run, name: str, form: str) -> str:

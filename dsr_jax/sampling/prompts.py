@@ -35,7 +35,7 @@ def _prompt(path: Path, number: int, line: str) -> str:
     if path.suffix == ".jsonl":
         try:
             found = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number}: no JSON object with the key prompt",
                 'write lines such as {"prompt": "a photo of a cow"}',

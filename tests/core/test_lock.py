@@ -265,3 +265,7 @@ def test_names_in_a_folder_have_locks_of_their_own(tmp_path: Path) -> None:
         ):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_of_another_form_is_described() -> None:
+    assert "unknown command" in locks.describe({**this_process(), "command": 7})

@@ -181,6 +181,9 @@ FOUND: list[tuple[str, bytes | Callable[[bytes], bytes]]] = [
         )
     ),
     ("arrays", lambda valid: valid[2:]),
+    ("lock", b'{"host": "x", "command": 7}'),
+    ("page of metrics.jsonl", b'{"step": 4, "loss": 9223372036854775808}\n'),
+    ("page of config.json", b'{"train": 7, "model": {"name": "\\ud800"}}'),
 ]
 
 

@@ -59,6 +59,9 @@ def test_curves_span_their_axes() -> None:
     assert 'points="56.0,66.0 188.0,24.0"' in chart
     assert line_chart("Loss", {}) == ""
     assert "<circle" in line_chart("Loss", {"a": [(1.0, 1.0)]})
+    # Half a unit is nothing beside 2^63, and too much beside a learning rate.
+    assert "<circle" in line_chart("Steps", {"a": [(2.0**63, 2.0**63)]})
+    assert ">0.00015</text>" in line_chart("Rate", {"a": [(0.0, 1e-4), (9.0, 1e-4)]})
 
 
 @pytest.fixture(scope="module")
