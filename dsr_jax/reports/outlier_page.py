@@ -16,6 +16,9 @@ from dsr_jax.reports.pictures import data_uri, encode_png
 
 MAX_VARIANTS = 4
 
+MAX_BYTES = 2**27
+"""Size of all maps in a report, before they are encoded."""
+
 MAPS: Mapping[str, str] = {
     "norms": "Norm",
     "pca": "Three principal components as RGB",
@@ -66,11 +69,17 @@ def make_outlier_page(
       images: Picture of the images that were measured, uint8 [H, W, C].
 
     Raises:
-      ConfigError: If there are too many variants.
+      ConfigError: If there are too many variants, or more numbers than a browser opens.
     """
     if not 0 < len(variants) <= MAX_VARIANTS:
         raise ConfigError(
             f"{len(variants)} networks to compare", f"give 1 to {MAX_VARIANTS} of them"
+        )
+    size = sum(_values(each).nbytes for variant in variants for each in variant.maps.values())
+    if size > MAX_BYTES:
+        raise ConfigError(
+            f"the maps take {size >> 20} MiB, and a report at most {MAX_BYTES >> 20}",
+            "measure fewer images, noise levels or networks",
         )
     data = {
         "times": list(times),
@@ -117,9 +126,13 @@ def _packed(variant: Variant) -> dict[str, Any]:
 
 
 def _encoded(values: np.ndarray) -> dict[str, str]:
-    kind = "uint8" if values.dtype == np.uint8 else "float32"
-    raw = np.ascontiguousarray(values, "<u1" if kind == "uint8" else "<f4").tobytes()
-    return {"kind": kind, "data": base64.b64encode(raw).decode("ascii")}
+    stored = _values(values)
+    return {"kind": stored.dtype.name, "data": base64.b64encode(stored.tobytes()).decode("ascii")}
+
+
+def _values(values: np.ndarray) -> np.ndarray:
+    """Returns a map as it is stored: colors as bytes, numbers as little-endian float32."""
+    return np.ascontiguousarray(values, "<u1" if values.dtype == np.uint8 else "<f4")
 
 
 def _finite(value: Any) -> float | None:

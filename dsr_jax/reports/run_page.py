@@ -262,8 +262,8 @@ def _scores(runs: Sequence[Run]) -> str:
         if found:
             rows += [(text(run.name), "summary", text(k), f"{x:.6g}") for k, x in found.items()]
         for name, record in run.scores.items():
-            found = record.get("scores")
-            for metric, value in found.items() if isinstance(found, dict) else ():
+            scores = record.get("scores")
+            for metric, value in (scores if isinstance(scores, dict) else {}).items():
                 if isinstance(value, (int, float)):
                     rows.append((text(run.name), text(name), text(metric), f"{value:.6g}"))
     return table(("run", "file", "score", "value"), rows, "scores") if rows else ""

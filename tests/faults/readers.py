@@ -4,8 +4,7 @@ import functools
 import io
 import json
 import tarfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,28 +37,18 @@ from dsr_jax.data.latents import (
 from dsr_jax.data.records import ArrayRecords, write_array_records
 from dsr_jax.data.tar_captions import TarCaptions
 from dsr_jax.evaluation.comparison import differences, read_scores
-from dsr_jax.evaluation.prompt_images import (
-    GenevalLayout,
-    Prompt,
-    read_geneval_prompts,
-    write_images,
-)
+from dsr_jax.evaluation.prompt_images import read_geneval_prompts
 from dsr_jax.evaluation.prompt_scores import score_dpg_details, score_geneval_results
 from dsr_jax.evaluation.reference import open_reference
 from dsr_jax.evaluation.samples import open_samples
 from dsr_jax.registers.neurons import load_neurons
-from dsr_jax.reports.outlier_records import to_record
-from dsr_jax.reports.run_page import make_run_page
-from dsr_jax.runs import encoder_pass
 from dsr_jax.runs.folder import write_run_files
-from dsr_jax.sampling.job import SampleJob, Samples
 from dsr_jax.sampling.labels import load_labels
-from dsr_jax.spaces.statistics import LatentStatistics
 from dsr_jax.telemetry.writers import MetricWriter
 from dsr_jax.training.save_record import SaveRecord
+from tests.faults import outputs
 from tools.prepare_imagenet import verify
 
-SHAPE = (2, 3, 1)
 IMAGES = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -81,88 +70,18 @@ class Reader:
     kind: str = "bytes"
 
 
-def _sample_job(folder: Path) -> SampleJob:
-    return SampleJob(folder, "samples", np.zeros(6, np.int32), SHAPE, {"seed": 0})
-
-
-def _sampled(indices: np.ndarray, labels: np.ndarray) -> Samples:
-    return Samples(*map(_device, (np.ones((len(indices), *SHAPE), np.uint8), labels == 0, indices)))
-
-
-def _device(array: np.ndarray) -> Any:
-    import jax
-
-    return jax.numpy.asarray(array)
-
-
-def _run_job(folder: Path) -> None:
-    _sample_job(folder).run(_sampled, 3, lambda line: None)
-
-
-def _start_job(folder: Path) -> None:
-    job = _sample_job(folder)
-    job._start(3, lambda line: None)
-
-
-def _make_parts(folder: Path) -> None:
-    job = _sample_job(folder)
-    _start_job(folder)
-    job._write(_sampled(np.arange(6, dtype=np.uint32), job.labels), np.arange(6), 6)
-
-
-def _read_parts(folder: Path) -> None:
-    job = _sample_job(folder)
-    for part in job._part_files():
-        job._load_part(part)
-
-
-PART = f"samples.parts/00000000-00000006-{zlib.crc32(np.ones((6, *SHAPE), np.uint8)):08x}.npy"
-
-
-def _write_shown_run(folder: Path, outliers: bool) -> None:
-    """Writes a run for its page."""
-    found = [{"outlier_share": np.zeros(2)}] if outliers else []
-    record = {"step": 4, "loss": 1.5, "fid": 2.5, **to_record((0.5,) * len(found), found)}
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    write_json(
-        folder / "config.json", {"train": {"steps": 4}, "model": {"name": "dit", "depth": 2}}
-    )
-    write_json(folder / "provenance.json", [{"time": "2026", "packages": {"jax": "1"}}])
-    write_json(folder / "summary.json", {"steps": 4, "seconds": 1.5})
-    (folder / "scores").mkdir()
-    write_json(folder / "scores" / "a.scores.json", {"scores": {"fid": 1.5}})
-
-
-def _show_run(folder: Path) -> None:
-    make_run_page([folder]).encode()
-
-
-def _save_sums(folder: Path) -> None:
-    statistics = LatentStatistics(SHAPE)
-    statistics.update(np.ones((2, *SHAPE), np.float32))
-    encoder_pass._save(folder, {"space": {"x": 1}}, statistics, 2)
-
-
-def _read_sums(folder: Path) -> None:
-    saved = encoder_pass._read_progress(folder, {"space": {"x": 1}})
-    if saved:
-        LatentStatistics.from_state(saved, SHAPE)
-
-
-def _write_prompt_images(folder: Path) -> None:
-    def gray(prompts: Sequence[str], seeds: np.ndarray) -> np.ndarray:
-        return np.full((len(prompts), 8, 8, 3), seeds[0] % 251, np.uint8)
-
-    prompts, layout = [Prompt(0, "a", "00000", {"tag": "x"})], GenevalLayout(1)
-    write_images(folder / "out", prompts, layout, gray, batch=1, recipe={"model": 1})
-
-
 def _write_latents(folder: Path) -> None:
     data = {"names": ["a"], "counts": [4], "fingerprint": "sha256:0"}
-    manifest = {"shape": SHAPE, "dtype": "float32", "records": 4, "shards": 2, "num_classes": 1}
+    manifest = {
+        "shape": outputs.SHAPE,
+        "dtype": "float32",
+        "records": 4,
+        "shards": 2,
+        "num_classes": 1,
+    }
     write_manifest(folder, {**manifest, "data": data})
     for shard in range(2):
-        rows = [(np.full(SHAPE, shard, np.float32), 0)] * 2
+        rows = [(np.full(outputs.SHAPE, shard, np.float32), 0)] * 2
         write_shard(folder, shard, 2, rows, "float32")
 
 
@@ -319,14 +238,14 @@ READERS = {
         lambda folder: SaveRecord(folder / "checkpoints"),
         "json",
     ),
-    "job": Reader("samples.parts/job.json", _start_job, _run_job, "json"),
-    "job record": Reader("samples.json", _run_job, _run_job, "json"),
-    "part of samples": Reader(PART, _make_parts, _read_parts),
+    "job": Reader("samples.parts/job.json", outputs.start_job, outputs.run_job, "json"),
+    "job record": Reader("samples.json", outputs.run_job, outputs.run_job, "json"),
+    "part of samples": Reader(outputs.PART, outputs.make_parts, outputs.read_parts),
     **{
         f"page of {name}": Reader(
             name,
-            functools.partial(_write_shown_run, outliers=name == "metrics.jsonl"),
-            _show_run,
+            functools.partial(outputs.write_shown_run, outliers=name == "metrics.jsonl"),
+            outputs.show_run,
             "json",
         )
         for name in (
@@ -334,12 +253,12 @@ READERS = {
             "scores/a.scores.json",
         )
     },
-    "sums of latents": Reader("progress.npz", _save_sums, _read_sums),
+    "sums of latents": Reader("progress.npz", outputs.save_sums, outputs.read_sums),
     "recipe of prompts' images": Reader(
-        "out.json", _write_prompt_images, _write_prompt_images, "json"
+        "out.json", outputs.write_prompt_images, outputs.write_prompt_images, "json"
     ),
     "image of a prompt": Reader(
-        "out/00000/samples/0000.png", _write_prompt_images, _write_prompt_images
+        "out/00000/samples/0000.png", outputs.write_prompt_images, outputs.write_prompt_images
     ),
     "scores": Reader("scores.json", _write_scores, _two_scores, "json"),
     "conversion": Reader("conversion.json", _write_converted, _read_names, "json"),

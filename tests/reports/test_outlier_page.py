@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dsr_jax.core.errors import ConfigError
+from dsr_jax.reports import outlier_page
 from dsr_jax.reports.outlier_page import Variant, make_outlier_page
 from dsr_jax.reports.page import to_json
 from tests.browser import Browser, open_browser
@@ -89,6 +90,16 @@ def test_an_encoder_has_no_noise_levels() -> None:
 def test_more_than_four_networks_are_refused() -> None:
     with pytest.raises(ConfigError, match="1 to 4"):
         make_outlier_page("x", [variant("a", outliers=True, registers=True)] * 5, TIMES, {})
+
+
+def test_reports_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = variant("a", outliers=True, registers=False)
+    # Four maps of float32 and one of three bytes, of 2 x 3 x 4 x 16 tokens.
+    monkeypatch.setattr(outlier_page, "MAX_BYTES", 384 * 19 - 1)
+    with pytest.raises(ConfigError, match=r"(?s)maps take .* fewer images"):
+        make_outlier_page("x", [one], TIMES, {})
+    monkeypatch.setattr(outlier_page, "MAX_BYTES", 384 * 19)
+    make_outlier_page("x", [one], TIMES, {})
 
 
 @pytest.fixture(scope="module")
