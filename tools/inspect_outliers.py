@@ -8,7 +8,7 @@
 
 The report has maps of norms, principal components and attention by block and noise level,
 histograms with the fitted threshold, the statistics as CSV, and samples from the same noise and
-labels, for up to four networks side by side. It is one file that asks for no other.
+labels, for up to six networks side by side. It is one file that asks for no other.
 
 Denoisers are measured on images of their run's data, or of --images with the label "no class".
 """
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--workdir", type=Path, help="folder of a run")
     which.add_argument("--converted", type=Path, help="folder of a converted denoiser")
     which.add_argument("--encoder", type=Path, help="folder of a converted encoder")
-    add("--compare", nargs="+", type=Path, default=[], help="up to three further networks")
+    add("--compare", nargs="+", type=Path, default=[], help="up to five further networks")
     add("--out", type=Path, required=True, help="file of the report")
     add("--neurons", type=Path, help="register neurons: also the encoder with test-time registers")
     add("--images", type=Path, help="folder of images; default: the run's data")

@@ -8,7 +8,8 @@ search; trains a decoder for each encoder; and trains the same small denoiser on
 the clean encoder, (b) the encoder with outliers, (c) as b with the outliers' loss masked, (d) as b
 with test-time registers, (e) as d with diffusion registers. Prints a table and which claims hold at
 this scale, and writes both to OUT/claims.md and OUT/claims.json. OUT/claims.png shows samples of
-each kind from the same noise. The same command continues an interrupted experiment.
+each kind from the same noise, and OUT/outliers.html shows the tokens of the first seed's denoisers.
+The same command continues an interrupted experiment.
 
 This is an experiment, not a test: it reports its outcome and fails on none.
 """
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.parallel.processes import start_processes
+from tools import inspect_outliers
 from tools.claims.arms import ARMS, run_arm
 from tools.claims.report import plot_claims, write_claims
 from tools.claims.stages import QUICK, Sizes, make_stages
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             scores[arm].append(run_arm(run, folder, arm, seed, sizes, stages["limit"]["norm"]))
         print(write_claims(args.out, stages, scores))
         plot_claims(args.out)
+    first, *others = (str(args.out / f"{arm}_0") for arm in ARMS)
+    page = f"--out={args.out / 'outliers.html'}"
+    inspect_outliers.main([f"--workdir={first}", page, "--compare", *others])
 
 
 if __name__ == "__main__":

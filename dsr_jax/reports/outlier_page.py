@@ -1,4 +1,4 @@
-"""Report on the outlier tokens of up to four networks: maps, histograms, numbers, samples."""
+"""Report on the outlier tokens of up to six networks: maps, histograms, numbers, samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.reports.page import compare_pictures, figure, items, make_page, picture, text, to_json
 from dsr_jax.reports.pictures import data_uri, encode_png
 
-MAX_VARIANTS = 4
+MAX_VARIANTS = 6
 
 MAX_BYTES = 2**27
 """Size of all maps in a report, before they are encoded."""

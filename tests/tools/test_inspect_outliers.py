@@ -108,7 +108,7 @@ def test_an_encoder_with_and_without_registers(tmp_path: Path) -> None:
         (["--encoder=x"], "needs images"),
         (["--workdir=x", "--neurons=y"], "--neurons goes with --encoder"),
         (["--workdir=x", "--config.seed=1"], "goes with --converted"),
-        (["--workdir=x", "--compare", "a", "b", "c", "d"], "at most 4"),
+        (["--workdir=x", "--compare", *"abcdef"], "at most 6"),
     ],
 )
 def test_arguments_that_cannot_be(arguments: list[str], problem: str, tmp_path: Path) -> None:
