@@ -62,8 +62,9 @@ def test_a_run_writes_them_and_trains_as_without(tmp_path: Path) -> None:
     names = {path.name for path in (run / "outliers").iterdir()}
     assert names == {"noise_00000004.png", "noise_00000008.png", "steps.png"}
     assert (run / "outliers" / "steps.png").read_bytes() != steps, "both steps are in it"
+    measured = final_state(run)
     for name, array in final_state(plain).items():
-        np.testing.assert_array_equal(array, final_state(run)[name], err_msg=name)
+        np.testing.assert_array_equal(array, measured[name], err_msg=name)
     losses = [[r["loss"] for r in read_metrics(w) if "loss" in r] for w in (plain, run)]
     assert losses[0] == losses[1]
     del events

@@ -33,7 +33,8 @@ def test_classes_without_images_are_left_out_unless_asked() -> None:
 
 
 def test_an_exported_run_brings_its_class_names(tmp_path: Path) -> None:
-    write_json(tmp_path / "conversion.json", {"class_names": ["cat", "dog", "eel"]})
+    record = {"class_names": ["cat", "dog", "eel"], "params_digest": "sha256:0"}
+    write_json(tmp_path / "conversion.json", record)
     data = classes_of_converted(tmp_path)
     assert classes_to_sample(base_config(), data) == [0, 1, 2]
     assert parse_classes("eel,1", data) == [2, 1]
