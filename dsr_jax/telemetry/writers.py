@@ -42,7 +42,8 @@ class MetricWriter:
 
     Args:
       workdir: The run's folder.
-      first_step: The first step that this run may write; records from it on are removed.
+      first_step: The first step of this start; records from it on are removed. Records of the step
+        before, such as scores, may still be added; one that is there already is not repeated.
       tensorboard: Also writes events to `workdir/tensorboard`.
       wandb: Project of Weights & Biases to write to; "" for none.
       config: Plain values shown there.
@@ -64,7 +65,7 @@ class MetricWriter:
     ) -> None:
         folder = Path(workdir)
         check_packages(tensorboard, wandb)
-        self._last_step = first_step
+        self._last_step = first_step - 1
         self._sinks: list[_Sink] = []
         if not (is_process_zero() if process_zero is None else process_zero):
             return
@@ -163,13 +164,16 @@ class _Jsonl:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if path.exists() and path.read_bytes() != text.encode():
             files.write_atomic(path, text)
-        self._path = path
+        self._path, self._before = path, first_step - 1
+        self._there = {frozenset(each) for each in kept if each["step"] == self._before}
         with files.name_storage_errors(path):
             self._file = path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         # NaN and infinity are no JSON; strict readers would stop at them.
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        if step == self._before and frozenset({"step", *finite}) in self._there:
+            return
         with files.name_storage_errors(self._path):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()

@@ -53,7 +53,8 @@ class Hook:
     """Periodic action on the state, such as sampling.
 
     Attributes:
-      every_steps: Interval in steps; also called after the run's last step. 0 for never.
+      every_steps: Interval in steps; also called after the run's last step. 0 for never. What a
+        stop or a crash prevented, the next start calls before its first step.
       call: `call(step, state)`; it must not donate the state. Numbers that it returns become a
         log record, and pictures, uint8 [H, W, C], are shown where the log can show them.
     """
@@ -225,6 +226,7 @@ def train_loop(
     if step >= total:
         instruments.progress.log(f"the run is complete: step {step} of {total}")
     with StopRequest() as stop, contextlib.closing(_batches(make_batches, start)) as batches:
+        loop.call_missed_hooks(start, state)
         stopping = False
         while step < end and not stopping:
             watch.enter("waiting for data", step)
@@ -319,18 +321,33 @@ class _Loop:
             extra = {"window": self._log.window.to_json(), "seconds": self.seconds}
             self._checkpoints.save(step, state, extra=extra)
 
-    def call_hooks(self, step: int, state: TrainState) -> None:
-        """Calls the hooks that are due."""
-        due = [hook for hook in self._hooks if hook.due(step, self._settings.total_steps)]
+    def call_missed_hooks(self, step: int, state: TrainState) -> None:
+        """Calls the hooks that the start which saved `step` did not call after it."""
+        if step and self._hooks:
+            called = self._checkpoints.record.hooks_called(step, len(self._hooks))
+            self._checkpoints.record.note_hooks(step, called)
+            self.call_hooks(step, state, first=called)
+
+    def call_hooks(self, step: int, state: TrainState, first: int = 0) -> None:
+        """Calls the hooks that are due, from the `first` one on."""
+        due = [
+            (index, hook)
+            for index, hook in enumerate(self._hooks)
+            if index >= first and hook.due(step, self._settings.total_steps)
+        ]
         if not due:
             return
         self._log.drain()
         self._out.watch.enter("evaluating", step)
         with self._out.clock.pause(state):
-            for hook in due:
-                found = hook.call(step, state) or {}
-                pictures = {k: x for k, x in found.items() if isinstance(x, np.ndarray)}
-                if scores := {k: float(x) for k, x in found.items() if k not in pictures}:
-                    self._out.writer.write(step, scores)
-                for name, picture in pictures.items():
-                    self._out.writer.write_image(step, name, picture)
+            for index, hook in due:
+                self._write(step, hook.call(step, state) or {})
+                self._checkpoints.record.note_hooks(step, index + 1)
+
+    def _write(self, step: int, found: Mapping[str, float | np.ndarray]) -> None:
+        """Writes what a hook returned: numbers, and pictures."""
+        pictures = {k: x for k, x in found.items() if isinstance(x, np.ndarray)}
+        if scores := {k: float(x) for k, x in found.items() if k not in pictures}:
+            self._out.writer.write(step, scores)
+        for name, picture in pictures.items():
+            self._out.writer.write_image(step, name, picture)

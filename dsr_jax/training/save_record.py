@@ -1,7 +1,8 @@
 """Record of a run's saves, stored outside of its checkpoints.
 
 The file `<checkpoints>.json` beside their folder tells a run that has not saved yet from one whose
-checkpoints are gone, and a request to go back that was served from a new one.
+checkpoints are gone, a request to go back that was served from a new one, and hooks that were
+called after a step from those that a stop prevented.
 """
 
 import json
@@ -37,6 +38,9 @@ class SaveRecord:
         values = self._read() if self.found else {}
         self.newest: int | None = values.get("newest")
         self.went_back_to: int = values.get("went_back_to", -1)
+        # Step of the last call, and the number of hooks called there. A record without it is of a
+        # program that did not note them.
+        self._hooks: list[int] | None = values.get("hooks", None if self.found else [0, 0])
 
     def check_never_saved(self) -> None:
         """Checks that a run whose folder holds no checkpoint is one that has not saved yet.
@@ -75,10 +79,24 @@ class SaveRecord:
             self.went_back_to = -1
             self._write()
 
+    def hooks_called(self, step: int, count: int) -> int:
+        """Returns how many of `count` hooks were called after a step, in order."""
+        if self._hooks is None or self._hooks[0] > step:
+            return count
+        return self._hooks[1] if self._hooks[0] == step else 0
+
+    def note_hooks(self, step: int, called: int) -> None:
+        """Notes that the first `called` hooks were called after a step, or were not due."""
+        self._hooks = [step, called]
+        self._write()
+
     def _read(self) -> dict[str, Any]:
         try:
             values = files.read_json(self.path)
-            integers = [values.get("newest") or 0, values.get("went_back_to", -1)]
+            hooks = values.get("hooks", [0, 0])
+            if not isinstance(hooks, list) or len(hooks) != 2:
+                raise ValueError("hooks is not a list of step and number")
+            integers = [values.get("newest") or 0, values.get("went_back_to", -1), *hooks]
             if not all(isinstance(value, int) for value in integers):
                 raise ValueError("a step is not an integer")
         except (AttributeError, OSError, ValueError, json.JSONDecodeError) as error:
@@ -90,4 +108,6 @@ class SaveRecord:
 
     def _write(self) -> None:
         if is_process_zero():
-            files.write_json(self.path, {"newest": self.newest, "went_back_to": self.went_back_to})
+            hooks = {} if self._hooks is None else {"hooks": self._hooks}
+            values = {"newest": self.newest, "went_back_to": self.went_back_to, **hooks}
+            files.write_json(self.path, values)

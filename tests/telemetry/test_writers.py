@@ -67,11 +67,23 @@ def test_a_failed_truncation_keeps_the_file(
 
 def test_steps_never_run_backwards(tmp_path: Path) -> None:
     with MetricWriter(tmp_path, first_step=5) as writer:
-        with pytest.raises(ValueError, match="step 4 after step 5"):
-            writer.write(4, {"loss": 1.0})
+        with pytest.raises(ValueError, match="step 3 after step 4"):
+            writer.write(3, {"loss": 1.0})
         writer.write(7, {"loss": 1.0})
         with pytest.raises(ValueError, match="step 6 after step 7"):
             writer.write(6, {"loss": 1.0})
+
+
+def test_records_of_the_step_before_are_added_once(tmp_path: Path) -> None:
+    """The scores of the last saved step, which its start may have written."""
+    write(tmp_path, range(1, 5))
+    for score in (1.0, 2.0):
+        with MetricWriter(tmp_path, first_step=5) as writer:
+            writer.write(4, {"fid": score})
+            writer.write(4, {"kid": 0.5, "fid": score})
+    loss, *scores = [record for record in read_metrics(tmp_path) if record["step"] == 4]
+    assert loss == {"step": 4, "loss": 0.4}
+    assert scores == [{"step": 4, "fid": 1.0}, {"step": 4, "kid": 0.5, "fid": 1.0}]
 
 
 def test_only_the_primary_process_writes(tmp_path: Path) -> None:

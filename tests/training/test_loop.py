@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_run_is_recorded_before_its_first_save(again: Run) -> None:
 def test_a_damaged_record_of_saves_is_named(again: Run) -> None:
     again.train(STEPS, stop_after_steps=6)
     path = again.workdir / "checkpoints.json"
-    for text in ("{", "[]", '{"newest": "six"}', "\xff"):
+    for text in ("{", "[]", '{"newest": "six"}', '{"hooks": 7}', '{"hooks": [1, "x"]}', "\xff"):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(CheckpointError, match=f"{path} is damaged.*\n.*remove it"):
             again.train(STEPS)
@@ -171,6 +172,80 @@ def test_what_a_hook_returns_is_logged_behind_its_step(again: Run) -> None:
     again.train(STEPS, hooks=[Hook(5, lambda step, state: {"score": step / 2})])
     scores = [record for record in read_metrics(again.workdir) if "score" in record]
     assert scores == [{"step": 5, "score": 2.5}, {"step": 10, "score": 5.0}]
+
+
+def scored_hooks(seen: list[tuple[str, int]]) -> list[Hook]:
+    """Two hooks that note their calls and return a number of the state."""
+
+    def score(name: str) -> Callable[[int, Any], dict[str, float]]:
+        def call(step: int, state: Any) -> dict[str, float]:
+            seen.append((name, step))
+            return {name: float(state.step)}
+
+        return call
+
+    return [Hook(3, score("a")), Hook(6, score("b"))]
+
+
+@pytest.mark.parametrize("stop", [4, 6, 9, 10])
+def test_hooks_of_the_step_of_a_stop_are_called_by_the_next_start(
+    again: Run, tmp_path: Path, stop: int
+) -> None:
+    """A signal leaves no time for them; also behind the last step, and where none is due."""
+    seen: list[tuple[str, int]] = []
+
+    def signalled(state: Any, batch: Any) -> Any:
+        if int(state.step) == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return again.step(state, batch)
+
+    first = again.train(STEPS, step_fn=signalled, hooks=scored_hooks(seen))
+    assert first.step == stop and stop not in [step for _, step in seen]
+    again.train(STEPS, hooks=scored_hooks(seen))
+    again.train(STEPS, hooks=scored_hooks(seen))
+    whole = again.elsewhere(tmp_path / "whole")
+    whole.train(STEPS, hooks=scored_hooks([]))
+    assert records(again.workdir) == records(whole.workdir)
+    assert seen == [("a", 3), ("a", 6), ("b", 6), ("a", 9), ("a", 10), ("b", 10)]
+
+
+@pytest.mark.parametrize("failing", ["a", "b"])
+def test_hooks_after_one_that_ends_the_process_are_called_by_the_next_start(
+    again: Run, tmp_path: Path, failing: str
+) -> None:
+    """Those before it are not called again, and no record is written twice."""
+    seen: list[tuple[str, int]] = []
+    hooks = scored_hooks(seen)
+    at = "ab".index(failing)
+
+    def fail(step: int, state: Any) -> dict[str, float]:
+        if step == 6:
+            raise RuntimeError("killed")
+        return hooks[at].call(step, state)  # type: ignore[return-value]
+
+    broken = [Hook(h.every_steps, fail) if i == at else h for i, h in enumerate(hooks)]
+    with pytest.raises(RuntimeError, match="killed"):
+        again.train(STEPS, hooks=broken, stop_after_steps=6)
+    again.train(STEPS, hooks=hooks)
+    whole = again.elsewhere(tmp_path / "whole")
+    whole.train(STEPS, hooks=scored_hooks([]))
+    assert records(again.workdir) == records(whole.workdir)
+    assert seen == [("a", 3), ("a", 6), ("b", 6), ("a", 9), ("a", 10), ("b", 10)]
+    # A start that goes back keeps the records of its step, and calls those after it again.
+    again.train(STEPS, hooks=hooks, restore_step=8)
+    assert seen[6:] == [("a", 9), ("a", 10), ("b", 10)]
+    assert records(again.workdir) == records(whole.workdir)
+
+
+def test_a_run_of_a_program_that_did_not_note_hooks_does_not_repeat_them(again: Run) -> None:
+    again.train(STEPS, stop_after_steps=6)
+    path = again.workdir / "checkpoints.json"
+    path.write_text(json.dumps({"newest": 6, "went_back_to": -1}))
+    seen: list[tuple[str, int]] = []
+    again.train(STEPS, hooks=scored_hooks(seen), stop_after_steps=1)
+    assert seen == []
+    again.train(STEPS, hooks=scored_hooks(seen))
+    assert seen == [("a", 9), ("a", 10), ("b", 10)]
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside(
