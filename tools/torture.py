@@ -3,8 +3,8 @@
     python tools/torture.py --job=train --faults=100 --seed=0 --out=/tmp/torture
 
 Real processes, one or two of them, are stopped and continued (stop), ended (kill, term), denied all
-further disk space (disk, by a limit on file sizes, which any user may set), and started by a user
-who may not write the folder (unwritable, if this program runs as root). Files of their newest
+further disk space (disk, by a limit on file sizes, which any user may set), and find their folders
+read-only (readonly, by permissions, or for root by the flag of `chattr +i`). Files of their newest
 checkpoint, shard or partial output are cut (truncate), changed by a bit (flip) or deleted (remove).
 The same command is started again until it is done. Then final arrays, metrics, samples, latents or
 scores must equal those of a run that nobody disturbed, and no command may hang or end in a
@@ -31,10 +31,11 @@ import numpy as np
 from dsr_jax.core.cli import make_parser, positive_int, run_main
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.files import read_json, write_json
-from tools.faults.injection import DAMAGE, LIVE, UNWRITABLE, Command, play_round
+from tools.faults.injection import DAMAGE, LIVE, Command, play_round
 from tools.faults.jobs import JOBS, ROOT, Job
+from tools.faults.permissions import allow_writing, why_not_deniable
 
-KINDS = (*LIVE, UNWRITABLE, *DAMAGE)
+KINDS = (*LIVE, *DAMAGE)
 PER_ROUND = 12
 """Faults until a job is left to finish and is compared."""
 
@@ -52,11 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         else {"job": args.job, "seed": args.seed, "faults": {}, "rounds": [], "lost": 0}
     )
     inputs, cache = _make_inputs(job, out), out / "programs"
+    if problem := why_not_deniable(out):
+        print(f"folders are not made read-only here: {problem}", file=sys.stderr)
     while sum(record["faults"].values()) < args.faults:
         number = len(record["rounds"])
         count = counts[number % len(counts)]
         reference = _reference(job, inputs, out, cache, count)
         folder = out / f"seed_{args.seed}_round_{number}"
+        allow_writing(folder)
         shutil.rmtree(folder, ignore_errors=True)
         rng = np.random.default_rng([args.seed, number, sorted(JOBS).index(args.job)])
         left = args.faults - sum(record["faults"].values())

@@ -1,6 +1,5 @@
 """Injects faults into the processes and files of one job until it is done."""
 
-import functools
 import os
 import resource
 import signal
@@ -10,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 
 from tools.faults.jobs import ROOT, Job
+from tools.faults.permissions import allow_writing, deny_writing, why_not_deniable
 
-LIVE = ("stop", "kill", "term", "disk")
-"""Faults of running processes; the last three end them."""
+LIVE = ("stop", "kill", "term", "disk", "readonly")
+"""Faults of running processes; all but the first end them."""
 DAMAGE = ("truncate", "flip", "remove")
-UNWRITABLE = "unwritable"
 END_SECONDS = 150.0
 """Time in which all processes of a command must end once one is gone."""
 FAILURES = 3
 """Starts without a fault that may fail in a row."""
-_NOBODY = 65534
 
 
 @dataclass
@@ -53,12 +52,9 @@ class Command:
       folder: Folder of its result.
       count: Number of processes, with two devices between them.
       cache: Folder of compiled programs.
-      user: User ID of the processes; None for this one's.
     """
 
-    def __init__(
-        self, job: Job, inputs: Path, folder: Path, count: int, cache: Path, user: int | None = None
-    ) -> None:
+    def __init__(self, job: Job, inputs: Path, folder: Path, count: int, cache: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -82,7 +78,6 @@ class Command:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                user=user,
             )
             for rank in range(count)
         ]
@@ -125,25 +120,6 @@ class Command:
         return any(any("Traceback (most recent" in line for line in tail) for tail in ended)
 
 
-@functools.cache
-def can_deny_writing() -> bool:
-    """Returns whether commands can run as a user who may not write: root starts them, and that user
-    may read this environment."""
-    if os.geteuid() != 0:
-        return False
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", "import dsr_jax.train"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            user=_NOBODY,
-            capture_output=True,
-        )
-    except OSError:
-        return False
-    return done.returncode == 0
-
-
 def _drain(stream: Any, tail: deque[str]) -> None:
     for line in stream:
         tail.append(line.rstrip())
@@ -174,21 +150,19 @@ def play_round(
     """
     found, failures = Round(), 0
     folder.mkdir(parents=True)
+    endings = [kind for kind in LIVE[1:] if kind != "readonly" or not why_not_deniable(folder)]
     while True:
-        if budget > found.faults.total() and rng.random() < 0.08 and can_deny_writing():
-            found.problem = _start_unwritable(job, inputs, folder, cache)
-            found.faults[UNWRITABLE] += 1
-            if found.problem:
-                return found
         command = Command(job, inputs, folder, processes, cache)
         found.starts += 1
         try:
-            injected = _disturb(command, job, folder, rng, budget - found.faults.total())
-        except BaseException:
+            left = budget - found.faults.total()
+            injected = _disturb(command, job, folder, rng, left, endings)
+            ended = command.wait(END_SECONDS)
+        finally:
             command.wait(0)
-            raise
+            allow_writing(folder)
         found.faults.update(injected)
-        if not command.wait(END_SECONDS):
+        if not ended:
             found.problem = f"after {injected} a process does not end:\n{command.last_lines}"
             return found
         if command.raised:
@@ -198,7 +172,7 @@ def play_round(
         if failures == FAILURES:
             found.problem = f"the command fails {FAILURES} times:\n{command.last_lines}"
             return found
-        if budget > found.faults.total() and rng.random() < 0.6:
+        if budget > found.faults.total() and rng.random() < 0.9:
             kind = _damage(job, folder, rng)
             if kind:
                 found.faults[kind] += 1
@@ -212,11 +186,16 @@ def play_round(
 
 
 def _disturb(
-    command: Command, job: Job, folder: Path, rng: np.random.Generator, budget: int
+    command: Command,
+    job: Job,
+    folder: Path,
+    rng: np.random.Generator,
+    budget: int,
+    endings: Sequence[str],
 ) -> list[str]:
-    """Injects faults into one start of a command; returns their kinds in order."""
+    """Injects faults into one start of a command, the last of `endings`; returns their kinds."""
     injected: list[str] = []
-    kinds = ["stop"] * int(rng.integers(0, 3)) + [LIVE[int(rng.integers(1, len(LIVE)))]]
+    kinds = ["stop"] * int(rng.integers(0, 3)) + [endings[int(rng.integers(len(endings)))]]
     for kind in kinds[:budget] if budget > 0 else []:
         _wait_for_progress(command, job, folder, int(rng.integers(0, 4)))
         time.sleep(float(rng.random()) * 0.3)
@@ -231,6 +210,8 @@ def _disturb(
             limit = int(rng.choice([0, 1000, 20_000]))
             for process in command.processes:
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        elif kind == "readonly":
+            deny_writing(folder)
         else:
             # A preempted slice takes all of its processes; a broken host only one.
             everyone = rng.random() < 0.7
@@ -266,19 +247,6 @@ def _damage(job: Job, folder: Path, rng: np.random.Generator) -> str:
         content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
     return kind
-
-
-def _start_unwritable(job: Job, inputs: Path, folder: Path, cache: Path) -> str:
-    """Starts the command as a user who may not write its folder; returns what went wrong."""
-    before = sorted(str(path) for path in folder.rglob("*"))
-    command = Command(job, inputs, folder, 1, cache, user=_NOBODY)
-    if not command.wait(END_SECONDS):
-        return f"without permission to write the command does not end:\n{command.last_lines}"
-    if command.succeeded and sorted(str(path) for path in folder.rglob("*")) != before:
-        return "a folder without permission to write has changed"
-    if command.raised:
-        return f"without permission to write, a traceback:\n{command.last_lines}"
-    return ""
 
 
 def _difference(result: Any, reference: Any) -> str:

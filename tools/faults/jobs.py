@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 TIMINGS = ("step_seconds", "images_per_second", "mfu")
 DENOISER = (
     f"--config={ROOT / 'configs' / 'digits.py'}:runlocal",
+    "--config.data.source=shapes",
     "--config.model.hidden_size=16",
     "--config.model.depth=2",
     "--config.model.num_heads=2",
