@@ -90,7 +90,7 @@ class DeviceMemoryError(DsrError):
 
 
 class LockError(DsrError):
-    """Another running command writes to a folder, or the folder is not writable."""
+    """Another running command writes to a folder, or the folder cannot hold a lock."""
 
 
 class ConversionError(DsrError):

@@ -8,7 +8,6 @@ lock.
 """
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -21,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from dsr_jax.core.errors import LockError
+from dsr_jax.core.errors import LockError, StorageError
+from dsr_jax.core.files import FULL, name_storage_errors
 from dsr_jax.core.secrets import hide_secrets
 
 FILE = ".lock.json"
@@ -74,13 +74,17 @@ class FolderLock:
         """Takes the lock.
 
         Raises:
-          LockError: If a living process holds the lock, or if the folder is not writable.
+          LockError: If a living process holds the lock, or the folder cannot be one.
+          StorageError: If the folder is not writable, or the disk is full.
         """
         try:
-            self._made_folder = not self._folder.exists()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            while not self._create():
-                self._wait_for_owner()
+            with name_storage_errors(self._what):
+                self._made_folder = not self._folder.exists()
+                self._folder.mkdir(parents=True, exist_ok=True)
+                while not self._create():
+                    self._wait_for_owner()
+        except StorageError:
+            raise
         except OSError as error:
             raise LockError(
                 f"{self._what} cannot be written: {error}",
@@ -121,7 +125,7 @@ class FolderLock:
         except OSError as error:
             # The next command would wait for the owner of an empty file. After any other error the
             # file may be another's, as on a mounted bucket where two hosts created it at once.
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 with contextlib.suppress(OSError):
                     self._path.unlink()
             raise

@@ -240,7 +240,7 @@ class Tfds:
 
     def __init__(self, options: SourceOptions) -> None:
         options.require_gray_or_rgb("tfds")
-        dataset = options.dataset
+        dataset, folder = options.dataset, options.root or "its default folder"
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
@@ -255,18 +255,19 @@ class Tfds:
         # TFDS raises its own kinds for names and splits, and protobuf's for damaged metadata.
         except Exception as error:
             raise DataError(
-                f"TFDS cannot open {dataset!r}, split {options.split!r}: {error}",
+                f"TFDS cannot open {dataset!r}, split {options.split!r}, in {folder}: {error}",
                 "prepare it with --file_format=array_record, and set config.data.root to its "
                 "data_dir",
             ) from error
         features = self._records.dataset_info.features
         if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
             raise DataError(
-                f"TFDS {dataset!r} has the features {', '.join(features)}",
+                f"TFDS {dataset!r} in {folder} has the features {', '.join(features) or 'none'}",
                 "choose a data set with an image and a class label",
             )
         self._fit = fit_name(options.fit)
         self.name = f"tfds {dataset} {options.split}"
+        self._place = f"{self.name} in {folder}"
         self.num_classes = features["label"].num_classes
         self.class_names = list(features["label"].names)
         self.image_shape = options.image_shape
@@ -288,13 +289,14 @@ class Tfds:
         # As above: damaged records raise errors of TFDS, protobuf and ArrayRecord.
         except Exception as error:
             raise DataError(
-                f"record {index} of {self.name} is damaged: {error!r}", "prepare the data set again"
+                f"record {index} of {self._place} is damaged: {error!r}",
+                "prepare the data set again",
             ) from error
         if pixels.dtype == np.uint16:
             pixels = (pixels >> 8).astype(np.uint8)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
             raise DataError(
-                f"the images of {self.name} are arrays of {pixels.dtype} {list(pixels.shape)}",
+                f"the images of {self._place} are arrays of {pixels.dtype} {list(pixels.shape)}",
                 "choose another data set",
             )
         size, _, channels = self.image_shape

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsr_jax.core import lock as locks
-from dsr_jax.core.errors import LockError
+from dsr_jax.core.errors import LockError, StorageError
 from dsr_jax.core.lock import FILE, FolderLock, release_all, this_process
 
 HOLD = """
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_no_empty_lock(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(locks.os, "fsync", full)
-    with pytest.raises(LockError, match="cannot be written: .*No space left"):
+    with pytest.raises(StorageError, match="cannot be written: .*No space left"):
         FolderLock(tmp_path).acquire()
     assert list(tmp_path.iterdir()) == []
 

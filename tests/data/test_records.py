@@ -96,7 +96,9 @@ def test_tfds(tmp_path: Path) -> None:
         source._records = records
         for index in range(5):
             problem = "is damaged" if index < 3 else "are arrays of"
-            with pytest.raises(DataError, match=f"of tfds mnist train {problem}"):
+            with pytest.raises(
+                DataError, match=f"of tfds mnist train in its default folder {problem}"
+            ):
                 source[index]
     with pytest.raises(DataError, match="TFDS cannot open 'mnist'"):
         make_source("tfds:mnist", root=str(tmp_path), image_size=14, channels=1)

@@ -1,5 +1,6 @@
-"""Files that commands write, for the readers that are fuzzed: samples, pages, sums, images."""
+"""Files that commands and TFDS write, for the readers that are fuzzed."""
 
+import io
 import json
 import zlib
 from collections.abc import Sequence
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dsr_jax.core.files import write_json
+from dsr_jax.data.base import SourceOptions
+from dsr_jax.data.records import Tfds, write_records
 from dsr_jax.evaluation.prompt_images import GenevalLayout, Prompt, write_images
 from dsr_jax.reports.outlier_records import to_record
 from dsr_jax.reports.run_page import make_run_page
@@ -93,3 +97,42 @@ def write_prompt_images(folder: Path) -> None:
 
     prompts, layout = [Prompt(0, "a", "00000", {"tag": "x"})], GenevalLayout(1)
     write_images(folder / "out", prompts, layout, gray, batch=1, recipe={"model": 1})
+
+
+TFDS = "mini/1.0.0"
+"""Folder of a prepared data set called "mini"."""
+
+
+def write_tfds(folder: Path) -> None:
+    """Writes a data set as TFDS prepares it, without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    root = folder / TFDS
+    root.mkdir(parents=True)
+    image = tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8)
+    label = tfds.features.ClassLabel(names=["a", "b"])
+    tfds.features.FeaturesDict({"image": image, "label": label}).save_metadata(str(root))
+    tfds.features.FeaturesDict({"image": image, "label": label}).save_config(str(root))
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    split = {"name": "train", "shardLengths": ["2"], "numBytes": "9", "filepathTemplate": template}
+    names = {"name": "mini", "version": "1.0.0", "fileFormat": "array_record", "moduleName": "x"}
+    write_json(root / "dataset_info.json", {**names, "splits": [split]})
+    examples = []
+    for number in range(2):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 99 * number, np.uint8)).save(file, "PNG")
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(file.getvalue())
+        example.features.feature["label"].int64_list.value.append(number)
+        examples.append(example.SerializeToString())
+    write_records(root / "mini-train.array_record-00000-of-00001", examples)
+
+
+def read_tfds(folder: Path) -> None:
+    options = SourceOptions(
+        image_size=8, channels=1, root=str(folder), split="train", dataset="mini"
+    )
+    source = Tfds(options)
+    for index in range(len(source)):
+        source[index]

@@ -1,6 +1,7 @@
 """Readers of files, each with a valid file to damage."""
 
 import functools
+import importlib.util
 import io
 import json
 import tarfile
@@ -283,6 +284,18 @@ READERS = {
     "packed images": Reader("train-00000-of-00001.array_record", _write_records, _read_records),
     "packed classes": Reader("train.json", _write_records, _read_records, "json"),
     "packed manifest": Reader("train.json", _write_records, verify, "json"),
+    **{
+        f"TFDS {name}": Reader(
+            f"{outputs.TFDS}/{name}", outputs.write_tfds, outputs.read_tfds, kind
+        )
+        for name, kind in (
+            ("features.json", "json"),
+            ("dataset_info.json", "json"),
+            ("label.labels.txt", "bytes"),
+            ("mini-train.array_record-00000-of-00001", "bytes"),
+        )
+        if importlib.util.find_spec("tensorflow_datasets")
+    },
     "class names": Reader("class_names.json", _class_names, read_class_names, "json"),
     "class map": Reader(
         "map.json",

@@ -22,8 +22,8 @@ from tools.faults.permissions import allow_writing, deny_writing, why_not_deniab
 LIVE = ("stop", "kill", "term", "disk", "readonly")
 """Faults of running processes; all but the first end them."""
 DAMAGE = ("truncate", "flip", "remove")
-END_SECONDS = 150.0
-"""Time in which all processes of a command must end once one is gone."""
+END_SECONDS = 900.0
+"""Time in which all processes of a command must end, on a machine that others may load."""
 FAILURES = 3
 """Starts without a fault that may fail in a row."""
 
