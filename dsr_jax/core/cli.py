@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from dsr_jax.core.errors import DsrError, StuckSaveError
 from dsr_jax.core.files import name_storage_errors
 from dsr_jax.core.lock import release_all
-from dsr_jax.core.secrets import hide_secrets
+from dsr_jax.core.secrets import hide_secrets, hide_secrets_in_logs
 
 END_SECONDS = 15.0
 
@@ -86,8 +86,10 @@ def _integer(text: str) -> int:
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls `main` and exits with its status, or with that of a `DsrError`.
 
-    A failed command ends within END_SECONDS, even if other threads are blocked.
+    A failed command ends within END_SECONDS, even if other threads are blocked. What libraries log
+    is shown without secrets.
     """
+    hide_secrets_in_logs()
     try:
         with name_storage_errors(None):
             status = main()

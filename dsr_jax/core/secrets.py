@@ -1,5 +1,6 @@
 """Removes tokens and passwords from texts that are stored or shown."""
 
+import logging
 import os
 import re
 
@@ -38,3 +39,18 @@ def hide_secrets(text: str) -> str:
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def hide_secrets_in_logs() -> None:
+    """Makes what this process logs from now on, libraries included, pass `hide_secrets`.
+
+    Clients of the hub and of buckets log the URLs that they try again, with passwords and
+    signatures.
+    """
+    if logging.getLogRecordFactory() is not _Record:
+        logging.setLogRecordFactory(_Record)
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802
+        return hide_secrets(super().getMessage())

@@ -1,8 +1,14 @@
 """Tokens and passwords never reach files or screens."""
 
+import contextlib
+import http.server
+import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOp"
 PLAIN = "correct horse battery"
 URL = "https://user:hunter2hunter2@example.org/x.pt"
+SHA = b"a" * 40
 SECRETS = (TOKEN, PLAIN, "hunter2hunter2", "MIIEprivate")
 
 
@@ -118,3 +125,69 @@ def test_a_traceback_that_ends_a_command_shows_no_secret() -> None:
     )
     assert done.returncode == 1 and "RuntimeError: cannot open https://" in done.stderr
     assert "hunter2@" not in done.stderr and "Traceback" in done.stderr
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that sends clients to signed URLs, where requests get the server's `statuses`."""
+
+    def do_GET(self) -> None:
+        body, headers, status = b"", {}, 200
+        if "/revision/" in self.path:
+            body = b'{"id": "o/n", "sha": "%s", "siblings": [{"rfilename": "config.json"}]}' % SHA
+        elif "/tree/" in self.path:
+            body = b'[{"type": "file", "path": "config.json", "size": 2, "oid": "x"}]'
+        elif "/resolve/" in self.path:
+            status, size = 302, {"X-Repo-Commit": SHA.decode(), "ETag": '"x"', "X-Linked-Size": "2"}
+            location = f"http://{self.headers['Host']}/signed?X-Amz-Signature=0a1b2c3d&token=4e5f"
+            headers = {**size, "Location": location}
+        elif self.path.startswith("/signed"):
+            status = next(self.server.statuses)  # type: ignore[attr-defined]
+        else:
+            status = 404
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[int]:
+    """Serves a hub; yields its port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        server.statuses = itertools.chain([503, 503], itertools.repeat(403))  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_downloads_from_the_hub_show_no_secret(tmp_path: Path) -> None:
+    """Its client logs the URLs of requests that it repeats."""
+    pytest.importorskip("huggingface_hub")
+    code = (
+        "from dsr_jax.convert.fetch import fetch_snapshot\n"
+        "from dsr_jax.core.cli import run_main\n"
+        "run_main(lambda: fetch_snapshot('owner/name'))\n"
+    )
+    with hub() as port:
+        endpoint = f"http://user:hunter2hunter2@127.0.0.1:{port}"
+        environment = {"HF_HOME": str(tmp_path), "HF_TOKEN": PLAIN, "HF_ENDPOINT": endpoint}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    shown = done.stdout + done.stderr
+    assert done.returncode == 2 and "cannot be fetched from the hub" in shown
+    assert "503" in shown and "/signed?X-Amz-Signature=[hidden]&token=[hidden]" in shown
+    assert not any(secret in shown for secret in (*SECRETS, "0a1b2c3d", "4e5f"))
