@@ -23,7 +23,7 @@ def numbers_job(*words: str) -> Job:
     )
 
 
-def play(tmp_path: Path, job: Job, seed: int) -> Round:
+def play(tmp_path: Path, job: Job, seed: int, budget: int = 4) -> Round:
     reference = {"numbers": [str(i) for i in range(TOTAL)]}
     return play_round(
         job,
@@ -33,7 +33,7 @@ def play(tmp_path: Path, job: Job, seed: int) -> Round:
         reference,
         np.random.default_rng(seed),
         processes=1,
-        budget=4,
+        budget=budget,
     )
 
 
@@ -44,11 +44,11 @@ def test_a_careful_command_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_careless_command_is_found(tmp_path: Path) -> None:
-    rounds = [play(tmp_path, numbers_job("--careless"), seed) for seed in range(3)]
-    ended = [found for found in rounds if found.faults["kill"] or found.faults["term"]]
-    assert ended
-    for found in ended:
-        assert found.problem.startswith("another result: numbers: ") and found.starts > 1
+    # These seeds begin with a kill.
+    for seed in (30, 54):
+        found = play(tmp_path, numbers_job("--careless"), seed, budget=1)
+        assert found.faults == {"kill": 1} and found.starts > 1
+        assert found.problem.startswith("another result: numbers: ")
 
 
 def test_a_command_that_fails_by_itself_is_found(tmp_path: Path) -> None:

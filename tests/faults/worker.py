@@ -9,7 +9,9 @@ from pathlib import Path
 
 TOTAL = 30
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Appends the numbers that are missing."""
     path = Path(sys.argv[1]) / "numbers.txt"
     careless = "--careless" in sys.argv
     whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
@@ -22,3 +24,10 @@ if __name__ == "__main__":
             file.flush()
             (path.parent / f"{number}.done").touch()
             time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"cannot write: {error}")
