@@ -38,7 +38,7 @@ def play(tmp_path: Path, job: Job, seed: int, budget: int = 4) -> Round:
 
 
 def test_a_careful_command_loses_nothing(tmp_path: Path) -> None:
-    found = play(tmp_path, numbers_job(), 1)
+    found = play(tmp_path, numbers_job(), 5)
     assert found.problem == "" and found.faults.total() > 0
 
 
