@@ -20,6 +20,8 @@ the machine affects both. What is compared:
     fid        FID from ready features, 50,000 x 2048, against a reference's moments
     pr         precision and recall from ready features, 10,000 x 2048 each, and the memory it takes
 
+`python tools/benchmark.py gpu --help` is the same for a machine with a GPU.
+
 Before both sides are timed, they must agree: outputs and loss within 5e-5 of the largest value,
 parameters after a step within 2e-4. If they do not, nothing is printed and the exit status is 2.
 """
@@ -43,6 +45,7 @@ from dsr_jax.core.cli import make_parser, run_main
 from dsr_jax.core.files import write_json
 from dsr_jax.core.memory import keep_freed_memory
 from dsr_jax.core.provenance import provenance
+from tools import benchmark_gpu
 from tools.benchmark_encoder import EncoderSides
 from tools.benchmark_evaluation import (
     InceptionSides,
@@ -239,6 +242,10 @@ def log(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv` (default: the process's)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "gpu":
+        benchmark_gpu.main(argv[1:])
+        return
     args = _parser().parse_args(argv)
     if args.threads:
         # Set before either library starts its threads, since both read their number from here.

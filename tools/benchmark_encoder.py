@@ -10,6 +10,7 @@ import numpy as np
 from dsr_jax.convert.encoders import encoder_rules, take_encoder
 from dsr_jax.convert.rules import torch_to_flax
 from dsr_jax.models.intervention import Intervention
+from dsr_jax.models.precision import Precision
 from dsr_jax.models.variants import ENCODERS
 from dsr_jax.models.vit import ViT, ViTConfig
 from dsr_jax.registers.neurons import neurons_to_mask, published_neurons
@@ -25,13 +26,15 @@ class EncoderSides:
     Args:
       tiny: Whether to use a small network instead of SigLIP2-B.
       batch: Number of images.
+      compute: Dtype of matmuls in ours.
     """
 
-    def __init__(self, tiny: bool, batch: int) -> None:
+    def __init__(self, tiny: bool, batch: int, compute: str = "float32") -> None:
         sizes = ViTConfig(**ENCODERS[NAME])
         neurons = published_neurons(NAME)
         if tiny:
             sizes, neurons = dataclasses.replace(sizes, **TINY), {0: [3, 5], 1: [60]}
+        self.sizes = sizes
         shape = (batch, sizes.image_size, sizes.image_size, 3)
         self._images = np.random.default_rng(0).standard_normal(shape, np.float32)
         self._torch = _make_torch(sizes)
@@ -39,7 +42,7 @@ class EncoderSides:
         rules = encoder_rules(sizes)
         self._params = jax.device_put(torch_to_flax(take_encoder(state, "siglip"), rules))
         self._pixels = jax.device_put(self._images)
-        model = ViT(sizes)
+        model = ViT(sizes, precision=Precision(compute))
         self._encode = jax.jit(lambda *args: model.apply({"params": args[0]}, *args[1:]).tokens)
         mask = neurons_to_mask(neurons, sizes.depth, sizes.mlp_dim)
         self._registers = jax.device_put(Intervention(mask=mask))
@@ -52,15 +55,24 @@ class EncoderSides:
         """Returns our tokens [B, T, D] with the published register neurons."""
         return jax.block_until_ready(self._encode(self._params, self._pixels, self._registers))
 
-    def torch(self) -> Callable[[], Any]:
-        """Returns a function that computes PyTorch's tokens [B, T, D]."""
+    def torch(
+        self, device: str = "cpu", compiled: Callable[[Any], Any] = lambda function: function
+    ) -> Callable[[], Any]:
+        """Returns a function that computes PyTorch's tokens [B, T, D].
+
+        Args:
+          device: Device of the network, as PyTorch names it.
+          compiled: Compiles the network's function.
+        """
         import torch
 
-        images, width = channels_first(self._images), self._torch.config.hidden_size
+        images, width = channels_first(self._images).to(device), self._torch.config.hidden_size
+        network = self._torch.to(device)
+        run = compiled(lambda x: network.encoder(inputs_embeds=network.embeddings(x)))
 
         def encode() -> Any:
             with torch.no_grad():
-                hidden = self._torch.encoder(inputs_embeds=self._torch.embeddings(images))
+                hidden = run(images)
                 return torch.nn.functional.layer_norm(hidden.last_hidden_state, (width,), eps=1e-6)
 
         return encode

@@ -7,7 +7,7 @@ official code and PyTorch's fused AdamW. Needs torch.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -265,6 +265,7 @@ class Trainer:
       ema_decay: Decay of the EMA weights.
       label_dropout: Fraction of labels replaced by `null_label`.
       null_label: Label of "no class".
+      forward: The network as a step runs it, such as compiled; None for the network itself.
     """
 
     def __init__(
@@ -276,8 +277,10 @@ class Trainer:
         ema_decay: float,
         label_dropout: float,
         null_label: int,
+        forward: Callable[..., Tensor] | None = None,
     ) -> None:
         self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False)
+        self.forward = forward or model
         self.ema_decay = ema_decay
         self.label_dropout, self.null_label = label_dropout, null_label
         self.optimizer = torch.optim.AdamW(
@@ -286,12 +289,13 @@ class Trainer:
 
     def sample(self, x1: Tensor, labels: Tensor) -> RandomInputs:
         """Samples logit-normal times, noise, and which labels are dropped."""
-        dropped = torch.rand(len(x1)) < self.label_dropout
+        dropped = torch.rand(len(x1), device=x1.device) < self.label_dropout
         labels = torch.where(dropped, self.null_label, labels)
-        return RandomInputs(torch.randn(len(x1)).sigmoid(), torch.randn_like(x1), labels)
+        times = torch.randn(len(x1), device=x1.device).sigmoid()
+        return RandomInputs(times, torch.randn_like(x1), labels)
 
-    def step(self, x1: Tensor, labels: Tensor, inputs: RandomInputs | None = None) -> float:
-        """Runs one step and returns its loss.
+    def step(self, x1: Tensor, labels: Tensor, inputs: RandomInputs | None = None) -> Tensor:
+        """Runs one step and returns its loss, which a GPU may still be computing.
 
         Args:
           x1: [B, C, h, w] data.
@@ -300,20 +304,20 @@ class Trainer:
         """
         t, x0, labels = inputs or self.sample(x1, labels)
         at = t[:, None, None, None]
-        out = self.model((1 - at) * x1 + at * x0, t, labels)
+        out = self.forward((1 - at) * x1 + at * x0, t, labels)
         loss = F.mse_loss(out, x0 - x1)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            for ema, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                ema.mul_(self.ema_decay).add_(value, alpha=1 - self.ema_decay)
-        return loss.item()
+            pairs = list(self.ema.parameters()), list(self.model.parameters())
+            torch._foreach_lerp_(*pairs, weight=1 - self.ema_decay)
+        return loss.detach()
 
 
 @torch.no_grad()
 def sample_euler(
-    model: TorchLightningDiT,
+    model: Callable[..., Tensor],
     noise: Tensor,
     labels: Tensor,
     times: Sequence[float],
@@ -324,7 +328,8 @@ def sample_euler(
     x = noise
     both = torch.cat([labels, torch.full_like(labels, null_label)])
     for now, then in zip(times[:-1], times[1:], strict=True):
-        velocity = model(torch.cat([x, x]), torch.full((len(both),), now), both)
+        t = torch.full((len(both),), now, device=x.device)
+        velocity = model(torch.cat([x, x]), t, both)
         conditional, unconditional = velocity.chunk(2)
         x = x + (then - now) * (unconditional + guidance * (conditional - unconditional))
     return x
