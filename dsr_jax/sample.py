@@ -41,6 +41,7 @@ from dsr_jax.runs.sampled_classes import (
 )
 from dsr_jax.runs.sampling import save_samples
 from dsr_jax.sampling import labels as tables
+from dsr_jax.sampling.batch import AUTO
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.prompts import read_prompts
 
@@ -240,7 +241,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint-step", type=int, help="step of the checkpoint; default: the newest")
     add("--ema", help=f"decay of the EMA weights, or none for the weights themselves; {OWN}")
     add("--num-samples", dest="num", help=f"how many images; {OWN}")
-    add("--batch", help=f"images at a time over all devices, which changes no image; {OWN}")
+    add(
+        "--batch",
+        type=lambda text: str(AUTO) if text == "auto" else text,
+        help=f"images at a time over all devices, or auto for as many as fit; {OWN}",
+    )
     add("--method", help=f"{', '.join(SAMPLERS)}, or package.module:function; {OWN}")
     add("--num-points", dest="num_points", help=f"points of the time grid, steps + 1; {OWN}")
     add("--guidance", help=f"scale of guidance, 1 for none; {OWN}")

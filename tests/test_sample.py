@@ -1,6 +1,7 @@
 """The sample command on a run with random weights: exact jobs, invariance, errors."""
 
 import argparse
+import functools
 import json
 import shutil
 
@@ -16,8 +17,11 @@ from dsr_jax.core.errors import CheckpointError, ConfigError, DataError, Evaluat
 from dsr_jax.core.files import file_digest, read_json
 from dsr_jax.data.classes import read_class_names, write_class_names
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.runs import sampling
 from dsr_jax.runs.folder import write_run_files
 from dsr_jax.runs.sampled_classes import parse_classes
+from dsr_jax.sampling.batch import find_batch
+from dsr_jax.sampling.job import SampleJob
 from dsr_jax.training.checkpoints import Checkpoints
 
 
@@ -118,6 +122,52 @@ def test_killed_command_is_finished_by_the_same_command(workdir, sampled, tmp_pa
     assert len(read_json(tmp_path / "killed.json")["starts"]) == 2
     with pytest.raises(CheckpointError, match="sampler: .*'seed': 0.* -> .*'seed': 1"):
         sample.main([*command, "--seed=1"])
+
+
+@pytest.mark.slow
+def test_the_batch_that_fits_is_found_recorded_and_kept(workdir, sampled, tmp_path, monkeypatch):
+    """On a CPU, of which it is pretended that memory is short."""
+    _, (images, labels, record) = sampled
+    choices, free = [], [10**12]
+
+    def find(*args):
+        choices.append(find_batch(*args))
+        return choices[-1]
+
+    monkeypatch.setattr(sampling, "find_batch", find)
+    limited = functools.partial(sampling.save_samples, free_memory=lambda devices: free[0])
+    monkeypatch.setattr(sample, "save_samples", limited)
+    found, found_labels, found_record = run(workdir, tmp_path, "--batch=auto")
+    # Eight devices: 8, 16, and 32 for all 24 images at once.
+    assert choices[-1].size == found_record["starts"][0]["batch"] == 32
+    assert np.abs(found - images).max() <= 1 and (found != images).mean() < 0.01
+    assert (found_labels == labels).all() and found_record["recipe"] == record["recipe"]
+
+    command = [f"--workdir={workdir}", f"--out={tmp_path}", "--name=stopped", "--batch=auto"]
+    free[0] = choices[-1].allocated - 1
+    write, written = SampleJob._write, []
+
+    def write_once(*args):
+        if written:
+            raise KeyboardInterrupt
+        written.append(write(*args))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SampleJob, "_write", write_once)
+        sample.main(command)
+    assert choices[-1].size < 32
+    kept, free[0] = choices[-1].size, 10**12
+    sample.main(command)
+    assert choices[-1].size == kept
+    assert [start["batch"] for start in read_json(tmp_path / "stopped.json")["starts"]] == [
+        kept
+    ] * 2
+    with np.load(tmp_path / "stopped.npz") as arrays:
+        others = arrays["arr_0"].astype(int)
+    assert np.abs(others - images).max() <= 1 and (others != images).mean() < 0.01
+    # A finished job has nothing to compile for.
+    sample.main(command)
+    assert len(choices) == 3
 
 
 def test_weights_and_labels_are_those_asked_for(workdir, sampled, tmp_path):

@@ -4,25 +4,33 @@
     python tools/benchmark.py gpu --platform=cpu --size=tiny  # a dry run without a GPU
 
 Matmuls are in bfloat16 on both sides; PyTorch runs under `torch.compile` and autocast. Each side of
-each row is a process of its own, which has the whole GPU. The rows:
+a row is a process of its own, which has the whole GPU. The rows:
 
-    train    training step: loss, backward, AdamW, EMA; LightningDiT with registers on latents
-    sample   50 points of Euler's method with guidance 1.5
-    encoder  SigLIP2-B's tokens of a batch of images, beside transformers'
-    ttr      the same with the published test-time registers, beside transformers' without
+    train        training step: loss, backward, AdamW, EMA; LightningDiT with registers on latents,
+                 config.model.remat=auto
+    sample       50 points of Euler's method with guidance 1.5
+    encoder      SigLIP2-B's tokens of a batch of images, beside transformers'
+    ttr          the same with the published test-time registers, beside transformers' without
+    train-bf16   train with config.precision.residual=bfloat16
+    sample-bf16  sample with config.precision.residual=bfloat16
 
 Both sides have the same weights and inputs. Before they are timed, each computes what must agree:
 the losses of two training steps, samples, tokens. A row whose sides differ by more than bfloat16's
-error is not printed, and the exit status is 2. Rows that --minutes leaves no time for are named.
+error is not printed, and the exit status is 2.
+
+Everything together takes --minutes at most. Where they are short, there are fewer rounds; rows that
+no time is left for are named. What was measured is written to --json after each process.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +41,24 @@ from dsr_jax.core.errors import ConfigError, NumericsError
 from dsr_jax.core.files import read_json, write_json
 from dsr_jax.core.provenance import provenance
 from dsr_jax.telemetry.flops import mfu
+from tools.benchmark_gpu_checks import DRY_RUN, check_machine
 
-ROWS = ("train", "sample", "encoder", "ttr")
+ROWS: Mapping[str, str] = {
+    "train": "train",
+    "sample": "sample",
+    "encoder": "encoder",
+    "ttr": "encoder",
+    "train-bf16": "train",
+    "sample-bf16": "sample",
+}
+"""PyTorch's side of each row, which rows share."""
 SIDES = ("dsr_jax", "torch")
 SIZES = ("S", "B", "L", "XL", "tiny")
-TOLERANCE: Mapping[str, float] = {"train": 5e-3, "sample": 5e-2, "encoder": 5e-2, "ttr": 5e-2}
-"""Largest accepted difference: of losses relative to the loss, of arrays as root mean square
-relative to theirs. Rounding to bfloat16 is 2^-9 of a value at most, in each of 28 blocks."""
+TOLERANCE: Mapping[str, float] = {"train": 5e-3, "sample": 5e-2, "encoder": 5e-2}
+"""Largest accepted difference by PyTorch's side: of losses relative to the loss, of arrays as root
+mean square relative to theirs. Rounding to bfloat16 is 2^-9 of a value at most, in each of 28
+blocks."""
+ROUND_SECONDS = 2.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,16 +69,21 @@ def make_parser_gpu() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="XL", help="size of the DiT")
     parser.add_argument("--batch", type=int, default=128, help="images of a training step")
     parser.add_argument("--images", type=int, default=64, help="images sampled or encoded at once")
-    parser.add_argument("--calls", type=int, default=10, help="timed calls of a round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds at most; the fastest counts")
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=0,
+        help=f"calls of a round; default: as many as take {ROUND_SECONDS:g} s",
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="longest time of everything")
-    parser.add_argument("--residual", default="", help="config.precision.residual; default: its")
-    parser.add_argument("--remat", default="", help="config.model.remat; default: its")
+    parser.add_argument("--remat", default="", help="config.model.remat; default: auto")
     parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu", help="cpu: a dry run")
     parser.add_argument("--json", type=Path, help="file for all figures")
     # For the processes that this command starts.
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     return parser
 
 
@@ -67,8 +91,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line after `gpu`.
 
     Raises:
-      ConfigError: If there is no such row, or no GPU for one of the sides.
-      NumericsError: If both sides of a row do not compute the same.
+      ConfigError: If there is no such row, or this machine lacks what one of the sides needs.
+      NumericsError: If rows were not measured, or both sides do not compute the same.
     """
     args = make_parser_gpu().parse_args(argv)
     if unknown := [row for row in args.rows if row not in ROWS]:
@@ -76,140 +100,234 @@ def main(argv: Sequence[str]) -> None:
     if args.side:
         _run_side(args)
         return
-    _check_device(args)
-    rows, end = args.rows or list(ROWS), time.monotonic() + 60 * args.minutes
-    figures: dict[str, Any] = {}
-    problems: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for row in rows:
-            try:
-                sides = [_start(row, side, args, argv, Path(folder), end) for side in SIDES]
-                figures[row] = _compare(row, *sides)
-            except (NumericsError, TimeoutError, ChildProcessError) as error:
-                problems[row] = str(error)
-                _log(f"{row}: {error}")
-            _save(args, figures, problems)
-    print(_table(figures))
-    for row, problem in problems.items():
-        print(f"{row}: not measured: {problem}")
-    if problems:
-        raise NumericsError(f"no figures for {', '.join(problems)}", "see the lines above")
-
-
-def _check_device(args: argparse.Namespace) -> None:
-    """Checks, in a process of its own, that both libraries see a GPU."""
-    if args.platform == "cpu":
-        if args.size != "tiny":
-            raise ConfigError(
-                f"--platform=cpu with --size={args.size} would take hours",
-                "add --size=tiny for a dry run, or leave out --platform on a machine with a GPU",
-            )
-        return
-    probes = {
-        "jax": "import jax; assert jax.devices()[0].platform == 'gpu'",
-        "torch": "import torch; assert torch.cuda.is_available()",
-    }
-    remedies = {"jax": "pip install 'dsr_jax[cuda]'", "torch": "a PyTorch built for CUDA"}
-    for name, code in probes.items():
-        probe = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"JAX_PLATFORMS": "cuda"},
-            capture_output=True,
+    end = time.time() + 60 * args.minutes
+    if args.platform == "gpu":
+        check_machine(any(ROWS[row] == "encoder" for row in args.rows or ROWS))
+    elif args.size != "tiny":
+        raise ConfigError(
+            f"--platform=cpu with --size={args.size} would take hours",
+            f"leave out --platform on a machine with a GPU, or try: {DRY_RUN}",
         )
-        if probe.returncode:
-            raise ConfigError(
-                f"{name} sees no GPU on this machine",
-                f"install {remedies[name]} and NVIDIA's driver, or try the command without one: "
-                "python tools/benchmark.py gpu --platform=cpu --size=tiny",
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = _Benchmark(args, argv, Path(folder), end)
+        try:
+            benchmark.run()
+        finally:
+            print(table(benchmark.figures))
+            for row, problem in benchmark.problems.items():
+                print(f"{row}: not measured: {problem}")
+    if benchmark.problems:
+        raise NumericsError(
+            f"no figures for {', '.join(benchmark.problems)}", "see the lines above"
+        )
 
 
-def _start(
-    row: str, side: str, args: argparse.Namespace, argv: Sequence[str], folder: Path, end: float
-) -> dict[str, Any]:
-    """Runs one side of a row in a process of its own, and returns its figures."""
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError(f"no time was left; give more --minutes than {args.minutes:g}")
-    _log(f"{row}: {side}, {left:.0f} s left")
-    options = [text for text in argv if text not in args.rows]
-    command = [sys.executable, str(_ROOT / "tools" / "benchmark.py"), "gpu", row, *options]
-    command += [f"--side={side}", f"--folder={folder}"]
-    platforms = {"gpu": "cuda", "cpu": "cpu"}
-    environment = os.environ | {"JAX_PLATFORMS": platforms[args.platform]}
+class _Benchmark:
+    """Runs the sides of rows one after the other.
+
+    Attributes:
+      figures: Figures of both sides by row, of rows whose sides agree.
+      problems: What is wrong with the others.
+
+    Args:
+      args: The command line.
+      argv: Its words, for the processes.
+      folder: For weights, inputs and results.
+      end: Time at which everything has to be done.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, argv: Sequence[str], folder: Path, end: float
+    ) -> None:
+        self.figures: dict[str, Any] = {}
+        self.problems: dict[str, str] = {}
+        self._args, self._folder, self._end = args, folder, end
+        self._options = [word for word in argv if word not in args.rows]
+        self._sides: dict[tuple[str, str], dict[str, Any]] = {}
+        self._compared: set[str] = set()
+        self._rows = list(dict.fromkeys(args.rows or ROWS))
+
+    def run(self) -> None:
+        """Runs all rows."""
+        for row in self._rows:
+            try:
+                sides = [self._side(row, "dsr_jax"), self._side(ROWS[row], "torch")]
+                self.figures[row] = compare(row, *sides)
+            except (NumericsError, TimeoutError, ChildProcessError) as error:
+                self.problems[row] = str(error)
+                _log(f"{row}: {error}")
+            self._save()
+
+    def _side(self, row: str, side: str) -> dict[str, Any]:
+        """Returns the figures of one side, which runs in a process of its own unless it has."""
+        if (row, side) not in self._sides:
+            self._start(row, side)
+            path = self._folder / f"{row}-{side}"
+            figures = dict(read_json(path.with_suffix(".json")))
+            self._sides[row, side] = figures | {"results": np.load(path.with_suffix(".npy"))}
+            self._save()
+        return self._sides[row, side]
+
+    def _start(self, row: str, side: str) -> None:
+        """Runs one side; what it measured before its time was over counts.
+
+        Raises:
+          TimeoutError: If there is no time, or nothing was measured in it.
+          ChildProcessError: If it fails.
+        """
+        left = self._end - time.time()
+        if left <= 0:
+            raise TimeoutError(f"no time was left; give more --minutes than {self._args.minutes:g}")
+        _log(f"{row}: {side}, {left:.0f} s left")
+        command = [sys.executable, str(_ROOT / "tools" / "benchmark.py"), "gpu", row]
+        command += [*self._options, f"--side={side}", f"--folder={self._folder}"]
+        command += [f"--until={time.time() + left / self._processes_left():.3f}"]
+        status = _run_group(command, _environment(self._args.platform, self._folder), left)
+        measured = (self._folder / f"{row}-{side}.json").is_file()
+        if status is None and not measured:
+            raise TimeoutError(f"{side} was not done in time; give more --minutes")
+        if status:
+            raise ChildProcessError(f"{side} failed with exit status {status}; see above")
+
+    def _processes_left(self) -> int:
+        """Returns the number of processes that have not run, this one included."""
+        wanted = {(row, "dsr_jax") for row in self._rows}
+        wanted |= {(ROWS[row], "torch") for row in self._rows}
+        return max(len(wanted - self._sides.keys()), 1)
+
+    def _save(self) -> None:
+        """Writes everything so far; also sides that have nothing to be compared with yet."""
+        args = self._args
+        if not args.json:
+            return
+        done = {(row, "dsr_jax") for row in self.figures}
+        done |= {(ROWS[row], "torch") for row in self.figures}
+        unchecked = {
+            f"{row} {side}": {k: v for k, v in figures.items() if k != "results"}
+            for (row, side), figures in self._sides.items()
+            if (row, side) not in done
+        }
+        settings = {key: getattr(args, key) for key in ("size", "batch", "images", "platform")}
+        content = {"environment": provenance(), **settings, "rows": self.figures}
+        write_json(args.json, content | {"not_measured": self.problems, "unchecked": unchecked})
+
+
+def _environment(platform: str, folder: Path) -> dict[str, str]:
+    """Returns the environment of a side's process.
+
+    XLA's choices of matmul kernels go into a folder, where the next process finds them.
+    """
+    if platform == "cpu":
+        return os.environ | {"JAX_PLATFORMS": "cpu"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+    return cache | os.environ | {"JAX_PLATFORMS": "cuda"}
+
+
+def _run_group(command: Sequence[str], environment: dict[str, str], seconds: float) -> int | None:
+    """Runs a command for so many seconds at most; returns its status, None where it was ended.
+
+    It ends with the processes that it started, as torch.compile does, and also if this one is
+    interrupted.
+    """
+    process = subprocess.Popen(command, env=environment, stdout=2, start_new_session=True)
     try:
-        done = subprocess.run(command, env=environment, timeout=left, stdout=sys.stderr)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{side} was not done in time; give more --minutes") from None
-    if done.returncode:
-        raise ChildProcessError(f"{side} failed with exit status {done.returncode}; see above")
-    return dict(read_json(folder / f"{row}-{side}.json"))
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _run_side(args: argparse.Namespace) -> None:
-    """Runs one side of one row, and leaves figures and what must agree in the folder."""
+    """Runs one side of one row; leaves figures and what must agree in the folder."""
     row = args.rows[0]
-    if args.side == "dsr_jax":
-        from tools.benchmark_gpu_jax import run
-    else:
-        from tools.benchmark_gpu_torch import run
-    figures, results = run(row, args)
-    np.save(args.folder / f"{row}-{args.side}.npy", results)
     path = args.folder / f"{row}-{args.side}"
-    write_json(path.with_suffix(".json"), figures | {"results": str(path.with_suffix(".npy"))})
+    if args.side == "dsr_jax":
+        from tools.benchmark_gpu_jax import prepare
+    else:
+        from tools.benchmark_gpu_torch import prepare
+    start = time.perf_counter()
+    side = prepare(row, args)
+    np.save(path.with_suffix(".npy"), side.results)
+    measure(side, args, path.with_suffix(".json"), time.perf_counter() - start)
 
 
-def _compare(row: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def measure(side: Any, args: argparse.Namespace, path: Path, prepared: float) -> None:
+    """Times a side; its file of figures is there after the first round, and then renewed.
+
+    Args:
+      side: The side, a `benchmark_gpu_side.Side`.
+      args: The command line.
+      path: File of the figures.
+      prepared: Seconds that the side took until it was ready.
+    """
+    one = _seconds(side.call, 1, side.wait)
+    calls = args.calls or max(1, min(20, round(ROUND_SECONDS / max(one, 1e-6))))
+    rounds: list[float] = []
+    while not rounds or (len(rounds) < args.rounds and time.time() < args.until):
+        rounds.append(_seconds(side.call, calls, side.wait))
+        figures = {"seconds": min(rounds), "rounds": rounds, "calls": calls}
+        write_json(path, figures | {"prepared_seconds": prepared} | side.figures())
+
+
+def _seconds(call: Callable[[], Any], calls: int, wait: Callable[[Any], object]) -> float:
+    """Returns the seconds of a call; the device is waited for after the last one."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    wait(result)
+    return (time.perf_counter() - start) / calls
+
+
+def compare(row: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the figures of both sides.
 
     Raises:
       NumericsError: If their results differ by more than TOLERANCE.
     """
-    got, want = (np.load(side.pop("results")).astype(np.float64) for side in (ours, theirs))
-    error = relative_error(row, got, want)
-    if not error <= TOLERANCE[row]:
+    kind = ROWS[row]
+    error = relative_error(kind, *(side["results"].astype(np.float64) for side in (ours, theirs)))
+    if not error <= TOLERANCE[kind]:
         raise NumericsError(
-            f"the sides differ by {error:.1e} (at most {TOLERANCE[row]:.0e})",
+            f"the sides differ by {error:.1e} (at most {TOLERANCE[kind]:.0e})",
             "timings of different computations cannot be compared; find the difference",
         )
-    ratio = theirs["seconds"] / ours["seconds"]
-    return {"error": error, "torch_over_dsr_jax": ratio, "dsr_jax": ours, "torch": theirs}
+    ours, theirs = ({k: v for k, v in side.items() if k != "results"} for side in (ours, theirs))
+    # Both sides count the same FLOPs for the same work.
+    sides = {"dsr_jax": ours, "torch": {**theirs, "flops": ours["flops"]}}
+    for figures in sides.values():
+        figures["mfu"] = mfu(figures["flops"], figures["seconds"], 1, figures["device"])
+    return {"error": error, "torch_over_dsr_jax": theirs["seconds"] / ours["seconds"], **sides}
 
 
-def relative_error(row: str, got: np.ndarray, want: np.ndarray) -> float:
+def relative_error(kind: str, got: np.ndarray, want: np.ndarray) -> float:
     """Returns the error that TOLERANCE bounds; infinite for values that are not finite."""
     if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
         return float("inf")
-    if row == "train":
+    if kind == "train":
         return float(np.max(np.abs(got - want) / np.abs(want)))
     return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
-def _save(
-    args: argparse.Namespace, figures: Mapping[str, Any], problems: Mapping[str, str]
-) -> None:
-    if args.json:
-        settings = {key: getattr(args, key) for key in ("size", "batch", "images", "platform")}
-        content = {"environment": provenance(), **settings, "rows": figures}
-        write_json(args.json, content | {"not_measured": dict(problems)})
-
-
-def _table(figures: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
+    """Returns the figures as text, one line per row and side."""
     lines = [
-        f"{'row':9}{'side':9}{'seconds':>10}{'images/s':>10}{'MFU':>7}{'peak, GiB':>11}"
-        f"{'first, s':>10}{'torch / ours':>14}"
+        f"{'row':13}{'side':9}{'seconds':>9}{'images/s':>10}{'MFU':>7}{'peak, GiB':>11}"
+        f"{'ready, s':>10}{'remat':>7}{'torch / ours':>14}"
     ]
     for row, sides in figures.items():
         for side in SIDES:
             one = sides[side]
-            used = mfu(one["flops"], one["seconds"], 1, one["device"])
-            shown = "" if used is None else f"{used:.1%}"
+            used = "" if one["mfu"] is None else f"{one['mfu']:.1%}"
             peak = one["peak_bytes"]
             memory = "" if peak is None else f"{peak / 2**30:.1f}"
             ratio = f"{sides['torch_over_dsr_jax']:.2f}" if side == "dsr_jax" else ""
             lines.append(
-                f"{row:9}{side:9}{one['seconds']:10.4f}{one['images'] / one['seconds']:10.1f}"
-                f"{shown:>7}{memory:>11}{one['first_seconds']:10.1f}{ratio:>14}"
+                f"{row:13}{side:9}{one['seconds']:9.4f}{one['images'] / one['seconds']:10.1f}"
+                f"{used:>7}{memory:>11}{one['prepared_seconds']:10.1f}{one.get('remat', ''):>7}"
+                f"{ratio:>14}".rstrip()
             )
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """The PyTorch side of `tools/benchmark.py gpu`: torch.compile, bfloat16 autocast, fused AdamW."""
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,25 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsr_jax.core.files import read_json
 from dsr_jax.diffusion.samplers import time_grid
 from tools.benchmark_encoder import EncoderSides
 from tools.benchmark_gpu_jax import SAMPLE_POINTS
+from tools.benchmark_gpu_side import Side
 from tools.benchmark_sides import GUIDANCE, make_config
 from tools.torch_reference import RandomInputs, TorchLightningDiT, Trainer, sample_euler
 
-Result = tuple[dict[str, Any], np.ndarray]
 
-
-def run(row: str, args: argparse.Namespace) -> Result:
-    """Runs PyTorch's side of a row; returns figures and what must agree with ours."""
+def prepare(row: str, args: argparse.Namespace) -> Side:
+    """Returns PyTorch's side; `row` is a value of `benchmark_gpu.ROWS`."""
     torch.set_float32_matmul_precision("high")
     device = "cuda" if args.platform == "gpu" else "cpu"
     if row == "train":
-        return _run_training(args, device)
+        return _prepare_training(args, device)
     if row == "sample":
-        return _run_sampling(args, device)
-    return _run_encoder(row, args, device)
+        return _prepare_sampling(args, device)
+    return _prepare_encoder(args, device)
 
 
 def _compiled(network: Callable[..., Any], device: str) -> Callable[..., Any]:
@@ -69,7 +66,7 @@ def _latents(array: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1))).to(device)
 
 
-def _run_training(args: argparse.Namespace, device: str) -> Result:
+def _prepare_training(args: argparse.Namespace, device: str) -> Side:
     model = _model(args, device)
     config = make_config(args.size, args.batch, True, "")
     trainer = Trainer(
@@ -92,15 +89,11 @@ def _run_training(args: argparse.Namespace, device: str) -> Result:
             )
             for i in range(sum(name.startswith("noise") for name in given.files))
         ]
-    start = time.perf_counter()
-    losses = [float(trainer.step(x1, labels, steps[0]))]
-    first = time.perf_counter() - start
-    losses += [float(trainer.step(x1, labels, inputs)) for inputs in steps[1:]]
-    figures = _figures(lambda: trainer.step(x1, labels), args, device, first, args.batch, "train")
-    return figures, np.asarray(losses)
+    losses = [float(trainer.step(x1, labels, inputs)) for inputs in steps]
+    return _side(lambda: trainer.step(x1, labels), device, args.batch, np.asarray(losses))
 
 
-def _run_sampling(args: argparse.Namespace, device: str) -> Result:
+def _prepare_sampling(args: argparse.Namespace, device: str) -> Side:
     config = make_config(args.size, args.batch, True, "")
     model = _compiled(_model(args, device).eval(), device)
     with np.load(args.folder / "sample.npz") as given:
@@ -113,47 +106,29 @@ def _run_sampling(args: argparse.Namespace, device: str) -> Result:
         latents = sample_euler(model, noise, labels, times, GUIDANCE, config.data.num_classes)
         return ((0.5 + latents / 8).clamp(0, 1) * 255).to(torch.uint8)
 
-    start = time.perf_counter()
-    images = sample().permute(0, 2, 3, 1).cpu().numpy()
-    first = time.perf_counter() - start
-    figures = _figures(sample, args, device, first, args.images, "sample")
-    return figures, images.astype(np.float32) - 127.5
+    images = sample().permute(0, 2, 3, 1).cpu().numpy().astype(np.float32) - 127.5
+    return _side(sample, device, args.images, images)
 
 
-def _run_encoder(row: str, args: argparse.Namespace, device: str) -> Result:
+def _prepare_encoder(args: argparse.Namespace, device: str) -> Side:
     sides = EncoderSides(args.size == "tiny", args.images)
     encode = sides.torch(device, lambda network: _compiled(network, device))
-    start = time.perf_counter()
-    tokens = encode().float().cpu().numpy()
-    first = time.perf_counter() - start
-    return _figures(encode, args, device, first, args.images, row), tokens
+    return _side(encode, device, args.images, encode().float().cpu().numpy())
 
 
-def _figures(
-    call: Callable[[], Any],
-    args: argparse.Namespace,
-    device: str,
-    first: float,
-    images: int,
-    row: str,
-) -> dict[str, Any]:
-    def timed() -> float:
-        start = time.perf_counter()
-        for _ in range(args.calls):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / args.calls
-
-    seconds = min(timed() for _ in range(args.rounds))
+def _side(call: Callable[[], Any], device: str, images: int, results: np.ndarray) -> Side:
     cuda = device == "cuda"
-    return {
-        "seconds": seconds,
-        "first_seconds": first,
-        "images": images,
-        # Both sides count the same FLOPs for the same work.
-        "flops": read_json(args.folder / f"{row}-dsr_jax.json")["flops"],
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "versions": {"torch": torch.__version__},
-    }
+
+    def wait(_: Any) -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    def figures() -> dict[str, Any]:
+        return {
+            "images": images,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "versions": {"torch": torch.__version__},
+        }
+
+    return Side(call, wait, figures, results)

@@ -19,6 +19,7 @@ from dsr_jax.core.prompts import IMAGE_SLOT
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.parallel.shardings import fetch
+from dsr_jax.sampling.batch import fixed_batch
 
 MAX_NEW_TOKENS = 512
 """Words that an answer may have before its image, as in the original."""
@@ -61,7 +62,7 @@ def write_answers(
             )
         tokens[row, : len(prefix)], ends[row] = prefix, len(prefix)
 
-    size = min(max(len(prompts), 1), config.sample.batch)
+    size = min(max(len(prompts), 1), fixed_batch(config.sample.batch))
     for first in range(0, len(prompts), size):
         # The last group is filled up by its first prompts, so that all have one shape.
         rows = np.resize(np.arange(first, min(first + size, len(prompts))), size)

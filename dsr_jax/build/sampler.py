@@ -16,11 +16,10 @@ from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.sampling.sampler import (
+    ArraySampler,
     DeviceSampleFn,
-    SampleFn,
     SamplerSettings,
     make_device_sampler,
-    make_sample_fn,
 )
 from dsr_jax.spaces import InputSpace
 
@@ -37,7 +36,7 @@ def sampler_settings(config: ConfigDict) -> SamplerSettings:
 
 def make_sampler(
     config: ConfigDict, model: Denoiser, space: InputSpace, mesh: Mesh, rules: Rules
-) -> SampleFn:
+) -> ArraySampler:
     """Builds a compiled function from parameters, indices and labels to images.
 
     The weights of an autoguidance's guide are read here.
@@ -45,7 +44,7 @@ def make_sampler(
     sharding = shardings.batch_sharding(mesh, rules)
     guide = find_guide(config, space, mesh, rules)
     sample = compile_sampler(config, model, space, sharding, guide)
-    return make_sample_fn(sample, guide.restore() if guide else None, sharding)
+    return ArraySampler(sample, guide.restore() if guide else None, sharding)
 
 
 def compile_sampler(
@@ -71,6 +70,7 @@ def compile_sampler(
         null_label=config.data.num_classes,
         guide_fn=make_denoise_fn(guide.model, prediction) if guide else None,
         conditioner=make_conditioner(model) if isinstance(model, TextToImage) else None,
+        prepare=(model.unstacked, guide.model.unstacked if guide else model.unstacked),
         sharding=sharding,
     )
 

@@ -26,7 +26,7 @@ _POSITIVE = (
     *("model.depth", "model.hidden_size", "model.num_heads", "model.patch_size"),
     *("model.decoder_depth", "model.decoder_hidden_size", "model.decoder_num_heads"),
     *("decoder.depth", "decoder.num_heads", "decoder.mlp_dim", "decoder.patch_size"),
-    *("gan.kernel_size", "sample.num", "sample.batch", "eval.batch", "log.every_steps"),
+    *("gan.kernel_size", "sample.num", "eval.batch", "log.every_steps"),
     "log.outlier_images",
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.save_seconds"),
     "failures.lost_seconds",
@@ -162,6 +162,11 @@ def _check_numbers(config: ConfigDict, require: Require) -> None:
         config.checkpoint.restore_step >= -1,
         f"config.checkpoint.restore_step={config.checkpoint.restore_step}",
         "name a step, or use -1 for the newest",
+    )
+    require(
+        config.sample.batch == -1 or config.sample.batch > 0,
+        f"config.sample.batch={config.sample.batch}",
+        "use a number above 0, or -1 for as many samples as fit into memory",
     )
     interval = config.sample.interval
     require(

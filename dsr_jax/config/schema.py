@@ -218,7 +218,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "log.profile_steps": free(0, "steps that are traced; 0 for none"),
         "sample.every_steps": free(10_000, "steps between grids of samples; 0 for none"),
         "sample.num": free(64, "samples of a grid"),
-        "sample.batch": free(64, "samples that are made at once"),
+        "sample.batch": free(64, "samples that are made at once; -1: as many as fit"),
         "sample.ema": free("0.9999", "decay of the EMA weights that sample; none for the weights"),
         "sample.method": free("euler", "euler, heun, dopri5, sde-euler, ..., or module:function"),
         "sample.num_points": free(50, "points of the time grid, one more than solver steps"),

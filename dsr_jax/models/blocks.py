@@ -26,6 +26,7 @@ from dsr_jax.models.layers import (
 )
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.tuning import tuning
+from dsr_jax.models.unstacked import Modulation
 from dsr_jax.parallel.axes import Constrain
 
 REMAT_POLICIES = {
@@ -80,9 +81,12 @@ def modulation(condition: Array, count: int, width: int, precision: Precision) -
         precision=precision,
         name="adaLN",
     )(jax.nn.silu(condition))
-    if condition.ndim == 2:
-        vectors = vectors[:, None]
-    return tuple(vectors[..., i, :] for i in range(count))
+    return split_modulation(vectors if condition.ndim == 3 else vectors[:, None])
+
+
+def split_modulation(vectors: Array) -> tuple[Array, ...]:
+    """Returns the arrays [B, L, width] of a modulation's vectors [B, L, count, width]."""
+    return tuple(vectors[..., i, :] for i in range(vectors.shape[-2]))
 
 
 class Block(nn.Module):
@@ -116,12 +120,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, condition: Array, rope: Rope | None, dropout: Dropout | None = None
+        self,
+        x: Array,
+        condition: Array | Modulation,
+        rope: Rope | None,
+        dropout: Dropout | None = None,
     ) -> tuple[Array, None]:
         """Maps tokens [B, L, D] to [B, L, D]; returned as a scan's (carry, output).
 
-        The condition is [B, D], or [B, L, D] with one per token. Dropout acts on the output of
-        attention and on the hidden units of the feed-forward layer.
+        The condition is [B, D], or [B, L, D] with one per token, or the modulation that was made
+        from it. Dropout acts on the output of attention and on the hidden units of the feed-forward
+        layer.
         """
 
         def drop(x: Array, site: int) -> Array:
@@ -129,7 +138,10 @@ class Block(nn.Module):
 
         width = x.shape[-1]
         x = self.constrain(x, "act_batch", "act_len", "act_embed")
-        vectors = modulation(condition, 6, width, self.precision)
+        if isinstance(condition, Modulation):
+            vectors = split_modulation(condition.vectors[:, None])
+        else:
+            vectors = modulation(condition, 6, width, self.precision)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
         self.sow("intermediates", "modulation_out", vectors)
 
@@ -167,6 +179,16 @@ class Block(nn.Module):
         return kind(hidden, linear_init=self.linear_init, precision=self.precision, name="mlp")
 
 
+def is_unrolled(unroll: str, width: int, remat: str = "none") -> bool:
+    """Whether the depth is unrolled for the compiler; Args as in `make_stack`."""
+    choice = tuning()
+    return unroll == "full" or (
+        unroll == "auto"
+        and width >= choice.unroll_width
+        and (remat == "none" or choice.unroll_remat)
+    )
+
+
 def make_stack(
     depth: int,
     width: int,
@@ -198,12 +220,7 @@ def make_stack(
             raise ConfigError(
                 f"config.model.{key}={value!r} is unknown", f"choose from {', '.join(known)}"
             )
-    choice = tuning()
-    unrolled = unroll == "full" or (
-        unroll == "auto"
-        and width >= choice.unroll_width
-        and (remat == "none" or choice.unroll_remat)
-    )
+    unrolled = is_unrolled(unroll, width, remat)
     target: Any = block
     if remat != "none":
         # Without barriers the compiler finds the values that an unrolled backward pass recomputes

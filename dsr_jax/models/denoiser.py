@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import flax.linen as nn
 
+from dsr_jax.core.typing import Params
 from dsr_jax.models.precision import Precision
 from dsr_jax.parallel.axes import Constrain
 
@@ -58,6 +59,11 @@ class Denoiser(nn.Module, kw_only=True):
         """Returns the FLOPs of one evaluation on one sample: two per multiply-accumulate of all
         matmuls and convolutions."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward_flops")
+
+    def unstacked(self, params: Params) -> Params:
+        """Returns parameters that give the same results, and that a sampler, which evaluates the
+        network many times with them, reads faster."""
+        return params
 
     def unused_sizes(self) -> set[str]:
         """Returns the fields that have no effect, or only one that parameters' shapes show."""

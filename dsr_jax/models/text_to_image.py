@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.prompts import IMAGE_SLOT
 from dsr_jax.core.slots import first_slot, is_answer
-from dsr_jax.core.typing import Array
+from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.conditioning import TextCondition
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.embeddings import patchify
@@ -123,6 +123,10 @@ class TextToImage(Denoiser):
                 self._project(x)
         kept = jnp.zeros(x.shape[:1], bool)
         return self.denoise(x, t, TextCondition(states.rows, kept))
+
+    def unstacked(self, params: Params) -> Params:
+        """Returns the parameters with those of the denoiser unstacked."""
+        return {**params, "denoiser": self.denoiser.unstacked(params["denoiser"])}
 
     def read(
         self, tokens: Array, targets: Array | None = None, features: Array | None = None

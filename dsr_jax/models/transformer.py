@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
-from dsr_jax.core.typing import Array
+from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.attention import Rope
-from dsr_jax.models.blocks import make_norm, make_stack, mlp_width, modulation
+from dsr_jax.models.blocks import (
+    Block,
+    is_unrolled,
+    make_norm,
+    make_stack,
+    mlp_width,
+    modulation,
+)
 from dsr_jax.models.conditioning import TextCondition, TextEmbed, check_register_condition
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.depth import Stack, TokenRows, split_into_stacks, token_rows
@@ -26,6 +33,8 @@ from dsr_jax.models.layers import Dense, add_param, zeros
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.rope import rope_tables
 from dsr_jax.models.sizes import check_heads, check_registers
+from dsr_jax.models.tuning import tuning
+from dsr_jax.models.unstacked import UnstackedBlocks, run_unstacked, unstack
 
 
 class FinalLayer(nn.Module):
@@ -168,6 +177,17 @@ class DiffusionTransformer(Denoiser):
         """Returns the rows of tokens in every scanned stack of the network, in order."""
         return token_rows(self.stacks(), self.insertions())
 
+    def unstacked(self, params: Params) -> Params:
+        """Returns the parameters with stacks split into layers, where the platform's `Tuning` does
+        so; see `models.unstacked`. For evaluations without dropout."""
+        if not (tuning().unstack and is_unrolled(self.unroll, self.hidden_size)):
+            return params
+        found, own = dict(params), self.stacks()
+        for stack in (rows.stack for rows in self.token_rows()):
+            shared = stack in own and not self.condition_width
+            found[stack.name] = unstack(params[stack.name], self.precision, shared_condition=shared)
+        return found
+
     def _mlp_hidden(self, width: int) -> int:
         return mlp_width(width, self.mlp_ratio, self.use_swiglu)
 
@@ -307,6 +327,22 @@ class DiffusionTransformer(Denoiser):
         **block: Any,
     ) -> Array:
         """Runs one scanned stack; tokens in front of the grid's patches are not rotated."""
+        attributes = {
+            "num_heads": num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "use_swiglu": self.use_swiglu,
+            "use_rmsnorm": self.use_rmsnorm,
+            "use_qknorm": self.use_qknorm,
+            "attention": self.attention,
+            "precision": self.precision,
+            "constrain": self.constrain,
+            **block,
+        }
+        rope = self._rope(tokens.shape[-1] // num_heads, tokens.shape[1] - self.grid**2)
+        weights = self.get_variable("params", name)
+        if isinstance(weights, UnstackedBlocks):
+            layer = Block(**attributes, parent=None)
+            return run_unstacked(layer, weights, self.precision, tokens, condition, rope)
         stack = make_stack(
             depth,
             tokens.shape[-1],
@@ -315,17 +351,8 @@ class DiffusionTransformer(Denoiser):
             # Condition and rope are shared by all blocks; dropout is per block.
             in_axes=(nn.broadcast, nn.broadcast, 0),
             unroll=self.unroll,
-            num_heads=num_heads,
-            mlp_ratio=self.mlp_ratio,
-            use_swiglu=self.use_swiglu,
-            use_rmsnorm=self.use_rmsnorm,
-            use_qknorm=self.use_qknorm,
-            attention=self.attention,
-            precision=self.precision,
-            constrain=self.constrain,
-            **block,
+            **attributes,
         )
-        rope = self._rope(tokens.shape[-1] // num_heads, tokens.shape[1] - self.grid**2)
         return stack(tokens, condition, rope, dropout)[0]
 
     def _predict(

@@ -38,6 +38,8 @@ class Tuning:
       unroll_remat: Unrolls blocks that are recomputed in the backward pass, too. A TPU's compiler
         takes over ten minutes for RAE-DiT-XL with everything recomputed, three as a loop, and a
         loop stacks little then.
+      unstack: Splits unrolled stacks into layers before a sampler's loop, see `models.unstacked`.
+        XLA's GPU backend slices and converts all weights in each evaluation else.
     """
 
     query_rows: int
@@ -45,6 +47,7 @@ class Tuning:
     separate_outputs: bool
     unroll_width: int
     unroll_remat: bool = True
+    unstack: bool = False
     row_major: bool = False
     xla_options: tuple[tuple[str, Any], ...] = ()
 
@@ -60,6 +63,7 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
             separate_outputs=False,
             unroll_width=0,
             row_major=True,
+            unstack=True,
             xla_options=(("xla_allow_excess_precision", False),),
         ),
         "tpu": Tuning(

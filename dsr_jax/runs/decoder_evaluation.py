@@ -24,6 +24,7 @@ from dsr_jax.parallel.shardings import (
     host_to_global,
     process_rows,
 )
+from dsr_jax.sampling.batch import fixed_batch, whole_batch
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.telemetry.writers import read_metrics
 from dsr_jax.training.loop import Summary
@@ -113,7 +114,7 @@ class Reconstructions:
     def _pairs(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Returns held-out images and reconstructions, uint8 [N, H, W, 3], on every host."""
         shards = self._sharding.mesh.size
-        batch = -(-min(self.config.sample.batch, max(self._count, 1)) // shards) * shards
+        batch = whole_batch(min(fixed_batch(self.config.sample.batch), max(self._count, 1)), shards)
         found: list[list[np.ndarray]] = [[], []]
         batches = iterate_once(self._source, batch, rows=process_rows(self._sharding, batch))
         for step, rows in zip(range(-(-self._count // batch)), batches, strict=False):

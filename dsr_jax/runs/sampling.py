@@ -6,21 +6,25 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsr_jax import build
 from dsr_jax.config import ConfigDict
 from dsr_jax.core.prompts import IMAGE_SLOT
-from dsr_jax.core.typing import Params
+from dsr_jax.core.typing import Params, PyTree
 from dsr_jax.data.classes import DataDescription
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.parallel.axes import Constrain
+from dsr_jax.parallel.device_memory import FreeBytes, free_bytes, smallest_of_processes
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.processes import log
 from dsr_jax.runs.sampled_classes import class_notes
 from dsr_jax.runs.scoring import check_writable
+from dsr_jax.sampling.batch import AUTO, find_batch, fixed_batch, whole_batch
 from dsr_jax.sampling.job import SampleBatchFn, SampleJob
-from dsr_jax.telemetry.progress import announce, announce_first_call
+from dsr_jax.sampling.sampler import ArraySampler
+from dsr_jax.telemetry.progress import announce, announce_compile, announce_first_call
 from dsr_jax.training.checkpoints import restore_params
 
 
@@ -30,20 +34,29 @@ class OpenedWeights(NamedTuple):
     Attributes:
       model: The network.
       params: Its parameters.
+      variables: Variables of its input space.
+      sampler: Its sampler.
       sample: Samples one batch from its indices [B] and labels [B] or tokens [B, L].
       image_shape: Height, width and channels of the images.
       recipe: What decides the images, besides indices and labels.
       name: The weights in a file's name.
-      devices: Number of devices, over which a batch must divide.
+      mesh: The devices, over which a batch must divide.
     """
 
     model: Denoiser
     params: Params
+    variables: PyTree
+    sampler: ArraySampler
     sample: SampleBatchFn
     image_shape: tuple[int, ...]
     recipe: dict[str, Any]
     name: str
-    devices: int
+    mesh: Mesh
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return self.mesh.size
 
 
 def open_weights(
@@ -76,11 +89,13 @@ def open_weights(
     return OpenedWeights(
         model,
         params,
+        variables,
+        sampler,
         lambda indices, labels: sample(params, variables, indices, labels),
         jax.eval_shape(space.decode, variables, latents).shape[1:],
         {"weights": build.weights_digest(params), **recipe},
         name,
-        mesh.size,
+        mesh,
     )
 
 
@@ -95,6 +110,7 @@ def save_samples(
     name: str | None = None,
     data: DataDescription | None = None,
     prompts: Sequence[str] = (),
+    free_memory: FreeBytes = free_bytes,
 ) -> Path:
     """Restores the weights and runs the job; returns the path of the `.npz`.
 
@@ -108,10 +124,12 @@ def save_samples(
       name: Name of the files; None makes one from the settings.
       data: The run's classes, whose names the record carries.
       prompts: The prompts of a model of text, which the record carries.
+      free_memory: Memory that the sampler may allocate on each device.
 
     Raises:
       PromptError: Naming the prompt that cannot be encoded.
       EvaluationError: If nothing can be written into the folder.
+      DeviceMemoryError: With config.sample.batch=-1, if not even one sample fits.
     """
     section = config.sample
     target = Path(out or folder / "samples").expanduser()
@@ -139,7 +157,38 @@ def save_samples(
         recipe,
         notes,
     )
-    # The batch does not decide the images, so it may grow to divide over the devices.
-    batch = -(-min(section.batch, section.num) // opened.devices) * opened.devices
     log(f"sampling {section.num} images: {job.name}")
-    return job.run(opened.sample, batch, report=log)
+    return job.run(*_sampler_and_batch(section.batch, opened, job, free_memory), report=log)
+
+
+def _sampler_and_batch(
+    wanted: int, opened: OpenedWeights, job: SampleJob, free_memory: FreeBytes
+) -> tuple[SampleBatchFn, int]:
+    """Returns the function that samples one batch, and the batch, which decides no image.
+
+    Args:
+      wanted: config.sample.batch.
+      opened: The weights.
+      job: The job, whose earlier starts have recorded their batch.
+      free_memory: Memory that the sampler may allocate on each device.
+    """
+    num, devices = len(job.labels), opened.devices
+    weights = opened.params, opened.variables
+    free = None
+    if wanted == AUTO and not job.is_assembled():
+        free = free_memory(list(opened.mesh.devices.flat))
+        # If one process has no limit to go by, none has.
+        free = smallest_of_processes(-1 if free is None else max(free, 0))
+    if free is None or free < 0:
+        return opened.sample, whole_batch(min(fixed_batch(wanted), num), devices)
+    with announce_compile("the sampler"):
+        choice = find_batch(
+            lambda size: opened.sampler.compile(*weights, size, job.labels.shape[1:]),
+            num,
+            devices,
+            free,
+            job.last_batch(),
+        )
+    log(str(choice))
+    call = opened.sampler.with_program(choice.program)
+    return lambda indices, labels: call(*weights, indices, labels), choice.size

@@ -22,6 +22,7 @@ from dsr_jax.parallel.processes import is_process_zero, log, wait_for_all
 from dsr_jax.parallel.shardings import fetch
 from dsr_jax.runs.sampled_classes import class_notes, classes_to_sample
 from dsr_jax.runs.scoring import make_scorer, score_to_file
+from dsr_jax.sampling.batch import fixed_batch, whole_batch
 from dsr_jax.sampling.images import save_png_grid
 from dsr_jax.sampling.job import SampleJob
 from dsr_jax.sampling.labels import balanced_labels, cycled_labels
@@ -160,7 +161,7 @@ class Results:
 
     def _batch_for(self, count: int) -> int:
         """Returns the smallest batch of at least `count` that divides over the devices."""
-        return -(-count // self._num_devices) * self._num_devices
+        return whole_batch(count, self._num_devices)
 
     def _save_samples(self, step: int, state: TrainState, name: str) -> Path:
         config, weights = self.config, state.weights(self.config.sample.ema)
@@ -174,7 +175,7 @@ class Results:
         )
         return job.run(
             lambda indices, labels: self._sample(weights, self._variables, indices, labels),
-            self._batch_for(config.sample.batch),
+            self._batch_for(fixed_batch(config.sample.batch)),
             report=log,
         )
 

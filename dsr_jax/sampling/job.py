@@ -6,7 +6,7 @@ atomically, so what is missing after a kill is read off the folder, and any batc
 hosts can finish the job. Damaged parts and files are noticed, and their images made again.
 """
 
-import datetime
+import contextlib
 import hashlib
 import json
 import re
@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +28,11 @@ from dsr_jax.core.files import file_digest, open_atomic, read_object, remove_lef
 from dsr_jax.core.lock import FolderLock
 from dsr_jax.core.provenance import provenance
 from dsr_jax.core.typing import Array
+from dsr_jax.parallel.device_memory import smallest_of_processes
 from dsr_jax.parallel.processes import is_process_zero, wait_for_all
 from dsr_jax.parallel.shardings import check_row_order, fetch
 from dsr_jax.sampling.npz import write_npz
+from dsr_jax.sampling.progress import JobProgress
 
 _PART_NAME = re.compile(r"(\d{8,})-(\d{8,})-([0-9a-f]{8})\.npy")
 
@@ -109,6 +110,20 @@ class SampleJob:
         """The folder of an unfinished job."""
         return self.folder / f"{self.name}.parts"
 
+    def is_assembled(self) -> bool:
+        """Whether all processes find the job's files, so that nothing is left to sample."""
+        found = self.npz_path.is_file() and self.json_path.is_file()
+        return bool(smallest_of_processes(int(found)))
+
+    def last_batch(self) -> int | None:
+        """Returns the batch of the last start of an unfinished job; None for a new one."""
+        batch = 0
+        if (self.parts / "job.json").is_file():
+            with contextlib.suppress(DamagedFileError):
+                batch = int((self._read_record()["starts"] or [{}])[-1].get("batch", 0))
+        # Hosts may see a shared folder at different moments.
+        return smallest_of_processes(batch) or None
+
     def run(self, sample: SampleBatchFn, batch: int, report: Callable[[str], None] = print) -> Path:
         """Samples what is missing and assembles the file.
 
@@ -147,7 +162,7 @@ class SampleJob:
         )
         if len(missing) < total:
             log(f"{self.name}: {total - len(missing)} of {total} images are there already")
-        progress = _Progress(total, total - len(missing), log)
+        progress = JobProgress(total, total - len(missing), log)
         for start in range(0, len(missing), batch):
             rows = missing[start : start + batch].astype(np.uint32)
             # The last batch is filled up by repetition, so that one program serves all of them.
@@ -327,31 +342,6 @@ class SampleJob:
                 write_json(self.json_path, done)
             shutil.rmtree(self.parts)
         return np.zeros(0, bool)
-
-
-class _Progress:
-    """Logs the progress and remaining time of a job every few seconds."""
-
-    def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
-        self.total, self.done, self.log = total, done, log
-        self.timed = 0
-        self.began = self.logged = 0.0
-
-    def add(self, count: int) -> None:
-        """Counts one batch; the first one, which compiles, is left out of the rate."""
-        now = monotonic()
-        self.done += count
-        self.timed += count if self.began else 0
-        self.began = self.began or now
-        if self.done < self.total and now - self.logged < 5:
-            return
-        self.logged = now
-        line = f"sampled {self.done}/{self.total}"
-        if self.timed and now > self.began:
-            rate = self.timed / (now - self.began)
-            left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
-            line += f", {rate:.3g} images/s, {left} left"
-        self.log(line)
 
 
 def _local_rows(array: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,9 @@ from dsr_jax.sampling.job import Samples
 ApplyFn = Callable[[Params, Array, Array, Array], Array]
 """`(params, x [B, h, w, C], t [B], labels [B]) -> out [B, h, w, C]`."""
 
+PrepareFn = Callable[[Params], Params]
+"""Returns parameters in the form in which many evaluations read them faster."""
+
 DeviceSampleFn = Callable[[Params, Params | None, PyTree, Array, Array], Samples]
 """`(params, guide's params, space variables, global indices [B], labels [B]) -> Samples`, of arrays
 on devices."""
@@ -133,6 +136,7 @@ def make_device_sampler(
     null_label: int,
     guide_fn: ApplyFn | None = None,
     conditioner: Conditioner | None = None,
+    prepare: tuple[PrepareFn, PrepareFn] = (lambda params: params, lambda params: params),
     sharding: NamedSharding | None = None,
 ) -> DeviceSampleFn:
     """Builds the jitted function that samples one batch; it compiles once per batch size.
@@ -150,6 +154,7 @@ def make_device_sampler(
       null_label: Label of "no class".
       guide_fn: The weaker denoiser of autoguidance; None for classifier-free guidance.
       conditioner: Makes conditions from token sequences, which then take the place of labels.
+      prepare: For denoiser and guide, what is done to their parameters before the first step.
       sharding: Splits the batch over devices; None for one device.
 
     Raises:
@@ -165,8 +170,8 @@ def make_device_sampler(
         params: Params, guide: Params | None, variables: PyTree, indices: Array, labels: Array
     ) -> Samples:
         noise, step_noise = _noise(settings.seed, indices, latent_shape)
-        predict = guided(params, guide)
         condition = conditioner.prepare(params, labels) if conditioner else labels
+        predict = guided(prepare[0](params), None if guide is None else prepare[1](guide))
         problem = SamplingProblem(
             lambda x, t: predict(x, t, condition),
             objective,
@@ -251,24 +256,49 @@ def _guide(
     return guided
 
 
-def make_sample_fn(
-    sample: DeviceSampleFn, guide: Params | None = None, sharding: NamedSharding | None = None
-) -> SampleFn:
-    """Returns a sampler of NumPy arrays.
+class ArraySampler:
+    """A `SampleFn`: a sampler that takes NumPy arrays and puts them onto the devices.
 
     Args:
       sample: Result of `make_device_sampler`.
       guide: Parameters of its guide, on the devices.
-      sharding: Sharding of its batch.
+      sharding: Sharding of its batch; None for one device.
     """
 
-    def sample_arrays(
-        params: Params, variables: PyTree, indices: np.ndarray, labels: np.ndarray
-    ) -> Samples:
-        placed = _place(indices, sharding), _place(labels, sharding)
-        return sample(params, guide, variables, *placed)
+    def __init__(
+        self,
+        sample: DeviceSampleFn,
+        guide: Params | None = None,
+        sharding: NamedSharding | None = None,
+    ) -> None:
+        self._sample, self._guide, self._sharding = sample, guide, sharding
 
-    return sample_arrays
+    def __call__(
+        self, params: Params, variables: PyTree, indices: np.ndarray, labels: np.ndarray
+    ) -> Samples:
+        """Samples one batch."""
+        placed = _place(indices, self._sharding), _place(labels, self._sharding)
+        return self._sample(params, self._guide, variables, *placed)
+
+    def compile(
+        self, params: Params, variables: PyTree, batch: int, row: tuple[int, ...] = ()
+    ) -> Any:
+        """Returns the program for a batch, which `with_program` runs.
+
+        Args:
+          params: Parameters, or their shapes with shardings.
+          variables: Variables of the space, likewise.
+          batch: Number of samples.
+          row: Shape of one sample's labels: [] for a class, [L] for tokens.
+        """
+        lowerable: Any = self._sample
+        indices = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=self._sharding)
+        labels = jax.ShapeDtypeStruct((batch, *row), jnp.int32, sharding=self._sharding)
+        return lowerable.lower(params, self._guide, variables, indices, labels).compile()
+
+    def with_program(self, program: Any) -> "ArraySampler":
+        """Returns this sampler with a program in place of its function; for that batch alone."""
+        return ArraySampler(program, self._guide, self._sharding)
 
 
 def _grid(objective: Objective, settings: SamplerSettings, sampler: Sampler) -> np.ndarray:

@@ -264,7 +264,7 @@ def test_images_under_other_indices_are_refused(tmp_path):
 
 def test_progress_names_what_is_done_and_what_is_left(tmp_path, monkeypatch):
     seconds = iter([100.0, 110.0, 120.0])
-    monkeypatch.setattr("dsr_jax.sampling.job.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("dsr_jax.sampling.progress.monotonic", lambda: next(seconds))
     lines = []
     make_job(tmp_path, num=24).run(sample, 8, lines.append)
     assert lines[0] == "sampled 8/24"

@@ -13,7 +13,7 @@ from dsr_jax.diffusion.objectives import make_objective
 from dsr_jax.parallel.axes import make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from dsr_jax.parallel.shardings import batch_sharding
-from dsr_jax.sampling.sampler import SamplerSettings, make_device_sampler, make_sample_fn
+from dsr_jax.sampling.sampler import ArraySampler, SamplerSettings, make_device_sampler
 
 SHAPE = (2, 3, 1)
 NULL = 10
@@ -39,7 +39,7 @@ def make(settings, apply_fn, sharding=None, prediction="data", guide_fn=None, gu
         guide_fn=guide_fn,
         sharding=sharding,
     )
-    return make_sample_fn(device_sampler, guide, sharding)
+    return ArraySampler(device_sampler, guide, sharding)
 
 
 def by_label(params, x, t, labels):
@@ -86,7 +86,7 @@ def sample_decoded(settings, apply_fn, prediction, decode, variables, channels=1
         null_label=NULL,
     )
     table = jnp.append(10.0 + 4 * jnp.arange(10.0), 10.0)
-    return np.asarray(make_sample_fn(device_sampler)(table, variables, INDICES, LABELS).images)
+    return np.asarray(ArraySampler(device_sampler)(table, variables, INDICES, LABELS).images)
 
 
 def test_guidance_of_some_channels_leaves_the_others_conditional():
@@ -163,7 +163,7 @@ def test_sampling_starts_with_noise_of_the_paths_scale():
         latent_shape=SHAPE,
         null_label=NULL,
     )
-    images = make_sample_fn(device_sampler)({}, {}, INDICES, LABELS).images
+    images = ArraySampler(device_sampler)({}, {}, INDICES, LABELS).images
     keys = sample_keys(stream_key(0, "sample_noise"), INDICES)
     want = np.clip(0.5 + 0.1 * normal_per_sample(keys, SHAPE), 0, 1)
     np.testing.assert_array_equal(images, np.round(255 * want))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dsr_jax import build
-from dsr_jax.core.errors import ConfigError, NumericsError
+from dsr_jax.core.errors import NumericsError
 from tests.requirements import require
-from tools import benchmark, benchmark_evaluation, benchmark_gpu, benchmark_sides
+from tools import benchmark, benchmark_evaluation, benchmark_sides
 
 torch = require("torch", "torch")
 
@@ -129,39 +129,3 @@ def test_differing_features_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sides, "ours", lambda: features * 1.001)
     with pytest.raises(NumericsError, match="features differ"):
         sides.check()
-
-
-@pytest.mark.slow
-def test_gpu_rows_run_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole of `benchmark.py gpu` but the GPU: both sides' processes, checks and table."""
-    path = tmp_path / "figures.json"
-    options = ["--platform=cpu", "--size=tiny", "--batch=4", "--images=2", "--calls=1"]
-    benchmark.main(["gpu", *options, "--rounds=1", f"--json={path}"])
-    _, *rows = capsys.readouterr().out.splitlines()
-    expected = [[row, side] for row in benchmark_gpu.ROWS for side in benchmark_gpu.SIDES]
-    assert [row.split()[:2] for row in rows] == expected
-    figures = json.loads(path.read_text())
-    assert figures["not_measured"] == {} and set(figures["rows"]) == set(benchmark_gpu.ROWS)
-    for row, figure in figures["rows"].items():
-        assert 0 < figure["error"] <= benchmark_gpu.TOLERANCE[row]
-        assert figure["torch"]["flops"] == figure["dsr_jax"]["flops"] > 0
-
-
-def test_gpu_rows_of_unlike_sides_are_refused(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{side}.npy" for side in benchmark_gpu.SIDES]
-    for path, losses in zip(paths, ([2.0, 1.9], [2.0, 1.95]), strict=True):
-        np.save(path, losses)
-    sides = [{"results": str(path), "seconds": 1.0} for path in paths]
-    with pytest.raises(NumericsError, match=r"differ by 2\.6e-02"):
-        benchmark_gpu._compare("train", *sides)
-    assert benchmark_gpu.relative_error("ttr", np.ones(2), np.array([1, np.nan])) == np.inf
-
-
-def test_gpu_benchmark_without_gpu_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    with pytest.raises(ConfigError, match=r"sees no GPU[\s\S]*--platform=cpu --size=tiny"):
-        benchmark.main(["gpu", "train"])
-    with pytest.raises(ConfigError, match="add --size=tiny"):
-        benchmark.main(["gpu", "--platform=cpu"])
-    with pytest.raises(ConfigError, match="'trian' is no row"):
-        benchmark.main(["gpu", "trian"])
