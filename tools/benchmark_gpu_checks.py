@@ -14,8 +14,8 @@ _JAX = """
 import jax, jax.numpy as jnp
 try:
     kinds = {device.platform for device in jax.devices()}
-except RuntimeError as error:
-    raise SystemExit(f"PROBLEM jax-gpu {error}")
+except Exception as error:
+    raise SystemExit(f"PROBLEM jax-gpu {type(error).__name__}: {error}")
 if kinds != {"gpu"}:
     raise SystemExit("PROBLEM jax-gpu it has " + ", ".join(sorted(kinds)))
 x = jnp.ones((1, 64, 2, 64), jnp.bfloat16)

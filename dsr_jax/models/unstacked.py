@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsr_jax.core.typing import Array, Params
+from dsr_jax.models.layers import linear
 from dsr_jax.models.precision import Precision
 
 
@@ -28,7 +29,7 @@ class UnstackedBlocks(NamedTuple):
 
     Attributes:
       layers: Parameters of each block.
-      modulation: Kernel [depth, D, 6, D] and bias [depth, 6, D] of all modulations, which layers
+      modulation: Kernel [D, depth, 6, D] and bias [depth, 6, D] of all modulations, which layers
         lack then; None where conditions differ between tokens.
     """
 
@@ -46,6 +47,9 @@ def unstack(stacked: Params, precision: Precision, *, shared_condition: bool) ->
     """
     weights = dict(_to_compute(stacked, precision))
     modulation = weights.pop("adaLN") if shared_condition else None
+    if modulation is not None:
+        # One matrix for all blocks, whose layout the matmul needs not change.
+        modulation = {**modulation, "kernel": jnp.swapaxes(modulation["kernel"], 0, 1)}
     depth = jax.tree.leaves(stacked)[0].shape[0]
     layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], weights) for i in range(depth))
     return UnstackedBlocks(layers, modulation)
@@ -79,12 +83,8 @@ def run_unstacked(
 
 def _modulations(weights: Params, condition: Array, precision: Precision) -> list[Any]:
     """Returns the modulation of each block from a condition [B, D]."""
-    kernel, bias = (precision.to_compute(weights[name]) for name in ("kernel", "bias"))
-    depth, width, count, out = kernel.shape
-    activated = precision.to_compute(jax.nn.silu(condition))
-    vectors = jnp.einsum("bi,lio->lbo", activated, kernel.reshape(depth, width, count * out))
-    vectors = vectors.reshape(depth, -1, count, out) + bias[:, None]
-    return [Modulation(vectors[i]) for i in range(depth)]
+    vectors = linear(jax.nn.silu(condition), weights["kernel"], weights["bias"], 1, precision)
+    return [Modulation(vectors[:, i]) for i in range(vectors.shape[1])]
 
 
 def _to_compute(params: Params, precision: Precision) -> Params:

@@ -259,3 +259,15 @@ def test_a_sampler_from_outside_the_package(tmp_path, monkeypatch):
         SamplerSettings(method="own_sampler:text")
     with pytest.raises(ConfigError, match="'own_sampler' has no 'two_steps'"):
         SamplerSettings(method="own_sampler:two_steps")
+
+
+def test_noise_and_state_are_made_within_the_program():
+    """No argument is of a sample's size, so that there is no buffer to donate."""
+    params = jnp.zeros(1000)
+    sampler = make(SamplerSettings(num_points=4), lambda params, x, *_: params[0] * x)
+    program = sampler.compile(params, jnp.float32(1.0), 16)
+    arguments = program.memory_analysis().argument_size_in_bytes
+    assert arguments <= params.nbytes + 4 + 16 * (INDICES.itemsize + LABELS.itemsize)
+    samples = sampler.with_program(program)(params, jnp.float32(1.0), INDICES, LABELS)
+    want = sampler(params, jnp.float32(1.0), INDICES, LABELS)
+    assert (np.asarray(samples.images) == np.asarray(want.images)).all()
