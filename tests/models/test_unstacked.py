@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,18 +54,9 @@ def inputs(name: str) -> tuple[Any, ...]:
 
 def weights(network: Denoiser, *args: Any) -> Any:
     """Random parameters, none of which is zero."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *args)["params"]
-    shapes = jax.tree.map(lambda leaf: leaf, shapes, is_leaf=lambda x: hasattr(x, "unbox"))
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    made = [
-        0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.map(
-        lambda box: getattr(box, "value", box),
-        jax.tree.unflatten(structure, made),
-        is_leaf=lambda x: hasattr(x, "unbox"),
-    )
+    shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0), *args))["params"]
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: 0.3 * random.standard_normal(leaf.shape, np.float32), shapes)
 
 
 @pytest.mark.slow
@@ -74,12 +66,15 @@ def weights(network: Denoiser, *args: Any) -> Any:
 def test_outputs_are_those_of_stacks(name: str, compute: str) -> None:
     network, args = NETWORKS[name](precision=Precision(compute)), inputs(name)
     params = weights(network, *args)
-    apply = jax.jit(lambda params: network.apply({"params": params}, *args))
-    split = network.unstacked(params)
-    assert sum(isinstance(value, UnstackedBlocks) for value in split.values()) == len(
-        network.token_rows()
-    )
-    want, got = apply(params), apply(split)
+
+    def apply(params: Any, unstacked: bool) -> jax.Array:
+        if unstacked:
+            params = network.unstacked(params)
+            stacks = [value for value in params.values() if isinstance(value, UnstackedBlocks)]
+            assert len(stacks) == len(network.token_rows())
+        return network.apply({"params": params}, *args)
+
+    want, got = (jax.jit(apply, static_argnums=1)(params, flag) for flag in (False, True))
     assert float(jnp.std(want)) > 0.1
     # Rounding of matmuls of other shapes.
     np.testing.assert_allclose(got, want, atol=2e-6 if compute == "float32" else 2e-2, rtol=2e-5)
@@ -87,8 +82,8 @@ def test_outputs_are_those_of_stacks(name: str, compute: str) -> None:
 
 def test_only_what_is_computed_in_bfloat16_is_stored_so() -> None:
     network, args = NETWORKS["ditdh"](precision=Precision("bfloat16")), inputs("ditdh")
-    params = jax.eval_shape(network.init, jax.random.key(0), *args)["params"]
-    split = jax.eval_shape(network.unstacked, jax.tree.map(lambda leaf: leaf, params))
+    params = nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0), *args))["params"]
+    split = jax.eval_shape(network.unstacked, params)
     stack, head = split["enc_blocks_reg"], split["dec_blocks"]
     # Conditions of the head differ between tokens: each block has its own modulation.
     assert (len(stack.layers), len(head.layers), head.modulation) == (2, 2, None)
