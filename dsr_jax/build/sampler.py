@@ -1,7 +1,7 @@
 """Builds the compiled sampler from `config.sample`, and the recipe of its samples."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import Mesh, NamedSharding
 
@@ -13,6 +13,7 @@ from dsr_jax.config import ConfigDict, architecture, precision_recipe
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.models.denoiser import Denoiser
 from dsr_jax.models.text_to_image import TextToImage
+from dsr_jax.models.tuning import tuning
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
 from dsr_jax.sampling.sampler import (
@@ -55,7 +56,7 @@ def compile_sampler(
     guide: Guide | None,
 ) -> DeviceSampleFn:
     """Builds what `make_sampler` runs: a jitted function of arrays with the batch's `sharding`."""
-    prediction = config.objective.prediction
+    prediction, mesh = config.objective.prediction, cast(Mesh, sharding.mesh)
     if guide and isinstance(model, TextToImage):
         raise ConfigError(
             f"config.sample.autoguidance={config.sample.autoguidance!r} for a model of text",
@@ -71,6 +72,7 @@ def compile_sampler(
         guide_fn=make_denoise_fn(guide.model, prediction) if guide else None,
         conditioner=make_conditioner(model) if isinstance(model, TextToImage) else None,
         prepare=(model.unstacked, guide.model.unstacked if guide else model.unstacked),
+        xla_options=dict(tuning(mesh.devices.flat[0].platform).sampler_options),
         sharding=sharding,
     )
 

@@ -339,7 +339,7 @@ class DiffusionTransformer(Denoiser):
             **block,
         }
         rope = self._rope(tokens.shape[-1] // num_heads, tokens.shape[1] - self.grid**2)
-        weights = self.get_variable("params", name)
+        weights: Any = self.get_variable("params", name)
         if isinstance(weights, UnstackedBlocks):
             layer = Block(**attributes, parent=None)
             return run_unstacked(layer, weights, self.precision, tokens, condition, rope)

@@ -38,6 +38,8 @@ class Tuning:
       unroll_remat: Unrolls blocks that are recomputed in the backward pass, too. A TPU's compiler
         takes over ten minutes for RAE-DiT-XL with everything recomputed, three as a loop, and a
         loop stacks little then.
+      sampler_options: Compiler options of a sampler. Merging matmuls of one input, as those of the
+        modulations are, XLA's GPU backend concatenates their weights in each evaluation.
       unstack: Splits unrolled stacks into layers before a sampler's loop, see `models.unstacked`.
         XLA's GPU backend slices and converts all weights in each evaluation else.
     """
@@ -50,6 +52,7 @@ class Tuning:
     unstack: bool = False
     row_major: bool = False
     xla_options: tuple[tuple[str, Any], ...] = ()
+    sampler_options: tuple[tuple[str, Any], ...] = ()
 
 
 TUNING: Mapping[str, Tuning] = MappingProxyType(
@@ -65,6 +68,7 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
             row_major=True,
             unstack=True,
             xla_options=(("xla_allow_excess_precision", False),),
+            sampler_options=(("xla_gpu_dot_merger_threshold_mb", 0),),
         ),
         "tpu": Tuning(
             query_rows=0,

@@ -4,8 +4,9 @@ Source: DSR sample_ddp.py; spec denoiser 6 and 7.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -137,6 +138,7 @@ def make_device_sampler(
     guide_fn: ApplyFn | None = None,
     conditioner: Conditioner | None = None,
     prepare: tuple[PrepareFn, PrepareFn] = (lambda params: params, lambda params: params),
+    xla_options: Mapping[str, Any] = MappingProxyType({}),
     sharding: NamedSharding | None = None,
 ) -> DeviceSampleFn:
     """Builds the jitted function that samples one batch; it compiles once per batch size.
@@ -155,6 +157,7 @@ def make_device_sampler(
       guide_fn: The weaker denoiser of autoguidance; None for classifier-free guidance.
       conditioner: Makes conditions from token sequences, which then take the place of labels.
       prepare: For denoiser and guide, what is done to their parameters before the first step.
+      xla_options: Options of its compiler.
       sharding: Splits the batch over devices; None for one device.
 
     Raises:
@@ -165,7 +168,6 @@ def make_device_sampler(
     null = conditioner.drop if conditioner else null_label
     guided = _guide(apply_fn, guide_fn, settings, null)
 
-    @jax.jit
     def sample(
         params: Params, guide: Params | None, variables: PyTree, indices: Array, labels: Array
     ) -> Samples:
@@ -185,7 +187,7 @@ def make_device_sampler(
         shown = conditioner.present(labels) if conditioner else None
         return _samples(latents, images, shown, indices, settings.uint8, sharding)
 
-    return sample
+    return jax.jit(sample, compiler_options=dict(xla_options) or None)
 
 
 def _noise(
