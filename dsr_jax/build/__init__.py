@@ -37,6 +37,7 @@ from dsr_jax.build.remat import with_remat as with_remat
 from dsr_jax.build.sampler import compile_sampler as compile_sampler
 from dsr_jax.build.sampler import make_sampler as make_sampler
 from dsr_jax.build.sampler import sampler_settings as sampler_settings
+from dsr_jax.build.sampler import sampling_batch as sampling_batch
 from dsr_jax.build.sampler import sampling_recipe as sampling_recipe
 from dsr_jax.build.state import abstract_params as abstract_params
 from dsr_jax.build.state import init_params as init_params

@@ -16,6 +16,7 @@ from dsr_jax.models.text_to_image import TextToImage
 from dsr_jax.models.tuning import tuning
 from dsr_jax.parallel import shardings
 from dsr_jax.parallel.axes import Rules
+from dsr_jax.sampling.batch import fixed_batch, whole_batch
 from dsr_jax.sampling.sampler import (
     ArraySampler,
     DeviceSampleFn,
@@ -33,6 +34,12 @@ def sampler_settings(config: ConfigDict) -> SamplerSettings:
         **{name: config.objective[name] for name in times},
         **{name: section[name] for name in names},
     )
+
+
+def sampling_batch(config: ConfigDict, devices: int) -> int:
+    """Returns config.sample.batch, or what takes its place without a choice by memory, as a
+    multiple of the number of devices."""
+    return whole_batch(fixed_batch(config.sample.batch), devices)
 
 
 def make_sampler(

@@ -34,7 +34,6 @@ from dsr_jax.planning.memory import (
 )
 from dsr_jax.planning.program_cost import split_program
 from dsr_jax.planning.report import Compiled, Report, make_report
-from dsr_jax.sampling.batch import fixed_batch, whole_batch
 from dsr_jax.telemetry import flops
 
 
@@ -116,7 +115,7 @@ def sampler(config: ConfigDict, mesh: Mesh, slices: tuple[str, ...] = ()) -> Aot
     sample: Any = build.compile_sampler(config, model, space, sharding, guide)
     guide_params = guide.abstract if guide else None
     weights = {"parameters": params} | ({"guide": guide_params} if guide else {})
-    images = whole_batch(fixed_batch(config.sample.batch), mesh.size)
+    images = build.sampling_batch(config, mesh.size)
     text = (config.language.max_length,) if has_text(config) else ()
     indices = jax.ShapeDtypeStruct((images,), jnp.uint32, sharding=sharding)
     labels = jax.ShapeDtypeStruct((images, *text), jnp.int32, sharding=sharding)
