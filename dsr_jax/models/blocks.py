@@ -162,14 +162,14 @@ class Block(nn.Module):
         )(norm(x, shift_attn, scale_attn), rope)
         mixed = drop(mixed, ATTENTION_OUTPUT)
         self.sow("intermediates", "attn_out", mixed)
-        x = gated_residual(x, gate_attn, mixed)
+        x = gated_residual(x, gate_attn, mixed, self.constrain)
 
         norm = make_norm(self.use_rmsnorm, "norm2", self.precision)
         mixed = self._feed_forward(width)(
             norm(x, shift_mlp, scale_mlp), lambda hidden: drop(hidden, MLP_HIDDEN)
         )
         self.sow("intermediates", "mlp_out", mixed)
-        x = gated_residual(x, gate_mlp, mixed)
+        x = gated_residual(x, gate_mlp, mixed, self.constrain)
         self.sow("intermediates", "block_out", x)
         return x, None
 

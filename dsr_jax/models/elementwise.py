@@ -14,6 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.tuning import tuning
+from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
 
 
 def _sum_to(x: Array, like: Array) -> Array:
@@ -27,11 +28,23 @@ def _sum_to(x: Array, like: Array) -> Array:
     return x.sum(axis=front + inner).reshape(like.shape)
 
 
-def _row_major(x: Array) -> Array:
-    """Asks the compiler to store an array in the order of its dimensions, where that pays."""
+def _row_major(x: Array, constrain: Constrain | None) -> Array:
+    """Asks the compiler to store tokens [B, L, D] in the order of their dimensions, where it pays.
+
+    The compiler cannot partition the request, and would gather the whole batch for it: so each
+    device makes it for its own samples.
+    """
     if not tuning().row_major:
         return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    def store(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    if constrain is None or constrain.mesh is None or constrain.mesh.size == 1:
+        return store(x)
+    names = ("act_batch", "act_len", "act_embed")
+    spec = fit_spec(partition_spec(names, constrain.rules), x.shape, constrain.mesh)
+    return jax.shard_map(store, mesh=constrain.mesh, in_specs=spec, out_specs=spec)(x)
 
 
 def _wide(x: Array) -> Array:
@@ -127,25 +140,31 @@ def _multiplier_backward(
 scaled_norm.defvjp(_norm_forward, _norm_backward)
 
 
-@jax.custom_vjp
-def gated_residual(x: Array, gate: Array, y: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gated_residual(x: Array, gate: Array, y: Array, constrain: Constrain | None = None) -> Array:
     """Returns x + gate * y in the dtype of x.
 
     Args:
       x: Residual stream [B, L, D].
       gate: Broadcasts to x.
       y: Output of a branch [B, L, D].
+      constrain: Layout of activations over the devices; None where there is one.
     """
-    return _gated_forward(x, gate, y)[0]
+    return _gated_forward(x, gate, y, constrain)[0]
 
 
-def _gated_forward(x: Array, gate: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _row_major((_wide(x) + _wide(gate) * _wide(y)).astype(x.dtype)), (gate, y)
+def _gated_forward(
+    x: Array, gate: Array, y: Array, constrain: Constrain | None
+) -> tuple[Array, tuple[Array, Array]]:
+    total = (_wide(x) + _wide(gate) * _wide(y)).astype(x.dtype)
+    return _row_major(total, constrain), (gate, y)
 
 
-def _gated_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+def _gated_backward(
+    constrain: Constrain | None, kept: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array, Array]:
     gate, y = kept
-    grad = _row_major(grad)
+    grad = _row_major(grad, constrain)
     wide = _wide(grad)
     grad_gate = _sum_to(wide * _wide(y), gate).astype(gate.dtype)
     return grad, grad_gate, (wide * _wide(gate)).astype(y.dtype)

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax.models import elementwise, inception, kernels, layers
 from dsr_jax.models.inception import convolve
 from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import SplitDense
 from dsr_jax.models.tuning import TUNING, tuning
+from dsr_jax.parallel.axes import Constrain, make_rules
+from dsr_jax.parallel.mesh import MeshShape, make_mesh
 
 PLATFORMS = ("gpu", "tpu")
 
@@ -41,6 +44,28 @@ def test_gated_residual(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = gradients()
     use(platform, monkeypatch)
     for got, wanted in zip(gradients(), want, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_gated_residual_stays_split_over_devices(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = normal(8, 5, 16), normal(8, 1, 16, seed=1), normal(8, 5, 16, seed=2)
+    mesh = make_mesh(MeshShape(2, 4))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    constrain = Constrain(make_rules("fsdp"), mesh)
+
+    def gradients(*args: jax.Array) -> tuple[jax.Array, ...]:
+        total = lambda *args: jnp.sum(elementwise.gated_residual(*args, constrain) ** 2)  # noqa: E731
+        return jax.grad(total, argnums=(0, 1, 2))(*args)
+
+    want = jax.jit(gradients)(*args)
+    use(platform, monkeypatch)
+    split = tuple(jax.device_put(arg, rows) for arg in args)
+    compiled = jax.jit(lambda *args: gradients(*args)).lower(*split).compile()
+    assert "all-gather" not in compiled.as_text()
+    for got, wanted in zip(compiled(*split), want, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
