@@ -62,11 +62,13 @@ def make_model(
     if height != width:
         raise ConfigError(f"latents of {height} x {width} are not square")
     kind = denoiser_class(config.model.name)
+    gather = constrain if config.sharding.gather_once else None
+    precision = Precision(config.precision.compute, config.precision.residual, gather)
     shared: dict[str, Any] = {
         "input_size": height,
         "in_channels": channels,
         "num_classes": config.data.num_classes,
-        "precision": Precision(config.precision.compute, config.precision.residual),
+        "precision": precision,
         "constrain": constrain or Constrain(),
     }
     settings = _model_settings(config, kind)

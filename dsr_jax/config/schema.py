@@ -191,6 +191,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "mesh.dcn_fsdp": free(1, "the part of mesh.fsdp across TPU slices"),
         "sharding.rules": free("fsdp", "where logical axes are split: fsdp, zero1 or replicated"),
         "sharding.overrides": free((), "changes to these rules"),
+        "sharding.gather_once": free(False, "gather kernels once for both passes, and keep them"),
         "sharding.xla_options": free((), "name=value, for the compiler of the training step"),
         "precision.compute": free("float32", "dtype of matmul inputs: float32 or bfloat16"),
         "precision.residual": free("float32", "dtype of the residual stream: float32 or bfloat16"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.elementwise import scaled_norm, silu_product
+from dsr_jax.models.gathering import gather_once
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.tuning import tuning
 
@@ -77,17 +78,26 @@ def add_param(
 
 
 def linear(
-    x: Array, kernel: Array, bias: Array | None, num_inputs: int, policy: Precision
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    num_inputs: int,
+    policy: Precision,
+    axes: Sequence[str | None] = (),
 ) -> Array:
     """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
 
     This is a 2-D matmul between reshapes: the backward pass of an N-D one needs transposes, which
-    are free for matrices.
+    are free for matrices. `axes` are the kernel's logical ones. The kernel of a matmul with one row
+    per sample, such as a modulation, is not gathered by `policy`: moving rows is cheaper.
     """
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
     leading = x.shape[: x.ndim - num_inputs]
     rows = int(np.prod(inputs))
-    y = policy.to_compute(x).reshape(-1, rows) @ policy.to_compute(kernel).reshape(rows, -1)
+    matrix = policy.to_compute(kernel).reshape(rows, -1)
+    if policy.gather is not None and axes and len(leading) > 1:
+        matrix = gather_once(matrix, kernel.shape, axes, num_inputs, policy.gather)
+    y = policy.to_compute(x).reshape(-1, rows) @ matrix
     y = y.reshape(*leading, *outputs)
     return y if bias is None else y + policy.to_compute(bias)
 
@@ -128,7 +138,7 @@ class Dense(nn.Module):
         if self.use_bias:
             init = self.linear_init.bias(fan_in)
             bias = add_param(self, "bias", init, self.axes[n:], self.features)
-        return linear(x, kernel, bias, n, self.precision)
+        return linear(x, kernel, bias, n, self.precision, self.axes)
 
 
 class SplitDense(nn.Module):
@@ -164,11 +174,11 @@ class SplitDense(nn.Module):
         if self.use_bias:
             bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
         if not tuning().separate_outputs:
-            flat = kernel.reshape(fan_in, -1), None if bias is None else bias.reshape(-1)
-            parts = jnp.split(linear(x, *flat, 1, self.precision), self.count, axis=-1)
+            fused = linear(x, kernel, bias, 1, self.precision, axes)
+            parts = jnp.split(fused.reshape(*x.shape[:-1], -1), self.count, axis=-1)
             return tuple(part.reshape(*x.shape[:-1], *self.features) for part in parts)
         return tuple(
-            linear(x, kernel[:, i], None if bias is None else bias[i], 1, self.precision)
+            linear(x, kernel[:, i], bias if bias is None else bias[i], 1, self.precision, self.axes)
             for i in range(self.count)
         )
 

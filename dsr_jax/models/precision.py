@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
+from dsr_jax.parallel.axes import Constrain
 
 FLOAT32_OPS: Mapping[str, str] = {
     "norm": "mean squares in bfloat16 lose small channels next to an outlier's large one",
@@ -29,10 +30,13 @@ class Precision:
     Attributes:
       compute: Dtype of matmuls and of what only they read: "float32" or "bfloat16".
       residual: Dtype of the residual stream, the sum that every block adds to, and of norms of it.
+      gather: Layout by which kernels are gathered once for both passes (`models.gathering`); None
+        leaves it to the compiler where they are gathered.
     """
 
     compute: str = "float32"
     residual: str = "float32"
+    gather: Constrain | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in (("compute", self.compute), ("residual", self.residual)):
