@@ -149,7 +149,11 @@ def _loop_name(program: Program, loop: Instruction) -> str:
 
 
 def _part_name(origin: str, stack: str = "") -> str:
-    """Returns direction, network and Flax name of a stack of layers."""
+    """Returns direction, network and Flax name of a stack of layers.
+
+    Where the compiler has combined operations, "jit(step)/(one:another)", the first counts.
+    """
+    origin = re.sub(r"^(jit\([^)]*\)/)\(", r"\1", origin.partition(":")[0])
     network = re.search(r"^jit\([^)]*\)/(?:\w+\()*(\w+)", origin)
     direction = "backward" if "transpose(" in origin else "forward"
     return " ".join(filter(None, (direction, network.group(1) if network else "", stack)))

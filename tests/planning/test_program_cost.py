@@ -123,3 +123,12 @@ def test_what_stands_between_unrolled_layers_belongs_to_the_layer_before() -> No
     assert stack.cost.flops == 2 * (2 * 8 * 4 * 4) and rest.cost.flops == 0
     # The slice in front of the first layer, and what follows the last.
     assert rest.cost.kernels == 2
+
+
+def test_combined_operations_belong_to_the_layers_of_the_first() -> None:
+    layer = "jvp(Net)/closed_call/blocks/dense"
+    text = BETWEEN_LAYERS.replace("NAME", f"jit(step)/{layer}")
+    combined = f"jit(step)/({layer}/dot_general:transpose({layer})/dot_general)"
+    assert f"jit(step)/{layer}/dot_general" in text
+    parts = split_program(parse(text.replace(f"jit(step)/{layer}/dot_general", combined, 1)))
+    assert [part.name for part in parts] == ["forward Net blocks", "the rest"]
