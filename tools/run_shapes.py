@@ -1,7 +1,7 @@
 """Trains and scores text-to-image on rendered shapes, with and without diffusion registers.
 
-    python tools/run_shapes.py --out=runs/shapes_t2i [--seeds=2] [--steps=6000] [--quick]
-    python tools/run_shapes.py --out=runs/shapes_times --config.objective.times=2
+    python tools/run_shapes.py --out=runs/shapes_t2i [--seeds=2] [--steps=8000] [--quick]
+    python tools/run_shapes.py --out=runs/shapes_times --config.objective.times=4
 
 Trains configs/shapes_t2i.py, samples GenEval's six tasks, and scores the images by the exact
 checker: on pairs of color and kind that training shows, on pairs that it does not, and against
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for all results")
     parser.add_argument("--seeds", type=positive_int, default=2, help="number of runs of each kind")
-    parser.add_argument("--steps", type=positive_int, default=6_000, help="steps of each run")
+    parser.add_argument("--steps", type=positive_int, default=8_000, help="steps of each run")
     parser.add_argument("--quick", action="store_true", help="tiny networks, a few steps only")
     args, overrides = parser.parse_known_args(argv)
     start_processes()
@@ -76,7 +76,7 @@ def run_arm(
       seed: Seed of data order, parameters and noise.
       steps: Training steps.
       quick: Trains tiny networks for a few steps, and scores few images.
-      overrides: Changes of the config, such as "--config.objective.times=2".
+      overrides: Changes of the config, such as "--config.objective.times=4".
     """
     path = folder / "scores.json"
     if path.exists():

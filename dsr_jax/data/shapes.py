@@ -44,9 +44,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """GenEval's tasks."""
 
-SINGLE_PROBABILITY, PAIR_PROBABILITY = 0.15, 0.55
+SINGLE_PROBABILITY, PAIR_PROBABILITY = 0.15, 0.65
 """Fractions of scenes with one object and with two different ones; the others repeat one."""
-COLOR_PROBABILITY, RELATION_PROBABILITY = 0.7, 0.6
+COLOR_PROBABILITY, RELATION_PROBABILITY = 0.7, 0.85
 _SEED = 2_607
 
 

@@ -64,10 +64,10 @@ def test_the_picture_has_a_row_for_every_task(rendered: Path, tmp_path: Path) ->
 def test_a_tiny_run_is_scored_and_not_repeated(tmp_path: Path) -> None:
     folder = tmp_path / "baseline_0"
     changes = [f"--config.sample.{x}" for x in ("every_steps=0", "ema=none", "guidance=1.0")]
-    record = run_shapes.run_arm(folder, "baseline", 0, 6_000, True, changes)
+    record = run_shapes.run_arm(folder, "baseline", 0, 8_000, True, changes)
     assert record["overrides"] == changes
     assert set(record["train"]["task_scores"]) == set(TASKS)
     assert set(record["heldout"]["task_scores"]) == {"colors", "color_attr"}
     assert read_json(folder / "config.json")["registers"]["num"] == 0
     (folder / "config.json").unlink()
-    assert run_shapes.run_arm(folder, "baseline", 0, 6_000, quick=True) == record
+    assert run_shapes.run_arm(folder, "baseline", 0, 8_000, quick=True) == record
