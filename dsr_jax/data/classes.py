@@ -112,11 +112,21 @@ def is_description(found: Any) -> bool:
         and is_list("names", str)
         and is_list("counts", int)
         and isinstance(found.get("fingerprint"), str)
+        and all(map(_is_text, (*found["names"], found["fingerprint"])))
         and all(type(found.get(key, 0)) is int for key in ("images", "skipped"))
         and (
             not found["names"] or not found["counts"] or len(found["names"]) == len(found["counts"])
         )
     )
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written: JSON can hold halves of characters."""
+    try:
+        value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def trained_labels(description: DataDescription, num_classes: int) -> list[int]:

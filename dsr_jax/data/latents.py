@@ -64,7 +64,7 @@ class CachedLatents:
         self.num_classes = int(self.manifest["num_classes"])
         self.image_shape: tuple[int, int, int] = tuple(self.manifest["shape"])
         # Caches of older versions do not name their classes.
-        data = self.manifest.get("data", {})
+        data = self.manifest.get("data") or {}
         self.class_names, self.class_counts = data.get("names", []), data.get("counts", [])
         self.fingerprint = fingerprint([str(data.get("fingerprint", "")), str(len(self._records))])
 
@@ -126,8 +126,9 @@ def _problem_of(manifest: Any) -> str:
         return f"shape is {shape!r}, not three numbers"
     if not 0 < math.prod(shape) <= MAX_PIXELS or min(shape) < 1:
         return f"shape is {shape!r}"
-    if manifest.get("dtype") not in DTYPES:
-        return f"dtype is {manifest.get('dtype')!r}, not one of {', '.join(DTYPES)}"
+    dtype = manifest.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}"
     data = manifest.get("data")
     return "" if data is None or is_description(data) else "data does not name classes"
 

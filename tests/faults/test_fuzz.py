@@ -5,6 +5,7 @@
 runs the long search; the smallest inputs that it finds become cases of `FOUND`.
 """
 
+import functools
 import io
 import json
 import os
@@ -150,6 +151,10 @@ def bomb() -> bytes:
     return file.getvalue()
 
 
+def replace(old: bytes, new: bytes, valid: bytes) -> bytes:
+    return valid.replace(old, new)
+
+
 FOUND: list[tuple[str, bytes | Callable[[bytes], bytes]]] = [
     *(("metrics", text) for text in (b"\xff\n", b"{}\n", b'{"loss": 1}\n', b'{"step": "3"}\n')),
     *(
@@ -161,6 +166,14 @@ FOUND: list[tuple[str, bytes | Callable[[bytes], bytes]]] = [
     (
         "latents manifest",
         lambda valid: valid.replace(b'"shards": 2', b'"shards": 9223372036854775808'),
+    ),
+    *(
+        ("latents manifest", functools.partial(replace, *change))
+        for change in (
+            (b'"dtype": "float32"', b'"dtype": []'),
+            (b"sha256:0", b"\\ud800"),
+            (b'"data": {', b'"data": null, "other": {'),
+        )
     ),
     ("latents shard", flip(64)),
     ("packed images", flip(64)),
