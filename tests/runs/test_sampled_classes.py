@@ -38,9 +38,9 @@ def test_an_exported_run_brings_its_class_names(tmp_path: Path) -> None:
     data = classes_of_converted(tmp_path)
     assert classes_to_sample(base_config(), data) == [0, 1, 2]
     assert parse_classes("eel,1", data) == [2, 1]
-    write_json(tmp_path / "conversion.json", {"family": "sit"})
+    write_json(tmp_path / "conversion.json", {"family": "sit", "params_digest": "sha256:0"})
     assert classes_of_converted(tmp_path) is None
-    write_json(tmp_path / "conversion.json", {"class_names": [1]})
+    write_json(tmp_path / "conversion.json", {"class_names": [1], "params_digest": "sha256:0"})
     with pytest.raises(ConversionError, match="class_names"):
         classes_of_converted(tmp_path)
 
