@@ -165,22 +165,38 @@ class SplitDense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
         """Maps [..., D] to `count` arrays [..., *features] in the compute dtype."""
-        shape = (self.count, *self.features)
-        axes = (self.axes[0], None, *self.axes[1:])
-        fan_in = x.shape[-1]
-        init = flattened(self.linear_init.kernel(fan_in), 1)
-        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
-        bias = None
-        if self.use_bias:
-            bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
+        kernel, bias = self._parameters(x.shape[-1])
         if not tuning().separate_outputs:
-            fused = linear(x, kernel, bias, 1, self.precision, axes)
+            fused = linear(x, kernel, bias, 1, self.precision, self._fused_axes)
             parts = jnp.split(fused.reshape(*x.shape[:-1], -1), self.count, axis=-1)
             return tuple(part.reshape(*x.shape[:-1], *self.features) for part in parts)
         return tuple(
             linear(x, kernel[:, i], bias if bias is None else bias[i], 1, self.precision, self.axes)
             for i in range(self.count)
         )
+
+    @property
+    def _fused_axes(self) -> tuple[str | None, ...]:
+        return (self.axes[0], None, *self.axes[1:])
+
+    def _parameters(self, fan_in: int) -> tuple[Array, Array | None]:
+        """Adds the fused kernel [D, count, *features] and bias [count, *features]."""
+        shape, axes = (self.count, *self.features), self._fused_axes
+        init = flattened(self.linear_init.kernel(fan_in), 1)
+        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
+        if not self.use_bias:
+            return kernel, None
+        return kernel, add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
+
+
+class FusedDense(SplitDense):
+    """`SplitDense` for kernels that add the bias and split the outputs themselves."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array | None]:  # type: ignore[override]
+        """Maps [..., D] to the raw product [..., count, *features], and returns the bias apart."""
+        kernel, bias = self._parameters(x.shape[-1])
+        return linear(x, kernel, None, 1, self.precision, self._fused_axes), bias
 
 
 def _normalize(
