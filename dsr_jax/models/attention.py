@@ -35,7 +35,8 @@ class Attention(nn.Module):
       kv_bias: Prepends one learned key and value, not rotated (attn_with_bias).
       gated: Index of the first and number of the tokens whose contribution a learned gate per head
         scales; None for no gate.
-      kernel: See `models.kernels.attend`.
+      kernel: See `models.kernels.attend`; or "triton", which reads the fused projection
+        (`models.triton_attention`) and has neither q/k norm, kv_bias nor gated tokens.
       precision: Dtype policy.
       constrain: Layout of activations.
       linear_init: Initialization of the projections.

@@ -211,10 +211,10 @@ def attend(
       k: Keys [B, M, H, K].
       v: Values [B, M, H, K].
       kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), "splash" (for TPUs; interpreted, and
-        slow, elsewhere), "triton" (in `models.attention.Attention` alone), or "auto": by `target_platform`, einsum on a CPU and, for bfloat16 and
+        slow, elsewhere), or "auto": by `target_platform`, einsum on a CPU and, for bfloat16 and
         heads of at most 128 channels, cudnn on a GPU (if the head size is a multiple of 8) and
-        splash on a TPU, where `constrain` has a mesh; xla elsewhere. docs/performance.md has the
-        comparison.
+        splash on a TPU, where `constrain` has a mesh; xla elsewhere. "triton" is for
+        `models.attention.Attention` alone. docs/performance.md has the comparison.
       segments: Segments of positions that attend to each other; None for all to all.
       constrain: Layout of activations, by which splash runs on each device's samples and heads;
         None for a single device.
