@@ -10,7 +10,6 @@ from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import (
     XAVIER,
     Dense,
-    FusedDense,
     LayerNorm,
     LinearInit,
     RMSNorm,
@@ -57,7 +56,7 @@ class Attention(nn.Module):
         """Maps [B, L, D] to [B, L, D]."""
         if self.kernel == "triton":
             return self._project_out(x.shape[-1])(self._packed(x, rope))
-        q, k, v = self._project_in(SplitDense, x.shape[-1])(x)
+        q, k, v = self._project_in(x.shape[-1])(x)
         if self.use_qknorm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         q, k = self._rotated(q, rope), self._rotated(k, rope)
@@ -77,8 +76,8 @@ class Attention(nn.Module):
             mixed = self._gate(mixed, without)
         return self._project_out(x.shape[-1])(mixed)
 
-    def _project_in(self, kind: type[SplitDense], width: int) -> SplitDense:
-        return kind(
+    def _project_in(self, width: int) -> SplitDense:
+        return SplitDense(
             3,
             (self.num_heads, width // self.num_heads),
             ("embed", "heads", "head_dim"),
@@ -102,7 +101,7 @@ class Attention(nn.Module):
         from dsr_jax.models.triton_attention import attend_packed  # Imports Pallas only if used.
 
         self._check_packed()
-        qkv, bias = self._project_in(FusedDense, x.shape[-1])(x)
+        qkv, bias = self._project_in(x.shape[-1]).apart(x)
         names = ("act_batch", "act_len", None, "act_heads", "act_head_dim")
         qkv = self.constrain(qkv, *names)
         if self.is_mutable_collection("intermediates"):

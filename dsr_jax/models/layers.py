@@ -162,12 +162,11 @@ class SplitDense(nn.Module):
     linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
-    @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
         """Maps [..., D] to `count` arrays [..., *features] in the compute dtype."""
-        kernel, bias = self._parameters(x.shape[-1])
+        kernel, bias, axes = self._parameters(x.shape[-1])
         if not tuning().separate_outputs:
-            fused = linear(x, kernel, bias, 1, self.precision, self._fused_axes)
+            fused = linear(x, kernel, bias, 1, self.precision, axes)
             parts = jnp.split(fused.reshape(*x.shape[:-1], -1), self.count, axis=-1)
             return tuple(part.reshape(*x.shape[:-1], *self.features) for part in parts)
         return tuple(
@@ -175,28 +174,22 @@ class SplitDense(nn.Module):
             for i in range(self.count)
         )
 
-    @property
-    def _fused_axes(self) -> tuple[str | None, ...]:
-        return (self.axes[0], None, *self.axes[1:])
-
-    def _parameters(self, fan_in: int) -> tuple[Array, Array | None]:
-        """Adds the fused kernel [D, count, *features] and bias [count, *features]."""
-        shape, axes = (self.count, *self.features), self._fused_axes
-        init = flattened(self.linear_init.kernel(fan_in), 1)
-        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
-        if not self.use_bias:
-            return kernel, None
-        return kernel, add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
-
-
-class FusedDense(SplitDense):
-    """`SplitDense` for kernels that add the bias and split the outputs themselves."""
+    def apart(self, x: Array) -> tuple[Array, Array | None]:
+        """Returns the product [..., count, *features] and the bias, for kernels that add it."""
+        kernel, bias, axes = self._parameters(x.shape[-1])
+        return linear(x, kernel, None, 1, self.precision, axes), bias
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array | None]:  # type: ignore[override]
-        """Maps [..., D] to the raw product [..., count, *features], and returns the bias apart."""
-        kernel, bias = self._parameters(x.shape[-1])
-        return linear(x, kernel, None, 1, self.precision, self._fused_axes), bias
+    def _parameters(self, fan_in: int) -> tuple[Array, Array | None, tuple[str | None, ...]]:
+        """Returns the fused kernel and bias, and the kernel's logical axes."""
+        shape = (self.count, *self.features)
+        axes = (self.axes[0], None, *self.axes[1:])
+        init = flattened(self.linear_init.kernel(fan_in), 1)
+        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
+        bias = None
+        if self.use_bias:
+            bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
+        return kernel, bias, axes
 
 
 def _normalize(

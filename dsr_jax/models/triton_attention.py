@@ -62,14 +62,13 @@ def _call(kernel: Callable[..., None], sizes: Sizes, batch: int, name: str, **sp
         partial(kernel, sizes=sizes),
         grid=(sizes.blocks, sizes.heads, batch),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
-        interpret=target_platform() != "gpu",
         name=name,
         **specs,
     )
 
 
 def _run_forward(
-    qkv: Array, bias: Array | None, cos: Array | None, sin: Array | None
+    qkv: Array, bias: Array | None, cos: Array | None, sin: Array | None, *, interpret: bool
 ) -> tuple[Array, Array]:
     """Returns the output [B, L, H, K] and log-sums [B, H, L] of the samples on one device."""
     batch, length, _, heads, channels = qkv.shape
@@ -79,6 +78,7 @@ def _run_forward(
         sizes,
         batch,
         "triton_attention_forward",
+        interpret=interpret,
         in_specs=_specs(sizes, bias, cos),
         out_specs=(_per_sample(sizes, heads), _of_log_sums(sizes)),
         out_shape=(
@@ -97,6 +97,8 @@ def _run_backward(
     out: Array,
     log_sums: Array,
     grad: Array,
+    *,
+    interpret: bool,
 ) -> tuple[Array, Array | None]:
     """Returns gradients of the product, and of the bias by sample and block [B, N, 3, H, K]."""
     batch, length, _, heads, channels = qkv.shape
@@ -111,6 +113,7 @@ def _run_backward(
         sizes,
         batch,
         "triton_attention_backward",
+        interpret=interpret,
         in_specs=[*_specs(sizes, bias, cos), tokens, _of_log_sums(sizes), tokens],
         out_specs=(packed, None if bias is None else of_sums),
         out_shape=(
@@ -147,6 +150,7 @@ def _on_devices(
 
     `inputs` and `results` name its arrays as in `_AXES`.
     """
+    function = partial(function, interpret=target_platform() != "gpu")
     if constrain is None or constrain.mesh is None or constrain.mesh.size == 1:
         return function
     split = partition_spec(("act_batch", "act_heads"), constrain.rules)
