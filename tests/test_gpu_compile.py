@@ -103,9 +103,15 @@ def test_one_gpu_computes_what_the_formula_counts(tmp_path: Path) -> None:
 
 def test_attention_of_the_fused_projection_moves_fewer_bytes(tmp_path: Path) -> None:
     # On several GPUs, since XLA cannot partition the kernels.
-    words = (*SMALL, "--config.model.depth=2", "--config.registers.start=1")
-    words += ("--config.mesh.fsdp=8", f"--config.data.global_batch={8 * IMAGES}")
-    words += ("--config.model.remat=none", "--config.precision.residual=bfloat16")
+    words = (
+        *SMALL,
+        "--config.model.depth=2",
+        "--config.registers.start=1",
+        "--config.mesh.fsdp=8",
+        f"--config.data.global_batch={8 * IMAGES}",
+        "--config.model.remat=none",
+        "--config.precision.residual=bfloat16",
+    )
     reports = {}
     for kernel in ("cudnn", "triton"):
         out = tmp_path / kernel

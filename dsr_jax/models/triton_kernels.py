@@ -1,9 +1,9 @@
 """What one program of `models.triton_attention` does on a GPU: a block of one head's tokens.
 
 As flash attention: float32 scores and sums of one block of keys at a time, and the backward pass
-computes the weights again from one log-sum per query. Sizes follow ptxas' figures for heads of 72
-channels on Hopper: the forward pass has 194 registers a thread and 36 KB of shared memory, the
-backward pass 255 and 50 KB, and spills 31 values.
+computes the weights again from one log-sum per query. Block sizes were chosen by the registers of a
+thread and the shared memory that ptxas counts for heads of 72 channels on Hopper: 190 and 36 KB in
+the forward pass, 255 and 51 KB in the backward pass, which spills 160 bytes of a thread's.
 """
 
 import math

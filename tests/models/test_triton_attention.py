@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
-from dsr_jax.models.attention import Attention
+from dsr_jax.models.attention import Attention, Rope
 from dsr_jax.models.blocks import REMAT_POLICIES
 from dsr_jax.models.dit import LightningDiT
 from dsr_jax.models.kernels import ATTENTION_RESIDUALS, attend
@@ -24,21 +24,21 @@ from dsr_jax.parallel.axes import Constrain, make_rules
 from dsr_jax.parallel.mesh import MeshShape, make_mesh
 from tests.tiny_denoisers import random_params
 
-Rope = tuple[np.ndarray, np.ndarray]
 HEADS = 2
 
 
-def make_inputs(length: int, channels: int) -> tuple[Array, Array, Array]:
+def make_inputs(length: int, channels: int) -> list[Array]:
     """Fused projection of two samples, its bias, and weights of the output in a loss."""
     shapes = (2, length, 3, HEADS, channels), (3, HEADS, channels), (2, length, HEADS, channels)
     keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def grid_rope(length: int, channels: int) -> Rope:
     """Rotation of the largest grid of `length` tokens, behind tokens that are not rotated."""
     grid = int(length**0.5)
-    return rope_tables(channels, grid, length - grid**2)
+    cos, sin = rope_tables(channels, grid, length - grid**2)
+    return jnp.asarray(cos), jnp.asarray(sin)
 
 
 def plain(qkv: Array, bias: Array | None, rope: Rope | None) -> Array:
@@ -125,8 +125,9 @@ def test_a_denoiser_has_the_same_loss_gradients_and_telemetry() -> None:
         model = LightningDiT(**TINY, attention=kernel)
 
         def loss(params: Any) -> tuple[Array, Any]:
-            out, kept = model.apply({"params": params}, *inputs, mutable=["intermediates"])
-            return jnp.mean(jnp.square(out - x)), kept["intermediates"]["blocks_reg"]["attn"]["qk"]
+            outputs: Any = model.apply({"params": params}, *inputs, mutable=["intermediates"])
+            telemetry = outputs[1]["intermediates"]["blocks_reg"]["attn"]["qk"]
+            return jnp.mean(jnp.square(outputs[0] - x)), telemetry
 
         return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
 
