@@ -122,10 +122,10 @@ def test_a_denoiser_has_the_same_loss_gradients_and_telemetry() -> None:
     params = random_params(LightningDiT(**TINY))
 
     def results(kernel: str) -> list[Array]:
-        model = LightningDiT(**TINY, attention=kernel)
+        apply: Any = LightningDiT(**TINY, attention=kernel).apply
 
         def loss(params: Any) -> tuple[Array, Any]:
-            outputs: Any = model.apply({"params": params}, *inputs, mutable=["intermediates"])
+            outputs = apply({"params": params}, *inputs, mutable=["intermediates"])
             telemetry = outputs[1]["intermediates"]["blocks_reg"]["attn"]["qk"]
             return jnp.mean(jnp.square(outputs[0] - x)), telemetry
 
