@@ -157,10 +157,10 @@ def test_eight_devices_compute_what_one_does() -> None:
     params = jax.tree.map(lambda p: p + 0.1, params)
 
     def gradients(constrain: Constrain, x: Array) -> Any:
-        placed = layer.clone(constrain=constrain)
+        apply: Any = layer.clone(constrain=constrain).apply
 
         def loss(params: Any, x: Array) -> Array:
-            return jnp.sum(jnp.square(placed.apply(params, x, rope)))
+            return jnp.sum(jnp.square(apply(params, x, rope)))
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
 
