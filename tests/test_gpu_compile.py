@@ -101,6 +101,34 @@ def test_one_gpu_computes_what_the_formula_counts(tmp_path: Path) -> None:
     assert 0 < report["matmul_traffic_bytes"] < report["hbm_traffic_bytes"]
 
 
+def test_attention_of_the_fused_projection_moves_fewer_bytes(tmp_path: Path) -> None:
+    # On several GPUs, since XLA cannot partition the kernels.
+    words = (
+        *SMALL,
+        "--config.model.depth=2",
+        "--config.registers.start=1",
+        "--config.mesh.fsdp=8",
+        f"--config.data.global_batch={8 * IMAGES}",
+        "--config.model.remat=none",
+        "--config.precision.residual=bfloat16",
+    )
+    reports = {}
+    for kernel in ("cudnn", "triton"):
+        out = tmp_path / kernel
+        chosen = (f"--config.model.attention={kernel}", f"--hlo={tmp_path / kernel}.hlo")
+        reports[kernel] = facts(out, "h100:8", *words, *chosen)
+    text = (tmp_path / "triton.hlo").read_text()
+    for way in ("forward", "backward"):
+        calls = [line for line in text.splitlines() if f'name = "triton_attention_{way}"' in line]
+        # One for each stack, on a GPU's own images.
+        assert len(calls) == 2 and all(f"[{IMAGES},2" in call for call in calls)
+    # Arrays [B, L, D] in bfloat16 that each block need not read or write: bias, slices and rotation
+    # into three arrays and back, and gradients of the bias.
+    saved = reports["cudnn"]["hbm_traffic_bytes"] - reports["triton"]["hbm_traffic_bytes"]
+    assert saved > 15 * 2 * (IMAGES * 256 * 384 * 2)
+    assert reports["triton"]["flops_per_chip"] > reports["cudnn"]["flops_per_chip"]
+
+
 def test_eight_gpus_with_fsdp_gather_and_scatter_over_nvlink(tmp_path: Path) -> None:
     sharded = ("--config.mesh.fsdp=8", f"--config.data.global_batch={8 * IMAGES}")
     report = facts(tmp_path, "h100:8", *SMALL, *sharded, "--config.model.remat=full")

@@ -76,7 +76,10 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
         "model.unroll": free(
             "auto", "unroll the depth: auto (by platform), full, or none for a loop"
         ),
-        "model.attention": free("auto", "attention kernel: auto, einsum, xla, cudnn or splash"),
+        "model.attention": free(
+            "auto",
+            "attention kernel: auto, einsum, xla, cudnn, splash, or triton (for GPUs; not timed)",
+        ),
         "model.decoder_hidden_size": never(2048, "ditdh: width of the head"),
         "model.decoder_depth": never(2, "ditdh: blocks of the head"),
         "model.decoder_num_heads": never(16, "ditdh: attention heads of the head"),

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import (
@@ -33,7 +34,8 @@ class Attention(nn.Module):
       kv_bias: Prepends one learned key and value, not rotated (attn_with_bias).
       gated: Index of the first and number of the tokens whose contribution a learned gate per head
         scales; None for no gate.
-      kernel: See `models.kernels.attend`.
+      kernel: See `models.kernels.attend`; or "triton", which reads the fused projection
+        (`models.triton_attention`) and has neither q/k norm, kv_bias nor gated tokens.
       precision: Dtype policy.
       constrain: Layout of activations.
       linear_init: Initialization of the projections.
@@ -52,19 +54,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, rope: Rope | None = None) -> Array:
         """Maps [B, L, D] to [B, L, D]."""
-        heads, head_dim = self.num_heads, x.shape[-1] // self.num_heads
-        q, k, v = SplitDense(
-            3,
-            (heads, head_dim),
-            ("embed", "heads", "head_dim"),
-            linear_init=self.linear_init,
-            precision=self.precision,
-            name="qkv",
-        )(x)
+        if self.kernel == "triton":
+            return self._project_out(x.shape[-1])(self._packed(x, rope))
+        q, k, v = self._project_in(x.shape[-1])(x)
         if self.use_qknorm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        if rope is not None:
-            q, k = (rotate(self.precision.to_float32("rope", y), *rope) for y in (q, k))
+        q, k = self._rotated(q, rope), self._rotated(k, rope)
         first = 0
         if self.kv_bias:
             k, v = self._prepend("k_bias", k), self._prepend("v_bias", v)
@@ -79,14 +74,61 @@ class Attention(nn.Module):
             k, v = k[:, others], v[:, others]
             without = attend(q, k, v, self.kernel, constrain=self.constrain)
             mixed = self._gate(mixed, without)
+        return self._project_out(x.shape[-1])(mixed)
+
+    def _project_in(self, width: int) -> SplitDense:
+        return SplitDense(
+            3,
+            (self.num_heads, width // self.num_heads),
+            ("embed", "heads", "head_dim"),
+            linear_init=self.linear_init,
+            precision=self.precision,
+            name="qkv",
+        )
+
+    def _project_out(self, width: int) -> Dense:
         return Dense(
-            x.shape[-1:],
+            (width,),
             ("heads", "head_dim", "embed"),
             num_inputs=2,
             linear_init=self.linear_init,
             precision=self.precision,
             name="proj",
-        )(mixed)
+        )
+
+    def _packed(self, x: Array, rope: Rope | None) -> Array:
+        """Computes attention of the tokens [B, L, D] by kernels that read the fused projection."""
+        from dsr_jax.models.triton_attention import attend_packed  # Imports Pallas only if used.
+
+        self._check_packed()
+        qkv, bias = self._project_in(x.shape[-1]).apart(x)
+        names = ("act_batch", "act_len", None, "act_heads", "act_head_dim")
+        qkv = self.constrain(qkv, *names)
+        if self.is_mutable_collection("intermediates"):
+            whole = qkv if bias is None else qkv + self.precision.to_compute(bias)
+            q, k = self._rotated(whole[:, :, 0], rope), self._rotated(whole[:, :, 1], rope)
+            self.sow("intermediates", "qk", (q, k))
+        return attend_packed(qkv, bias, rope, self.constrain)
+
+    def _check_packed(self) -> None:
+        unsupported = {
+            "model.use_qknorm": self.use_qknorm,
+            "model.attn_kv_bias": self.kv_bias,
+            "registers.gate": self.gated is not None,
+        }
+        for key, used in unsupported.items():
+            if used:
+                raise ConfigError(
+                    f"config.model.attention='triton' with config.{key}: its kernels support "
+                    "neither normalized q and k nor keys and values without a token, nor gates",
+                    "use config.model.attention=auto",
+                )
+
+    def _rotated(self, x: Array, rope: Rope | None) -> Array:
+        """Rotates q or k [B, L, H, K] in float32; returns the compute dtype."""
+        if rope is not None:
+            x = rotate(self.precision.to_float32("rope", x), *rope)
+        return self.precision.to_compute(x)
 
     def _norm(self, name: str) -> nn.Module:
         if self.use_rmsnorm:

@@ -213,8 +213,8 @@ def attend(
       kernel: "einsum", "xla", "cudnn" (bfloat16 on a GPU), "splash" (for TPUs; interpreted, and
         slow, elsewhere), or "auto": by `target_platform`, einsum on a CPU and, for bfloat16 and
         heads of at most 128 channels, cudnn on a GPU (if the head size is a multiple of 8) and
-        splash on a TPU, where `constrain` has a mesh; xla elsewhere. docs/performance.md has the
-        comparison.
+        splash on a TPU, where `constrain` has a mesh; xla elsewhere. "triton" is for
+        `models.attention.Attention` alone. docs/performance.md has the comparison.
       segments: Segments of positions that attend to each other; None for all to all.
       constrain: Layout of activations, by which splash runs on each device's samples and heads;
         None for a single device.
@@ -232,10 +232,16 @@ def attend(
         kernel = _choose(q, constrain)
     if kernel == "splash":
         return _attend_splash(q, k, v, segments, constrain, causal)
+    if kernel == "triton":
+        raise ConfigError(
+            "config.model.attention='triton' reads q, k and v out of their fused projection, which "
+            "this network does not have: it supports the blocks of lightningdit, ditdh and sit",
+            "use config.model.attention=auto",
+        )
     if kernel not in _KERNELS:
         raise ConfigError(
             f"config.model.attention={kernel!r} is unknown",
-            f"choose from auto, {', '.join(_KERNELS)}, splash",
+            f"choose from auto, {', '.join(_KERNELS)}, splash, triton",
         )
     if kernel == "cudnn" and (q.dtype not in _HALF or q.shape[-1] % _CUDNN_MULTIPLE):
         raise ConfigError(

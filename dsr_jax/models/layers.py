@@ -162,17 +162,9 @@ class SplitDense(nn.Module):
     linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
-    @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
         """Maps [..., D] to `count` arrays [..., *features] in the compute dtype."""
-        shape = (self.count, *self.features)
-        axes = (self.axes[0], None, *self.axes[1:])
-        fan_in = x.shape[-1]
-        init = flattened(self.linear_init.kernel(fan_in), 1)
-        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
-        bias = None
-        if self.use_bias:
-            bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
+        kernel, bias, axes = self._parameters(x.shape[-1])
         if not tuning().separate_outputs:
             fused = linear(x, kernel, bias, 1, self.precision, axes)
             parts = jnp.split(fused.reshape(*x.shape[:-1], -1), self.count, axis=-1)
@@ -181,6 +173,23 @@ class SplitDense(nn.Module):
             linear(x, kernel[:, i], bias if bias is None else bias[i], 1, self.precision, self.axes)
             for i in range(self.count)
         )
+
+    def apart(self, x: Array) -> tuple[Array, Array | None]:
+        """Returns the product [..., count, *features] and the bias, for kernels that add it."""
+        kernel, bias, axes = self._parameters(x.shape[-1])
+        return linear(x, kernel, None, 1, self.precision, axes), bias
+
+    @nn.compact
+    def _parameters(self, fan_in: int) -> tuple[Array, Array | None, tuple[str | None, ...]]:
+        """Returns the fused kernel and bias, and the kernel's logical axes."""
+        shape = (self.count, *self.features)
+        axes = (self.axes[0], None, *self.axes[1:])
+        init = flattened(self.linear_init.kernel(fan_in), 1)
+        kernel = add_param(self, "kernel", init, axes, (fan_in, *shape))
+        bias = None
+        if self.use_bias:
+            bias = add_param(self, "bias", self.linear_init.bias(fan_in), axes[1:], shape)
+        return kernel, bias, axes
 
 
 def _normalize(

@@ -14,7 +14,7 @@ def flops(computation: Computation, instruction: Instruction) -> float:
     """Returns the FLOPs of an instruction, two per multiply-accumulate; 0 if it is no matmul.
 
     Matmuls are dots, convolutions, cuBLAS's matmuls, cuDNN's convolutions and attention, and
-    splash's kernels, of which XLA itself counts the first two.
+    attention by splash's and this project's kernels, of which XLA itself counts the first two.
     """
     if instruction.opcode == "dot":
         contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -31,6 +31,8 @@ def flops(computation: Computation, instruction: Instruction) -> float:
         return _cudnn_attention_flops(computation, instruction)
     if instruction.target.startswith("__cudnn$conv"):
         return _cudnn_convolution_flops(computation, instruction)
+    if instruction.target == "__gpu$xla.gpu.triton":
+        return _triton_attention_flops(computation, instruction)
     return _splash_flops(computation, instruction)
 
 
@@ -53,6 +55,19 @@ def _splash_flops(computation: Computation, instruction: Instruction) -> float:
     q, k = [a for a in computation.operand_arrays(instruction) if len(a.shape) == 4][:2]
     matmuls = _FORWARD_MATMULS if kernel.group(1) == "fwd" else _BACKWARD_MATMULS
     return 2 * matmuls * math.prod(q.shape) * k.shape[2]
+
+
+def _triton_attention_flops(computation: Computation, instruction: Instruction) -> float:
+    """Returns the FLOPs of kernels of `models.triton_attention`; of other Triton kernels 0.
+
+    Their backward pass computes scores and the gradients of weights twice, for queries and keys.
+    """
+    kernel = instruction.attribute(r"triton_attention_(forward|backward)")
+    if not kernel:
+        return 0
+    batch, length, heads, channels = computation.operand_arrays(instruction)[0].shape
+    matmuls = _FORWARD_MATMULS if kernel == "forward" else _BACKWARD_MATMULS + 2
+    return 2 * matmuls * batch * (heads // 3) * length**2 * channels
 
 
 def _cudnn_attention_flops(computation: Computation, instruction: Instruction) -> float:

@@ -51,6 +51,21 @@ def test_splash_kernels_count_their_matmuls(kernel: str, products: int) -> None:
     assert flops(text) == products * 2 * (2 * 4) * 384 * 256 * 72
 
 
+@pytest.mark.parametrize(
+    ("kernel", "products"), [("attention_forward", 2), ("attention_backward", 7), ("norm", 0)]
+)
+def test_triton_attention_counts_its_matmuls(kernel: str, products: int) -> None:
+    text = (
+        "ENTRY %main (qkv: bf16[2,292,12,72]) -> bf16[2,292,4,72] {\n"
+        "  %qkv = bf16[2,292,12,72]{3,2,1,0} parameter(0)\n"
+        "  ROOT %pallas_call.1 = bf16[2,292,4,72]{3,2,1,0} custom-call(%qkv), "
+        'custom_call_target="__gpu$xla.gpu.triton", '
+        f'backend_config={{grid_x = 5 : i32, name = "triton_{kernel}"}}\n'
+        "}\n"
+    )
+    assert flops(text) == products * 2 * (2 * 4) * 292**2 * 72
+
+
 @pytest.mark.parametrize("target", ["__cublas$lt$matmul", "__cublas$gemm"])
 def test_cublas_matmuls_count_by_their_contracted_axes(target: str) -> None:
     config = (
