@@ -13,6 +13,7 @@ from dsr_jax.models.layers import (
     LinearInit,
     RMSNorm,
     SplitDense,
+    add_bias,
     add_param,
 )
 from dsr_jax.models.precision import Precision
@@ -49,9 +50,13 @@ class Attention(nn.Module):
     constrain: Constrain = Constrain()
     linear_init: LinearInit = XAVIER
 
-    @nn.compact
     def __call__(self, x: Array, rope: Rope | None = None) -> Array:
         """Maps [B, L, D] to [B, L, D]."""
+        return add_bias(*self.apart(x, rope))
+
+    @nn.compact
+    def apart(self, x: Array, rope: Rope | None = None) -> tuple[Array, Array | None]:
+        """Returns the result without the bias of the last projection, and the bias."""
         heads, head_dim = self.num_heads, x.shape[-1] // self.num_heads
         q, k, v = SplitDense(
             3,
@@ -86,7 +91,7 @@ class Attention(nn.Module):
             linear_init=self.linear_init,
             precision=self.precision,
             name="proj",
-        )(mixed)
+        ).apart(mixed)
 
     def _norm(self, name: str) -> nn.Module:
         if self.use_rmsnorm:

@@ -2,8 +2,8 @@
 
 Per sample, modulation and bias are a factor and an offset: norm(x) * multiplier + shift, and
 x + gate * y + offset. How these come from scales, shifts and biases is left to JAX, which
-differentiates it: the arrays are small. Kernels read and write each array of tokens once, compute in
-float32, and keep nothing but their inputs: statistics are computed again.
+differentiates it: the arrays are small. Kernels read and write each array of tokens once, compute
+in float32, and keep nothing but their inputs: statistics are computed again.
 """
 
 from collections.abc import Callable
@@ -56,9 +56,7 @@ def fits_kernels(shape: tuple[int, ...], constrain: Constrain) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def branch_norm(
-    x: Array, multiplier: Array, shift: Array, how: NormKernel
-) -> tuple[Array, Array]:
+def branch_norm(x: Array, multiplier: Array, shift: Array, how: NormKernel) -> tuple[Array, Array]:
     """Returns x and norm(x) * multiplier + shift.
 
     x is a result, too, for the rest of a block: so the gradients of both uses arrive in one kernel.
@@ -81,7 +79,7 @@ def _norm_forward(
 
 def _norm_backward(
     how: NormKernel, kept: tuple[Array, Array], grads: tuple[Array, Array]
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     x, multiplier = kept
     grad_x, *sums = _run(_norm_back_kernel, how, (x, *grads), (multiplier,), (x.dtype,), 2)
     return grad_x, *_total(sums)
@@ -113,7 +111,7 @@ def _residual_forward(
 
 def _residual_backward(
     how: NormKernel, kept: tuple[Array, Array], grad: Array
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     y, gate = kept
     grad_y, *sums = _run(_residual_back_kernel, how, (grad, y), (gate,), (y.dtype,), 2)
     return grad, grad_y, *_total(sums)
@@ -240,10 +238,7 @@ def _call(
         [*(token for _ in dtypes), *(part for _ in range(num_sums))],
         [
             *(jax.ShapeDtypeStruct(inputs[0].shape, dtype) for dtype in dtypes),
-            *(
-                jax.ShapeDtypeStruct((batch, programs, width), jnp.float32)
-                for _ in range(num_sums)
-            ),
+            *(jax.ShapeDtypeStruct((batch, programs, width), jnp.float32) for _ in range(num_sums)),
         ],
         inputs,
     )

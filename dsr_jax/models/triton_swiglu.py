@@ -1,4 +1,4 @@
-"""SwiGLU as a Pallas Triton kernel that adds the bias of its first layer, one pass in each direction.
+"""SwiGLU as a Pallas Triton kernel that adds its first layer's bias, one pass in each direction.
 
 The gradient of that layer's result is one array, and that of the bias is summed as it is written.
 """
@@ -53,9 +53,7 @@ def _forward(raw: Array, bias: Array, constrain: Constrain) -> tuple[Array, tupl
     return hidden, (raw, bias)
 
 
-def _backward(
-    constrain: Constrain, kept: tuple[Array, Array], grad: Array
-) -> tuple[Array, Array]:
+def _backward(constrain: Constrain, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     raw, bias = kept
     spec = token_spec(raw.shape, constrain, _NAMES)
     hidden_spec = PartitionSpec(spec[0], spec[1], spec[3])
@@ -127,9 +125,7 @@ def _masks(shape: tuple[int, int], rows: int, units: int) -> tuple[Array | None,
     return exist, lambda row: None if length % rows == 0 else first + row < length
 
 
-def _forward_kernel(
-    raw: Any, bias: Any, hidden: Any, *, shape: tuple[int, int], rows: int
-) -> None:
+def _forward_kernel(raw: Any, bias: Any, hidden: Any, *, shape: tuple[int, int], rows: int) -> None:
     units = hidden.shape[1]
     exist, row_exists = _masks(shape, rows, units)
     all_units = pl.ds(0, units)
@@ -137,7 +133,9 @@ def _forward_kernel(
 
     def step(row: Array, _: None) -> None:
         mask = both(row_exists(row), exist)
-        gate, value = (load(raw.at[row, np.int32(i), all_units], mask) + biases[i] for i in range(2))
+        gate, value = (
+            load(raw.at[row, np.int32(i), all_units], mask) + biases[i] for i in range(2)
+        )
         store(hidden.at[row, all_units], gate * jax.nn.sigmoid(gate) * value, mask)
 
     jax.lax.fori_loop(0, rows, step, None)
@@ -160,7 +158,9 @@ def _backward_kernel(
 
     def step(row: Array, added: list[Array]) -> list[Array]:
         mask = both(row_exists(row), exist)
-        gate, value = (load(raw.at[row, np.int32(i), all_units], mask) + biases[i] for i in range(2))
+        gate, value = (
+            load(raw.at[row, np.int32(i), all_units], mask) + biases[i] for i in range(2)
+        )
         upstream = load(grad.at[row, all_units], mask)
         sigmoid = jax.nn.sigmoid(gate)
         slope = sigmoid * (1 + gate * (1 - sigmoid))
