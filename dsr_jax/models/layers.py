@@ -89,8 +89,10 @@ def linear(
     """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
 
     This is a 2-D matmul between reshapes: the backward pass of an N-D one needs transposes, which
-    are free for matrices. `axes` are the kernel's logical ones. The kernel of a matmul with one row
-    per sample, such as a modulation, is not gathered by `policy`: moving rows is cheaper.
+    are free for matrices. The bias is added to the matrix, too: XLA's GPU backend gives a vector to
+    cuBLAS, where it writes and reads an N-D bias as large as the result. `axes` are the kernel's
+    logical ones. The kernel of a matmul with one row per sample, such as a modulation, is not
+    gathered by `policy`: moving rows is cheaper.
     """
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
     leading = x.shape[: x.ndim - num_inputs]
@@ -99,8 +101,8 @@ def linear(
     if policy.gather is not None and axes and len(leading) > 1:
         matrix = gather_once(matrix, kernel.shape, axes, num_inputs, policy.gather)
     y = policy.to_compute(x).reshape(-1, rows) @ matrix
-    y = y.reshape(*leading, *outputs)
-    return y if bias is None else y + policy.to_compute(bias)
+    y = y if bias is None else y + policy.to_compute(bias).reshape(-1)
+    return y.reshape(*leading, *outputs)
 
 
 def add_bias(product: Array, bias: Array | None) -> Array:
@@ -134,13 +136,21 @@ class Dense(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps [..., *in] to [..., *features] in the compute dtype."""
-        return add_bias(*self.apart(x))
+        n = self.num_inputs
+        kernel, bias = self._parameters(x.shape[x.ndim - n :])
+        return linear(x, kernel, bias, n, self.precision, self.axes)
 
-    @nn.compact
     def apart(self, x: Array) -> tuple[Array, Array | None]:
         """Returns the product [..., *features] and the bias, for kernels that add it themselves."""
         n = self.num_inputs
-        shape = (*x.shape[x.ndim - n :], *self.features)
+        kernel, bias = self._parameters(x.shape[x.ndim - n :])
+        return linear(x, kernel, None, n, self.precision, self.axes), bias
+
+    @nn.compact
+    def _parameters(self, inputs: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """Returns kernel and bias for inputs of these dimensions."""
+        n = self.num_inputs
+        shape = (*inputs, *self.features)
         fan_in = int(np.prod(shape[:n]))
         init = flattened(self.kernel_init or self.linear_init.kernel(fan_in), n)
         kernel = add_param(self, "kernel", init, self.axes, shape)
@@ -148,7 +158,7 @@ class Dense(nn.Module):
         if self.use_bias:
             init = self.linear_init.bias(fan_in)
             bias = add_param(self, "bias", init, self.axes[n:], self.features)
-        return linear(x, kernel, None, n, self.precision, self.axes), bias
+        return kernel, bias
 
 
 class SplitDense(nn.Module):
