@@ -84,15 +84,15 @@ def test_norms_and_residual_sums(length: int, width: int, center: bool, dtype: s
 
     def kernels(x: Any, y: Any, *vectors: Any) -> Any:
         how = NormKernel(1e-6, center, x.dtype.name)
-        x, h = branch_norm(x, *vectors[:2], how)
+        x, h = branch_norm(x, vectors[0], vectors[1], how)
         x, h = residual_norm(x, y * h, *vectors[2:6], how)
         return residual(x, h, *vectors[6:], how)
 
     def plain(x: Any, y: Any, *vectors: Any) -> Any:
         how = NormKernel(1e-6, center, x.dtype.name)
-        h = _norm(x, *vectors[:2], how)
+        h = _norm(x, vectors[0], vectors[1], how)
         x = _sum(x, y * h, *vectors[2:4])
-        return _sum(x, _norm(x, *vectors[4:6], how), *vectors[6:])
+        return _sum(x, _norm(x, vectors[4], vectors[5], how), *vectors[6:])
 
     vectors = multiplier, shift, gate, offset, shift, multiplier, offset, gate
     _check(kernels, plain, x, y, *vectors)
