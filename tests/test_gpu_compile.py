@@ -1,6 +1,7 @@
 """Training steps compiled for data-center GPUs, without having any."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,25 @@ def test_attention_of_the_fused_projection_moves_fewer_bytes(tmp_path: Path) -> 
     saved = reports["cudnn"]["hbm_traffic_bytes"] - reports["triton"]["hbm_traffic_bytes"]
     assert saved > 15 * 2 * (IMAGES * 256 * 384 * 2)
     assert reports["triton"]["flops_per_chip"] > reports["cudnn"]["flops_per_chip"]
+
+
+def test_triton_kernels_read_and_write_less(tmp_path: Path) -> None:
+    """Those of the element-wise parts of a block, each once for both stacks of one block."""
+    words = (*SMALL, "--config.model.depth=2", "--config.registers.start=1")
+    words += (f"--config.data.global_batch={IMAGES}", "--config.model.remat=none")
+    words += ("--config.precision.residual=bfloat16",)
+    by_xla = facts(tmp_path / "xla", "h100:1", *words)
+    program = tmp_path / "program.txt"
+    words += ("--config.model.kernels=triton", f"--hlo={program}")
+    by_triton = facts(tmp_path / "triton", "h100:1", *words)
+    target = r'custom_call_target="__gpu\$xla.gpu.triton".*?op_name="([^"]*)"'
+    calls = re.findall(target, program.read_text())
+    parts = ("norm", "both", "residual", "swiglu", "norm_back", "both_back", "residual_back")
+    for part in (*parts, "swiglu_back"):
+        assert sum(f"/{part}_kernel/" in call or f"/{part}/" in call for call in calls) == 2, part
+    assert by_triton["matmul_traffic_bytes"] <= by_xla["matmul_traffic_bytes"]
+    assert by_triton["hbm_traffic_bytes"] < 0.95 * by_xla["hbm_traffic_bytes"]
+    assert by_triton["kernels"] < by_xla["kernels"]
 
 
 def test_eight_gpus_with_fsdp_gather_and_scatter_over_nvlink(tmp_path: Path) -> None:

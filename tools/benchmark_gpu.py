@@ -16,7 +16,8 @@ a row is a process of its own, which has the whole GPU. The rows:
 
 Both sides have the same weights and inputs. Before they are timed, each computes what must agree:
 the losses of two training steps, samples, tokens. A row whose sides differ by more than bfloat16's
-error is not printed, and the exit status is 2.
+error is not printed, and the exit status is 2. Any key of our config can be set, to measure a row
+with and without it, as in --config.model.kernels=triton.
 
 Everything together takes --minutes at most. Where they are short, there are fewer rounds; rows that
 no time is left for are named. What was measured is written to --json after each process.
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from dsr_jax.config import apply_overrides, base_config
 from dsr_jax.core.cli import make_parser
 from dsr_jax.core.errors import ConfigError, NumericsError
 from dsr_jax.core.files import read_json, write_json
@@ -94,7 +96,8 @@ def main(argv: Sequence[str]) -> None:
       ConfigError: If there is no such row, or this machine lacks what one of the sides needs.
       NumericsError: If rows were not measured, or both sides do not compute the same.
     """
-    args = make_parser_gpu().parse_args(argv)
+    args, args.overrides = make_parser_gpu().parse_known_args(argv)
+    apply_overrides(base_config(), args.overrides)
     if unknown := [row for row in args.rows if row not in ROWS]:
         raise ConfigError(f"{unknown[0]!r} is no row", f"choose from {', '.join(ROWS)}")
     if args.side:
@@ -207,7 +210,8 @@ class _Benchmark:
             for (row, side), figures in self._sides.items()
             if (row, side) not in done
         }
-        settings = {key: getattr(args, key) for key in ("size", "batch", "images", "platform")}
+        keys = ("size", "batch", "images", "platform", "overrides")
+        settings = {key: getattr(args, key) for key in keys}
         content = {"environment": provenance(), **settings, "rows": self.figures}
         write_json(args.json, content | {"not_measured": self.problems, "unchecked": unchecked})
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dsr_jax import build
+from dsr_jax import config as configs
 from dsr_jax.build.fitting import RematChoice
 from dsr_jax.core.rng import normal_per_sample, sample_keys, stream_key
 from dsr_jax.parallel import shardings
@@ -31,6 +32,8 @@ def prepare(row: str, args: argparse.Namespace) -> Side:
     config.precision.residual = "bfloat16" if residual else "float32"
     points = 4 if args.size == "tiny" else SAMPLE_POINTS
     config.sample.num_points, config.sample.guidance = points, GUIDANCE
+    configs.apply_overrides(config, args.overrides)
+    configs.check(config)
     ours = Ours(config)
     ours.start()
     path = args.folder / "weights.npz"

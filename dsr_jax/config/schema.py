@@ -80,6 +80,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType(
             "auto",
             "attention kernel: auto, einsum, xla, cudnn, splash, or triton (for GPUs; not timed)",
         ),
+        "model.kernels": free("xla", "element-wise parts of a block: xla, or triton on a GPU"),
         "model.decoder_hidden_size": never(2048, "ditdh: width of the head"),
         "model.decoder_depth": never(2, "ditdh: blocks of the head"),
         "model.decoder_num_heads": never(16, "ditdh: attention heads of the head"),

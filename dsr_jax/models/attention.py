@@ -14,6 +14,7 @@ from dsr_jax.models.layers import (
     LinearInit,
     RMSNorm,
     SplitDense,
+    add_bias,
     add_param,
 )
 from dsr_jax.models.precision import Precision
@@ -51,11 +52,19 @@ class Attention(nn.Module):
     constrain: Constrain = Constrain()
     linear_init: LinearInit = XAVIER
 
-    @nn.compact
     def __call__(self, x: Array, rope: Rope | None = None) -> Array:
         """Maps [B, L, D] to [B, L, D]."""
-        if self.kernel == "triton":
-            return self._project_out(x.shape[-1])(self._packed(x, rope))
+        return add_bias(*self.apart(x, rope))
+
+    @nn.compact
+    def apart(self, x: Array, rope: Rope | None = None) -> tuple[Array, Array | None]:
+        """Returns the result without the bias of the last projection, and the bias."""
+        packed = self.kernel == "triton"
+        mixed = self._packed(x, rope) if packed else self._mixed(x, rope)
+        return self._project_out(x.shape[-1]).apart(mixed)
+
+    def _mixed(self, x: Array, rope: Rope | None) -> Array:
+        """Computes attention of the tokens [B, L, D]; returns [B, L, H, K]."""
         q, k, v = self._project_in(x.shape[-1])(x)
         if self.use_qknorm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
@@ -74,7 +83,7 @@ class Attention(nn.Module):
             k, v = k[:, others], v[:, others]
             without = attend(q, k, v, self.kernel, constrain=self.constrain)
             mixed = self._gate(mixed, without)
-        return self._project_out(x.shape[-1])(mixed)
+        return mixed
 
     def _project_in(self, width: int) -> SplitDense:
         return SplitDense(

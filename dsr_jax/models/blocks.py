@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
@@ -43,6 +44,9 @@ Everything, the outputs of matmuls and attention (what is element-wise is recomp
 block's input.
 """
 
+KERNELS = ("xla", "triton")
+"""What computes the element-wise parts of a block."""
+
 UNROLL = ("auto", "none", "full")
 """Forms of a stack for the compiler: the platform's choice, one block in a loop, all blocks."""
 
@@ -53,7 +57,7 @@ def mlp_width(width: int, mlp_ratio: float, use_swiglu: bool) -> int:
     return int(2 / 3 * hidden) if use_swiglu else hidden
 
 
-def make_norm(use_rmsnorm: bool, name: str, precision: Precision) -> nn.Module:
+def make_norm(use_rmsnorm: bool, name: str, precision: Precision) -> RMSNorm | LayerNorm:
     """Returns RMSNorm with a learned scale, or LayerNorm without parameters (spec denoiser 1.4)."""
     if use_rmsnorm:
         return RMSNorm(precision=precision, name=name)
@@ -104,6 +108,10 @@ class Block(nn.Module):
       precision: Dtype policy.
       constrain: Layout of activations.
       linear_init: Initialization of all linear layers but the modulation, which is zero.
+      kernels: Element-wise parts by XLA ("xla"), or by Pallas Triton kernels ("triton", for GPUs;
+        interpreted, and slow, elsewhere). Norms and residual sums are left to XLA where conditions
+        differ between tokens, with dropout, with intermediates, and where devices split the tokens
+        of a sample or their channels; SwiGLU with dropout; GELU always.
     """
 
     num_heads: int
@@ -117,6 +125,7 @@ class Block(nn.Module):
     precision: Precision = Precision()
     constrain: Constrain = Constrain()
     linear_init: LinearInit = XAVIER
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(
@@ -132,23 +141,74 @@ class Block(nn.Module):
         from it. Dropout acts on the output of attention and on the hidden units of the feed-forward
         layer.
         """
-
-        def drop(x: Array, site: int) -> Array:
-            return x if dropout is None else dropout(x, site)
-
         width = x.shape[-1]
         x = self.constrain(x, "act_batch", "act_len", "act_embed")
         if isinstance(condition, Modulation):
             vectors = split_modulation(condition.vectors[:, None])
         else:
             vectors = modulation(condition, 6, width, self.precision)
+        if self._fits_kernels(x, vectors, dropout):
+            return self._run_kernels(x, vectors, rope), None
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
         self.sow("intermediates", "modulation_out", vectors)
 
-        norm = make_norm(self.use_rmsnorm, "norm1", self.precision)
+        norm = self._norm("norm1")
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "norm1_out", norm(x))
-        mixed = Attention(
+        mixed = self._attention()(norm(x, shift_attn, scale_attn), rope)
+        mixed = mixed if dropout is None else dropout(mixed, ATTENTION_OUTPUT)
+        self.sow("intermediates", "attn_out", mixed)
+        x = gated_residual(x, gate_attn, mixed, self.constrain)
+
+        norm = self._norm("norm2")
+        drop = None if dropout is None else lambda hidden: dropout(hidden, MLP_HIDDEN)
+        mixed = self._feed_forward(width)(norm(x, shift_mlp, scale_mlp), drop)
+        self.sow("intermediates", "mlp_out", mixed)
+        x = gated_residual(x, gate_mlp, mixed, self.constrain)
+        self.sow("intermediates", "block_out", x)
+        return x, None
+
+    def _fits_kernels(self, x: Array, vectors: tuple[Array, ...], dropout: Dropout | None) -> bool:
+        """Whether norms and residual sums run as Triton kernels, see the attribute `kernels`."""
+        if self.kernels != "triton":
+            return False
+        from dsr_jax.models.triton_norm import fits_kernels  # Imports Pallas only if used.
+
+        watched = self.is_mutable_collection("intermediates")
+        per_sample = all(vector.shape[1] == 1 for vector in vectors)
+        return (
+            per_sample and dropout is None and not watched and fits_kernels(x.shape, self.constrain)
+        )
+
+    def _run_kernels(self, x: Array, vectors: tuple[Array, ...], rope: Rope | None) -> Array:
+        """Computes the block with norms and residual sums as Triton kernels."""
+        from dsr_jax.models.triton_norm import NormKernel, branch_norm, residual, residual_norm
+
+        wide = (vector[:, 0].astype(jnp.float32) for vector in vectors)
+        shift_attn, factor_attn, gate_attn, shift_mlp, factor_mlp, gate_mlp = wide
+        norm1, norm2 = self._norm("norm1"), self._norm("norm2")
+        how = NormKernel(
+            norm1.epsilon, not self.use_rmsnorm, self.precision.compute, self.constrain
+        )
+        x, h = branch_norm(x, _multiplier(norm1, factor_attn), shift_attn, how)
+        mixed, bias = self._attention().apart(h, rope)
+        x, h = residual_norm(
+            x,
+            mixed,
+            gate_attn,
+            _offset(gate_attn, bias),
+            _multiplier(norm2, factor_mlp),
+            shift_mlp,
+            how,
+        )
+        mixed, bias = self._feed_forward(x.shape[-1]).apart(h)
+        return residual(x, mixed, gate_mlp, _offset(gate_mlp, bias), how)
+
+    def _norm(self, name: str) -> RMSNorm | LayerNorm:
+        return make_norm(self.use_rmsnorm, name, self.precision)
+
+    def _attention(self) -> Attention:
+        return Attention(
             self.num_heads,
             self.use_qknorm,
             self.use_rmsnorm,
@@ -159,24 +219,27 @@ class Block(nn.Module):
             self.constrain,
             self.linear_init,
             name="attn",
-        )(norm(x, shift_attn, scale_attn), rope)
-        mixed = drop(mixed, ATTENTION_OUTPUT)
-        self.sow("intermediates", "attn_out", mixed)
-        x = gated_residual(x, gate_attn, mixed, self.constrain)
-
-        norm = make_norm(self.use_rmsnorm, "norm2", self.precision)
-        mixed = self._feed_forward(width)(
-            norm(x, shift_mlp, scale_mlp), lambda hidden: drop(hidden, MLP_HIDDEN)
         )
-        self.sow("intermediates", "mlp_out", mixed)
-        x = gated_residual(x, gate_mlp, mixed, self.constrain)
-        self.sow("intermediates", "block_out", x)
-        return x, None
 
-    def _feed_forward(self, width: int) -> nn.Module:
+    def _feed_forward(self, width: int) -> SwiGLU | Mlp:
         hidden = mlp_width(width, self.mlp_ratio, self.use_swiglu)
-        kind = SwiGLU if self.use_swiglu else Mlp
-        return kind(hidden, linear_init=self.linear_init, precision=self.precision, name="mlp")
+        shared: Any = {"linear_init": self.linear_init, "precision": self.precision, "name": "mlp"}
+        if not self.use_swiglu:
+            return Mlp(hidden, **shared)
+        return SwiGLU(hidden, kernels=self.kernels, constrain=self.constrain, **shared)
+
+
+def _multiplier(norm: RMSNorm | LayerNorm, factor: Array) -> Array:
+    """Returns what a norm with modulation multiplies by [B, D], in float32."""
+    multiplier = 1 + factor
+    if isinstance(norm, RMSNorm):
+        multiplier = norm.scale(factor.shape[-1]).astype(jnp.float32) * multiplier
+    return multiplier
+
+
+def _offset(gate: Array, bias: Array | None) -> Array:
+    """Returns what the bias of a branch adds to the residual stream [B, D], in float32."""
+    return jnp.zeros_like(gate) if bias is None else gate * bias.astype(jnp.float32)
 
 
 def is_unrolled(unroll: str, width: int, remat: str = "none") -> bool:

@@ -14,6 +14,7 @@ from dsr_jax.models.elementwise import scaled_norm, silu_product
 from dsr_jax.models.gathering import gather_once
 from dsr_jax.models.precision import Precision
 from dsr_jax.models.tuning import tuning
+from dsr_jax.parallel.axes import Constrain
 
 Initializer = Callable[..., Array]
 
@@ -88,8 +89,10 @@ def linear(
     """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
 
     This is a 2-D matmul between reshapes: the backward pass of an N-D one needs transposes, which
-    are free for matrices. `axes` are the kernel's logical ones. The kernel of a matmul with one row
-    per sample, such as a modulation, is not gathered by `policy`: moving rows is cheaper.
+    are free for matrices. The bias is added to the matrix, too: XLA's GPU backend gives a vector to
+    cuBLAS, where it writes and reads an N-D bias as large as the result. `axes` are the kernel's
+    logical ones. The kernel of a matmul with one row per sample, such as a modulation, is not
+    gathered by `policy`: moving rows is cheaper.
     """
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
     leading = x.shape[: x.ndim - num_inputs]
@@ -98,8 +101,13 @@ def linear(
     if policy.gather is not None and axes and len(leading) > 1:
         matrix = gather_once(matrix, kernel.shape, axes, num_inputs, policy.gather)
     y = policy.to_compute(x).reshape(-1, rows) @ matrix
-    y = y.reshape(*leading, *outputs)
-    return y if bias is None else y + policy.to_compute(bias)
+    y = y if bias is None else y + policy.to_compute(bias).reshape(-1)
+    return y.reshape(*leading, *outputs)
+
+
+def add_bias(product: Array, bias: Array | None) -> Array:
+    """Returns the product plus the bias, if there is one, in the product's dtype."""
+    return product if bias is None else product + bias.astype(product.dtype)
 
 
 class Dense(nn.Module):
@@ -126,11 +134,23 @@ class Dense(nn.Module):
     kernel_init: Initializer | None = None
     precision: Precision = Precision()
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., *in] to [..., *features] in the compute dtype."""
         n = self.num_inputs
-        shape = (*x.shape[x.ndim - n :], *self.features)
+        kernel, bias = self._parameters(x.shape[x.ndim - n :])
+        return linear(x, kernel, bias, n, self.precision, self.axes)
+
+    def apart(self, x: Array) -> tuple[Array, Array | None]:
+        """Returns the product [..., *features] and the bias, for kernels that add it themselves."""
+        n = self.num_inputs
+        kernel, bias = self._parameters(x.shape[x.ndim - n :])
+        return linear(x, kernel, None, n, self.precision, self.axes), bias
+
+    @nn.compact
+    def _parameters(self, inputs: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """Returns kernel and bias for inputs of these dimensions."""
+        n = self.num_inputs
+        shape = (*inputs, *self.features)
         fan_in = int(np.prod(shape[:n]))
         init = flattened(self.kernel_init or self.linear_init.kernel(fan_in), n)
         kernel = add_param(self, "kernel", init, self.axes, shape)
@@ -138,7 +158,7 @@ class Dense(nn.Module):
         if self.use_bias:
             init = self.linear_init.bias(fan_in)
             bias = add_param(self, "bias", init, self.axes[n:], self.features)
-        return linear(x, kernel, bias, n, self.precision, self.axes)
+        return kernel, bias
 
 
 class SplitDense(nn.Module):
@@ -175,7 +195,7 @@ class SplitDense(nn.Module):
         )
 
     def apart(self, x: Array) -> tuple[Array, Array | None]:
-        """Returns the product [..., count, *features] and the bias, for kernels that add it."""
+        """Returns the product [..., count, *features] and the bias, as `Dense.apart` does."""
         kernel, bias, axes = self._parameters(x.shape[-1])
         return linear(x, kernel, None, 1, self.precision, axes), bias
 
@@ -223,7 +243,6 @@ class RMSNorm(nn.Module):
     axis: str | None = "embed"
     precision: Precision = Precision()
 
-    @nn.compact
     def __call__(self, x: Array, shift: Array | None = None, factor: Array | None = None) -> Array:
         """Normalizes the last dimension of [..., D].
 
@@ -235,8 +254,13 @@ class RMSNorm(nn.Module):
         Returns:
           [..., D] in the residual stream's dtype; modulated, in the compute dtype.
         """
-        scale = add_param(self, "scale", ones, (self.axis,), x.shape[-1:])
+        scale = self.scale(x.shape[-1])
         return _normalize(self, x, scale, None, (shift, factor), center=False)
+
+    @nn.compact
+    def scale(self, width: int) -> Array:
+        """Returns the learned scale [D]."""
+        return add_param(self, "scale", ones, (self.axis,), (width,))
 
 
 class LayerNorm(nn.Module):
@@ -264,10 +288,6 @@ class LayerNorm(nn.Module):
         return _normalize(self, x, scale, bias, (shift, factor), center=True)
 
 
-def _identity(x: Array) -> Array:
-    return x
-
-
 class SwiGLU(nn.Module):
     """`w3(silu(a) * b)` with `a, b = w12(x)`.
 
@@ -275,19 +295,41 @@ class SwiGLU(nn.Module):
       hidden: Width M of each half.
       linear_init: Initialization of the layers.
       precision: Dtype policy.
+      kernels: "triton" computes the hidden units from the product of w12 by a kernel, for tokens
+        [B, L, D] and without `drop`; "xla" leaves it to XLA.
+      constrain: Layout of activations, by which that kernel runs on each device's part.
     """
 
     hidden: int
     linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
+    kernels: str = "xla"
+    constrain: Constrain = Constrain()
+
+    def __call__(self, x: Array, drop: Callable[[Array], Array] | None = None) -> Array:
+        """Maps [..., D] to [..., D]; `drop` acts on the hidden units [..., M]."""
+        return add_bias(*self.apart(x, drop))
 
     @nn.compact
-    def __call__(self, x: Array, drop: Callable[[Array], Array] = _identity) -> Array:
-        """Maps [..., D] to [..., D]; `drop` acts on the hidden units [..., M]."""
+    def apart(
+        self, x: Array, drop: Callable[[Array], Array] | None = None
+    ) -> tuple[Array, Array | None]:
+        """Returns the result without the bias of w3, and the bias."""
         shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
-        gate, value = SplitDense(2, (self.hidden,), ("embed", "mlp"), **shared, name="w12")(x)
-        hidden = drop(silu_product(gate, value))
-        return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="w3")(hidden)
+        fused = SplitDense(2, (self.hidden,), ("embed", "mlp"), **shared, name="w12")
+        if self.kernels == "triton" and drop is None:
+            from dsr_jax.models.triton_swiglu import swiglu  # Imports Pallas only if used.
+
+            product, bias = fused.apart(x)
+            assert bias is not None
+            hidden = swiglu(product, bias, self.constrain)
+        else:
+            hidden = _dropped(silu_product(*fused(x)), drop)
+        return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="w3").apart(hidden)
+
+
+def _dropped(hidden: Array, drop: Callable[[Array], Array] | None) -> Array:
+    return hidden if drop is None else drop(hidden)
 
 
 class Mlp(nn.Module):
@@ -305,10 +347,16 @@ class Mlp(nn.Module):
     linear_init: LinearInit = XAVIER
     precision: Precision = Precision()
 
-    @nn.compact
-    def __call__(self, x: Array, drop: Callable[[Array], Array] = _identity) -> Array:
+    def __call__(self, x: Array, drop: Callable[[Array], Array] | None = None) -> Array:
         """Maps [..., D] to [..., D]; `drop` acts on the hidden units [..., M]."""
+        return add_bias(*self.apart(x, drop))
+
+    @nn.compact
+    def apart(
+        self, x: Array, drop: Callable[[Array], Array] | None = None
+    ) -> tuple[Array, Array | None]:
+        """Returns the result without the bias of fc2, and the bias."""
         shared: Any = {"linear_init": self.linear_init, "precision": self.precision}
         y = Dense((self.hidden,), ("embed", "mlp"), **shared, name="fc1")(x)
-        y = drop(jax.nn.gelu(y, approximate=self.approximate))
-        return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="fc2")(y)
+        y = _dropped(jax.nn.gelu(y, approximate=self.approximate), drop)
+        return Dense(x.shape[-1:], ("mlp", "embed"), **shared, name="fc2").apart(y)

@@ -40,7 +40,7 @@ REGISTERS = ("num_registers", "register_start", "register_gate", "register_condi
 """Fields of a denoiser that the config's section `registers` sets."""
 
 _RUNTIME = ("parent", "name", "precision", "constrain")
-_NOT_SIZES = (*_RUNTIME, "remat", "attention", "unroll", "dropout")
+_NOT_SIZES = (*_RUNTIME, "remat", "attention", "kernels", "unroll", "dropout")
 
 
 def denoiser_class(name: str) -> "type[Denoiser]":

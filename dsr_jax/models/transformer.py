@@ -16,6 +16,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array, Params
 from dsr_jax.models.attention import Rope
 from dsr_jax.models.blocks import (
+    KERNELS,
     Block,
     is_unrolled,
     make_norm,
@@ -101,6 +102,7 @@ class DiffusionTransformer(Denoiser):
       remat: Rematerialization in the backward pass: "none", "full" or "dots".
       attention: Attention kernel, see `models.kernels.attend`.
       unroll: Form of the depth for the compiler, see `models.blocks.make_stack`.
+      kernels: Element-wise parts of a block: "xla" or "triton", see `models.blocks.Block`.
       time_features: Sines and cosines that enter the time MLP.
       stack_prefix: Put before the names of the stacks and of the registers' tables.
     """
@@ -128,6 +130,7 @@ class DiffusionTransformer(Denoiser):
     remat: str = "none"
     attention: str = "auto"
     unroll: str = "auto"
+    kernels: str = "xla"
 
     def check_sizes(self) -> None:
         """Checks that sizes fit each other; the original crashes, or worse, where they do not.
@@ -143,6 +146,11 @@ class DiffusionTransformer(Denoiser):
         check_heads(self.hidden_size, self.num_heads, self.use_rope)
         check_registers(self.num_registers, self.register_start, self.depth)
         check_register_condition(self.register_condition)
+        if self.kernels not in KERNELS:
+            raise ConfigError(
+                f"config.model.kernels={self.kernels!r} is unknown",
+                f"choose from {', '.join(KERNELS)}",
+            )
         if self.register_gate and not self.num_registers:
             raise ConfigError(
                 "config.registers.gate=True, but config.registers.num=0", "set either"
@@ -334,6 +342,7 @@ class DiffusionTransformer(Denoiser):
             "use_rmsnorm": self.use_rmsnorm,
             "use_qknorm": self.use_qknorm,
             "attention": self.attention,
+            "kernels": self.kernels,
             "precision": self.precision,
             "constrain": self.constrain,
             **block,

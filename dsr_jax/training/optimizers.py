@@ -19,6 +19,7 @@ import optax
 from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.trees import fill, flatten_names, select
 from dsr_jax.core.typing import Array, Params, PyTree
+from dsr_jax.training.skipping import array_norms
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -290,7 +291,8 @@ def _scale_by_adam(decays: tuple[PyTree, PyTree], eps: float) -> optax.GradientT
 
 def _clip_by_global_norm(grads: PyTree, limit: float) -> PyTree:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), as `clip_grad_norm_` does."""
-    scale = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
+    # From the arrays' norms, which a step reports: else all gradients are read once more.
+    scale = jnp.minimum(1.0, limit / (optax.tree.norm(array_norms(grads)) + 1e-6))
     return jax.tree.map(lambda g: g * scale, grads)
 
 

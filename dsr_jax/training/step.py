@@ -192,10 +192,12 @@ class TrainStep:
         """
         grads, sums = self._gradients(state, batch, variables)
         new_state = apply_gradients(state, grads, self.optimizer, self._divide)
+        of_arrays = array_norms(grads)
         metrics = {
             **self._means(sums, batch["index"].shape[0]),
-            "grad_norm": optax.tree.norm(grads),
-            "array_norms": array_norms(grads),
+            # From the arrays' norms: else all gradients are read once more.
+            "grad_norm": optax.tree.norm(of_arrays),
+            "array_norms": of_arrays,
             "param_norm": optax.tree.norm(new_state.params),
             "learning_rate": self.optimizer.learning_rate(state.step),
         }

@@ -223,3 +223,5 @@ def test_arguments_that_cannot_be() -> None:
         benchmark.main(["gpu", "--platform=cpu"])
     with pytest.raises(ConfigError, match="'trian' is no row"):
         benchmark.main(["gpu", "trian"])
+    with pytest.raises(ConfigError, match=r"did you mean config\.model\.kernels"):
+        benchmark.main(["gpu", "train", "--config.model.kernel=triton"])
