@@ -136,7 +136,7 @@ class Attention(nn.Module):
     def _rotated(self, x: Array, rope: Rope | None) -> Array:
         """Rotates q or k [B, L, H, K] in float32; returns the compute dtype."""
         if rope is not None:
-            x = rotate(self.precision.to_float32("rope", x), *rope)
+            x = rotate(x, *rope)
         return self.precision.to_compute(x)
 
     def _norm(self, name: str) -> nn.Module:

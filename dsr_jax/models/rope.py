@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsr_jax.core.typing import Array
+from dsr_jax.models.tuning import tuning
 
 
 def rope_tables(head_dim: int, grid: int, num_prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,10 +36,17 @@ def rope_tables(head_dim: int, grid: int, num_prefix: int = 0) -> tuple[np.ndarr
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the interleaved channel pairs of [B, L, H, K] by tables of shape [L, K]."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return x * cos[:, None] + rotated * sin[:, None]
+    """Rotates the interleaved channel pairs of [B, L, H, K] by tables [L, K], in float32."""
+    wide = x.astype(jnp.float32)
+    if tuning().swap_by_matmul:
+        # Exact: each output is one of the inputs, or its negative.
+        swap = jnp.asarray(np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]), x.dtype)
+        precision = "highest" if x.dtype == jnp.float32 else None
+        rotated = jnp.matmul(x, swap, precision=precision, preferred_element_type=jnp.float32)
+    else:
+        pairs = wide.reshape(*x.shape[:-1], -1, 2)
+        rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return wide * cos[:, None] + rotated * sin[:, None]
 
 
 def centered_rope_tables(

@@ -25,6 +25,9 @@ class Tuning:
       separate_outputs: Computes the outputs of a fused kernel (q, k and v) by a matmul each. In the
         backward pass of a single matmul XLA's CPU backend first concatenates the gradients of the
         outputs, a quarter of a feed-forward layer's time. Plans for TPUs are made with it, too.
+      swap_by_matmul: Swaps the two channels of a pair, for rotary positions, by a matmul with a
+        constant. A TPU stores a dimension of two channels in tiles of 128, so arrays of pairs are
+        written in float32 and copied: a seventh of the traffic of a step of RAE-DiT-XL.
       row_major: Stores the residual stream and its gradient in the order of their dimensions. Left
         alone, XLA's GPU backend stores them with tokens last, for the sake of sums over tokens, and
         transposes float32 copies back and forth: a third of a step's element-wise traffic.
@@ -49,6 +52,7 @@ class Tuning:
     separate_outputs: bool
     unroll_width: int
     unroll_remat: bool = True
+    swap_by_matmul: bool = False
     unstack: bool = False
     row_major: bool = False
     xla_options: tuple[tuple[str, Any], ...] = ()
@@ -76,6 +80,7 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
             separate_outputs=True,
             unroll_width=0,
             unroll_remat=False,
+            swap_by_matmul=True,
         ),
     }
 )

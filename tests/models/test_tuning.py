@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsr_jax.models import elementwise, inception, kernels, layers
+from dsr_jax.models import elementwise, inception, kernels, layers, rope
 from dsr_jax.models.inception import convolve
 from dsr_jax.models.kernels import attend
 from dsr_jax.models.layers import SplitDense
@@ -19,7 +19,7 @@ PLATFORMS = ("gpu", "tpu")
 
 def use(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the modules choose as on another platform."""
-    for module in (elementwise, inception, kernels, layers):
+    for module in (elementwise, inception, kernels, layers, rope):
         monkeypatch.setattr(module, "tuning", lambda: TUNING[platform])
 
 
@@ -67,6 +67,25 @@ def test_a_gated_residual_stays_split_over_devices(
     assert "all-gather" not in compiled.as_text()
     for got, wanted in zip(compiled(*split), want, strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_rotation(platform: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, tables = normal(2, 7, 2, 12).astype(dtype), rope.rope_tables(12, 2, 3)
+
+    def rotated(x: jax.Array) -> jax.Array:
+        return rope.rotate(x, *map(jnp.asarray, tables))
+
+    want, back = jax.vjp(rotated, x)
+    use(platform, monkeypatch)
+    got, ours = jax.vjp(rotated, x)
+    np.testing.assert_array_equal(got, want)
+    # One rounding to the dtype apart, of numbers up to 4.
+    limit = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        ours(want)[0].astype(jnp.float32), back(want)[0].astype(jnp.float32), rtol=0, atol=limit
+    )
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
