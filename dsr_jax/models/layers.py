@@ -89,10 +89,8 @@ def linear(
     """Contracts the last `num_inputs` dimensions of x with the first of kernel, in compute dtype.
 
     This is a 2-D matmul between reshapes: the backward pass of an N-D one needs transposes, which
-    are free for matrices. The bias is added to the matrix, too: XLA's GPU backend gives a vector to
-    cuBLAS, where it writes and reads an N-D bias as large as the result. `axes` are the kernel's
-    logical ones. The kernel of a matmul with one row per sample, such as a modulation, is not
-    gathered by `policy`: moving rows is cheaper.
+    are free for matrices. `axes` are the kernel's logical ones. The kernel of a matmul with one row
+    per sample, such as a modulation, is not gathered by `policy`: moving rows is cheaper.
     """
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
     leading = x.shape[: x.ndim - num_inputs]
@@ -101,8 +99,12 @@ def linear(
     if policy.gather is not None and axes and len(leading) > 1:
         matrix = gather_once(matrix, kernel.shape, axes, num_inputs, policy.gather)
     y = policy.to_compute(x).reshape(-1, rows) @ matrix
-    y = y if bias is None else y + policy.to_compute(bias).reshape(-1)
-    return y.reshape(*leading, *outputs)
+    if bias is None:
+        return y.reshape(*leading, *outputs)
+    bias = policy.to_compute(bias)
+    if tuning().flat_bias:
+        return (y + bias.reshape(-1)).reshape(*leading, *outputs)
+    return y.reshape(*leading, *outputs) + bias
 
 
 def add_bias(product: Array, bias: Array | None) -> Array:

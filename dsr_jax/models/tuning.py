@@ -25,6 +25,9 @@ class Tuning:
       separate_outputs: Computes the outputs of a fused kernel (q, k and v) by a matmul each. In the
         backward pass of a single matmul XLA's CPU backend first concatenates the gradients of the
         outputs, a quarter of a feed-forward layer's time. Plans for TPUs are made with it, too.
+      flat_bias: Adds a bias to the matrix of a matmul's results, before heads become a dimension of
+        their own. XLA's GPU backend gives such a vector to cuBLAS, where it writes and reads an N-D
+        bias as large as the result. On a TPU the backward pass moves a tenth more memory then.
       swap_by_matmul: Swaps the two channels of a pair, for rotary positions, by a matmul with a
         constant. A TPU stores a dimension of two channels in tiles of 128, so arrays of pairs are
         written in float32 and copied: a seventh of the traffic of a step of RAE-DiT-XL.
@@ -52,6 +55,7 @@ class Tuning:
     separate_outputs: bool
     unroll_width: int
     unroll_remat: bool = True
+    flat_bias: bool = False
     swap_by_matmul: bool = False
     unstack: bool = False
     row_major: bool = False
@@ -70,6 +74,7 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
             separate_outputs=False,
             unroll_width=0,
             row_major=True,
+            flat_bias=True,
             unstack=True,
             xla_options=(("xla_allow_excess_precision", False),),
             sampler_options=(("xla_gpu_dot_merger_threshold_mb", 0),),
