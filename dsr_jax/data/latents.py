@@ -160,15 +160,19 @@ def write_shard(
       StorageError: If the shard cannot be written.
     """
     path = shard_path(root, shard, shards)
-    write_records(path, (_pack(latent, label, dtype) for latent, label in latents))
-    write_json(Path(root) / DIGESTS, {**_read_digests(root), path.name: file_digest(path)})
+
+    def record_digest(whole: Path) -> None:
+        write_json(Path(root) / DIGESTS, {**_read_digests(root), path.name: file_digest(whole)})
+
+    # The digest first: ArrayRecord's checksums do not cover the padding of a shard without one.
+    write_records(path, (_pack(latent, label, dtype) for latent, label in latents), record_digest)
 
 
 def remove_damaged(root: str | Path, sizes: Sequence[int]) -> list[Path]:
     """Removes the shards that are not as they were written, so that they are made again.
 
-    A shard without a digest, as of an earlier version or a killed command, is read from end to end
-    instead, which verifies the checksums that ArrayRecord keeps, and then gets its digest.
+    A shard without a digest, as of an earlier version, is read from end to end instead, which
+    verifies the checksums that ArrayRecord keeps, and then gets its digest.
 
     Args:
       root: Folder of the cache.

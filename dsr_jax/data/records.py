@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -185,8 +185,15 @@ def write_array_records(path: Path, images: Iterable[tuple[bytes, int]]) -> None
     )
 
 
-def write_records(path: Path, records: Iterable[bytes]) -> None:
+def write_records(
+    path: Path, records: Iterable[bytes], finish: Callable[[Path], None] = lambda _: None
+) -> None:
     """Writes one ArrayRecord file, which appears under its name only when it is whole and on disk.
+
+    Args:
+      path: The file.
+      records: Its records.
+      finish: Called with the whole file before it gets its name.
 
     Raises:
       StorageError: If it cannot be written.
@@ -203,6 +210,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
         finally:
             with _storage_errors(path):
                 writer.close()
+        finish(temporary)
 
 
 @contextlib.contextmanager

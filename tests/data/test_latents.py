@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsr_jax.core import files
 from dsr_jax.core.errors import DataError
 from dsr_jax.data.classes import describe
 from dsr_jax.data.latents import (
@@ -103,6 +104,23 @@ def test_damaged_shards_are_removed(tmp_path: Path, fault: str, digests: str) ->
     whole = fault == "none" or (fault == "short" and digests == "kept")
     assert found == ([] if whole else [path]) and path.exists() == whole
     assert remove_damaged(tmp_path, sizes) == []
+
+
+def test_a_shard_has_its_digest_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a command that is killed in between leaves no shard without a digest."""
+    rename, seen = files.rename_synced, []
+
+    def watch(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".array_record":
+            digests = files.read_json(tmp_path / DIGESTS)
+            seen.append(digests[target.name] == files.file_digest(source))
+        rename(source, target)
+
+    monkeypatch.setattr(files, "rename_synced", watch)
+    save(tmp_path)
+    assert seen == [True, True]
 
 
 def test_classes_are_those_of_the_encoded_images(tmp_path: Path) -> None:
