@@ -114,7 +114,7 @@ class Attention(nn.Module):
         names = ("act_batch", "act_len", None, "act_heads", "act_head_dim")
         qkv = self.constrain(qkv, *names)
         if self.is_mutable_collection("intermediates"):
-            whole = qkv if bias is None else qkv + self.precision.to_compute(bias)
+            whole = add_bias(qkv, bias)
             q, k = self._rotated(whole[:, :, 0], rope), self._rotated(whole[:, :, 1], rope)
             self.sow("intermediates", "qk", (q, k))
         return attend_packed(qkv, bias, rope, self.constrain)

@@ -99,12 +99,9 @@ def linear(
     if policy.gather is not None and axes and len(leading) > 1:
         matrix = gather_once(matrix, kernel.shape, axes, num_inputs, policy.gather)
     y = policy.to_compute(x).reshape(-1, rows) @ matrix
-    if bias is None:
-        return y.reshape(*leading, *outputs)
-    bias = policy.to_compute(bias)
-    if tuning().flat_bias:
-        return (y + bias.reshape(-1)).reshape(*leading, *outputs)
-    return y.reshape(*leading, *outputs) + bias
+    if bias is not None and tuning().flat_bias:
+        y, bias = add_bias(y, bias.reshape(-1)), None
+    return add_bias(y.reshape(*leading, *outputs), bias)
 
 
 def add_bias(product: Array, bias: Array | None) -> Array:

@@ -20,8 +20,9 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.kernels import ATTENTION_RESIDUALS
 from dsr_jax.models.triton_kernels import Sizes, backward_kernel, forward_kernel
+from dsr_jax.models.triton_rows import on_each_device, token_spec
 from dsr_jax.models.tuning import target_platform
-from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
+from dsr_jax.parallel.axes import Constrain
 
 _MOST_CHANNELS = 128
 _WARPS = 4
@@ -144,29 +145,21 @@ def _on_devices(
     inputs: tuple[str, ...],
     results: tuple[str, ...],
     qkv: Array,
-    constrain: Constrain | None,
+    constrain: Constrain,
 ) -> Callable[..., tuple[Any, ...]]:
     """Runs `function` on each device's samples and heads: kernels cannot be partitioned.
 
     `inputs` and `results` name its arrays as in `_AXES`.
     """
     function = partial(function, interpret=target_platform() != "gpu")
-    if constrain is None or constrain.mesh is None or constrain.mesh.size == 1:
-        return function
-    split = partition_spec(("act_batch", "act_heads"), constrain.rules)
-    batch, heads = fit_spec(split, (qkv.shape[0], qkv.shape[3]), constrain.mesh)
+    split = ("act_batch", "act_heads")
+    batch, heads = token_spec((qkv.shape[0], qkv.shape[3]), constrain, split)
     devices = {None: None, "act_batch": batch, "act_heads": heads}
 
     def specs(names: tuple[str, ...]) -> tuple[PartitionSpec, ...]:
         return tuple(PartitionSpec(*(devices[axis] for axis in _AXES[name])) for name in names)
 
-    return jax.shard_map(
-        function,
-        mesh=constrain.mesh,
-        in_specs=specs(inputs),
-        out_specs=specs(results),
-        check_vma=False,
-    )
+    return on_each_device(function, constrain, specs(inputs), specs(results))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -175,7 +168,7 @@ def _attend(
     bias: Array | None,
     cos: Array | None,
     sin: Array | None,
-    constrain: Constrain | None,
+    constrain: Constrain,
 ) -> Array:
     return _forward(qkv, bias, cos, sin, constrain)[0]
 
@@ -188,7 +181,7 @@ def _forward(
     bias: Array | None,
     cos: Array | None,
     sin: Array | None,
-    constrain: Constrain | None,
+    constrain: Constrain,
 ) -> tuple[Array, _Kept]:
     run = _on_devices(_run_forward, _INPUTS, _SAVED, qkv, constrain)
     out, log_sums = run(qkv, bias, cos, sin)
@@ -198,7 +191,7 @@ def _forward(
 
 
 def _backward(
-    constrain: Constrain | None, kept: _Kept, grad: Array
+    constrain: Constrain, kept: _Kept, grad: Array
 ) -> tuple[Array, Array | None, None, None]:
     qkv, bias = kept[:2]
     # A bias's sums have the axes of the product: samples, blocks of tokens, 3, heads, channels.
@@ -215,7 +208,7 @@ def attend_packed(
     qkv: Array,
     bias: Array | None,
     rope: tuple[Array, Array] | None,
-    constrain: Constrain | None = None,
+    constrain: Constrain = Constrain(),  # noqa: B008
 ) -> Array:
     """Computes softmax attention of all tokens of a sample to all others.
 
@@ -224,7 +217,7 @@ def attend_packed(
       bias: Of the projection [3, H, K]; None for none.
       rope: Cosines and sines [L, K] as of `models.rope.rope_tables`, equal for both channels of a
         pair, for q and k; None for no rotation.
-      constrain: Layout of activations over the devices; None for a single device.
+      constrain: Layout of activations over the devices.
 
     Returns:
       [B, L, H, K] in the dtype of `qkv`.

@@ -108,7 +108,7 @@ def call(
 def token_spec(
     shape: tuple[int, ...], constrain: Constrain, names: Sequence[str | None]
 ) -> PartitionSpec:
-    """Returns how an array of tokens is split over the devices; on one device it is whole."""
+    """Returns how dimensions of these names are split over the devices; whole without a mesh."""
     if constrain.mesh is None:
         return PartitionSpec(*(None for _ in shape))
     return fit_spec(partition_spec(names, constrain.rules), shape, constrain.mesh)

@@ -46,18 +46,15 @@ def swiglu(raw: Array, bias: Array, constrain: Constrain) -> Array:
 
 
 def _forward(raw: Array, bias: Array, constrain: Constrain) -> tuple[Array, tuple[Array, Array]]:
-    spec = token_spec(raw.shape, constrain, _NAMES)
-    hidden_spec = PartitionSpec(spec[0], spec[1], spec[3])
-    specs = spec, PartitionSpec(None, spec[3])
-    (hidden,) = on_each_device(_run_forward, constrain, specs, (hidden_spec,))(raw, bias)
+    *inputs, hidden_spec = _specs(raw, constrain)
+    (hidden,) = on_each_device(_run_forward, constrain, inputs, (hidden_spec,))(raw, bias)
     return hidden, (raw, bias)
 
 
 def _backward(constrain: Constrain, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     raw, bias = kept
-    spec = token_spec(raw.shape, constrain, _NAMES)
-    hidden_spec = PartitionSpec(spec[0], spec[1], spec[3])
-    specs = spec, PartitionSpec(None, spec[3]), hidden_spec
+    specs = _specs(raw, constrain)
+    spec = specs[0]
     # Programs of all devices, whose sums XLA adds up.
     programs = PartitionSpec(spec[0], spec[1], None, None, spec[3])
     run = on_each_device(_run_backward, constrain, specs, (spec, programs))
@@ -66,6 +63,12 @@ def _backward(constrain: Constrain, kept: tuple[Array, Array], grad: Array) -> t
 
 
 swiglu.defvjp(_forward, _backward)
+
+
+def _specs(raw: Array, constrain: Constrain) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Returns how the product, the bias and the hidden units are split over the devices."""
+    spec = token_spec(raw.shape, constrain, _NAMES)
+    return spec, PartitionSpec(None, spec[3]), PartitionSpec(spec[0], spec[1], spec[3])
 
 
 def _blocks(raw: Array) -> tuple[tuple[int, int], int, dict[str, pl.BlockSpec]]:
