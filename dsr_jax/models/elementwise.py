@@ -14,7 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.tuning import tuning
-from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
+from dsr_jax.parallel.axes import Constrain
 
 
 def _sum_to(x: Array, like: Array) -> Array:
@@ -40,11 +40,10 @@ def _row_major(x: Array, constrain: Constrain | None) -> Array:
     def store(x: Array) -> Array:
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
-    if constrain is None or constrain.mesh is None or constrain.mesh.size == 1:
+    if constrain is None:
         return store(x)
-    names = ("act_batch", "act_len", "act_embed")
-    spec = fit_spec(partition_spec(names, constrain.rules), x.shape, constrain.mesh)
-    return jax.shard_map(store, mesh=constrain.mesh, in_specs=spec, out_specs=spec)(x)
+    spec = constrain.fitted_spec(x.shape, ("act_batch", "act_len", "act_embed"))
+    return constrain.on_each_device(store, spec, spec)(x)
 
 
 def _wide(x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsr_jax.core.typing import Array
-from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
+from dsr_jax.parallel.axes import Constrain
 
 _FSDP = "fsdp"
 
@@ -40,7 +40,7 @@ def gather_once(
     mesh = constrain.mesh
     if mesh is None:
         return matrix
-    spec = fit_spec(partition_spec(axes, constrain.rules), tuple(shape), mesh)
+    spec = constrain.fitted_spec(tuple(shape), axes)
     entries = [_splitting(entry, mesh) for entry in spec]
     inputs, outputs = entries[:num_inputs], entries[num_inputs:]
     split = inputs[0], outputs[0]

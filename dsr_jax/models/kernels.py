@@ -15,7 +15,7 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.segments import Segments, pad_lengths
 from dsr_jax.models.tuning import target_platform, tuning
-from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
+from dsr_jax.parallel.axes import Constrain
 
 ATTENTION_RESIDUALS = "attention_residuals"
 """Checkpoint name of attention's residuals, which rematerialization may keep."""
@@ -157,7 +157,7 @@ def _attend_splash(
     constrain: Constrain | None,
     causal: bool,
 ) -> Array:
-    """Runs splash under `shard_map`, since the compiler cannot partition a custom kernel."""
+    """Runs splash on each device, since the compiler cannot partition a custom kernel."""
     from dsr_jax.models.splash import attend_splash  # Imports Pallas only if used.
 
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -165,17 +165,11 @@ def _attend_splash(
     attend_here = partial(
         attend_splash, residuals=ATTENTION_RESIDUALS, causal=causal, interpret=interpret
     )
-    if constrain is None or constrain.mesh is None:
+    if constrain is None:
         return attend_here(q, k, v, segments)
-    names = ("act_batch", None, "act_heads", None)
-    spec = fit_spec(partition_spec(names, constrain.rules), q.shape, constrain.mesh)
-    return jax.shard_map(
-        attend_here,
-        mesh=constrain.mesh,
-        in_specs=(spec, spec, spec, PartitionSpec(spec[0])),
-        out_specs=spec,
-        check_vma=False,
-    )(q, k, v, segments)
+    spec = constrain.fitted_spec(q.shape, ("act_batch", None, "act_heads", None))
+    specs = (spec, spec, spec, PartitionSpec(spec[0]))
+    return constrain.on_each_device(attend_here, specs, spec)(q, k, v, segments)
 
 
 _HALF = (jnp.bfloat16, jnp.float16)

@@ -20,7 +20,6 @@ from dsr_jax.core.errors import ConfigError
 from dsr_jax.core.typing import Array
 from dsr_jax.models.kernels import ATTENTION_RESIDUALS
 from dsr_jax.models.triton_kernels import Sizes, backward_kernel, forward_kernel
-from dsr_jax.models.triton_rows import on_each_device, token_spec
 from dsr_jax.models.tuning import target_platform
 from dsr_jax.parallel.axes import Constrain
 
@@ -153,13 +152,13 @@ def _on_devices(
     """
     function = partial(function, interpret=target_platform() != "gpu")
     split = ("act_batch", "act_heads")
-    batch, heads = token_spec((qkv.shape[0], qkv.shape[3]), constrain, split)
+    batch, heads = constrain.fitted_spec((qkv.shape[0], qkv.shape[3]), split)
     devices = {None: None, "act_batch": batch, "act_heads": heads}
 
     def specs(names: tuple[str, ...]) -> tuple[PartitionSpec, ...]:
         return tuple(PartitionSpec(*(devices[axis] for axis in _AXES[name])) for name in names)
 
-    return on_each_device(function, constrain, specs(inputs), specs(results))
+    return constrain.on_each_device(function, specs(inputs), specs(results))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

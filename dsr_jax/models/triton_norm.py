@@ -23,10 +23,8 @@ from dsr_jax.models.triton_rows import (
     call,
     load,
     make_pieces,
-    on_each_device,
     split_rows,
     store,
-    token_spec,
 )
 from dsr_jax.parallel.axes import Constrain
 
@@ -52,7 +50,7 @@ class NormKernel:
 
 def fits_kernels(shape: tuple[int, ...], constrain: Constrain) -> bool:
     """Whether each device has whole samples of tokens [B, L, D], which the kernels need."""
-    return tuple(token_spec(shape, constrain, _NAMES))[1:] == (None, None)
+    return tuple(constrain.fitted_spec(shape, _NAMES))[1:] == (None, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -196,7 +194,7 @@ def _run(
       dtypes: Of the results [B, L, D].
       num_sums: Number of sums over the rows of a program [B, programs, D], further results.
     """
-    spec = token_spec(arrays[0].shape, how.constrain, _NAMES)
+    spec = how.constrain.fitted_spec(arrays[0].shape, _NAMES)
     samples = PartitionSpec(spec[0])
     in_specs = (*(spec for _ in arrays), *(samples for _ in vectors))
     out_specs = (*(spec for _ in dtypes), *(samples for _ in range(num_sums)))
@@ -204,7 +202,7 @@ def _run(
     def here(*inputs: Array) -> tuple[Array, ...]:
         return _call(body, how, inputs, len(arrays), dtypes, num_sums)
 
-    return on_each_device(here, how.constrain, in_specs, out_specs)(*arrays, *vectors)
+    return how.constrain.on_each_device(here, in_specs, out_specs)(*arrays, *vectors)
 
 
 def _call(

@@ -1,4 +1,4 @@
-"""What Pallas Triton kernels on rows of tokens share: pieces of channels, masks, sums, devices.
+"""What Pallas Triton kernels on rows of tokens share: pieces of channels, masks, sums.
 
 One program owns some consecutive rows of one sample, and goes through them one after the other.
 What the backward pass sums over tokens stays in its registers meanwhile, and is written once: one
@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import PartitionSpec
 
 from dsr_jax.core.typing import Array
 from dsr_jax.models.tuning import target_platform
-from dsr_jax.parallel.axes import Constrain, fit_spec, partition_spec
 
 MOST_ROWS = 128
 """Most rows of a program: few partial sums, and as many programs as fill a GPU."""
@@ -102,31 +100,4 @@ def call(
             interpret=target_platform() != "gpu",
             name=name,
         )(*inputs)
-    )
-
-
-def token_spec(
-    shape: tuple[int, ...], constrain: Constrain, names: Sequence[str | None]
-) -> PartitionSpec:
-    """Returns how dimensions of these names are split over the devices; whole without a mesh."""
-    if constrain.mesh is None:
-        return PartitionSpec(*(None for _ in shape))
-    return fit_spec(partition_spec(names, constrain.rules), shape, constrain.mesh)
-
-
-def on_each_device(
-    function: Callable[..., tuple[Array, ...]],
-    constrain: Constrain,
-    in_specs: Sequence[PartitionSpec],
-    out_specs: Sequence[PartitionSpec],
-) -> Callable[..., tuple[Array, ...]]:
-    """Runs a function on each device's part, since the compiler cannot partition a kernel."""
-    if constrain.mesh is None or constrain.mesh.size == 1:
-        return function
-    return jax.shard_map(
-        function,
-        mesh=constrain.mesh,
-        in_specs=tuple(in_specs),
-        out_specs=tuple(out_specs),
-        check_vma=False,
     )

@@ -18,10 +18,8 @@ from dsr_jax.models.triton_rows import (
     both,
     call,
     load,
-    on_each_device,
     split_rows,
     store,
-    token_spec,
 )
 from dsr_jax.parallel.axes import Constrain
 
@@ -47,7 +45,8 @@ def swiglu(raw: Array, bias: Array, constrain: Constrain) -> Array:
 
 def _forward(raw: Array, bias: Array, constrain: Constrain) -> tuple[Array, tuple[Array, Array]]:
     *inputs, hidden_spec = _specs(raw, constrain)
-    (hidden,) = on_each_device(_run_forward, constrain, inputs, (hidden_spec,))(raw, bias)
+    run = constrain.on_each_device(_run_forward, tuple(inputs), (hidden_spec,))
+    (hidden,) = run(raw, bias)
     return hidden, (raw, bias)
 
 
@@ -57,7 +56,7 @@ def _backward(constrain: Constrain, kept: tuple[Array, Array], grad: Array) -> t
     spec = specs[0]
     # Programs of all devices, whose sums XLA adds up.
     programs = PartitionSpec(spec[0], spec[1], None, None, spec[3])
-    run = on_each_device(_run_backward, constrain, specs, (spec, programs))
+    run = constrain.on_each_device(_run_backward, specs, (spec, programs))
     grad_raw, sums = run(raw, bias, grad)
     return grad_raw, sums.sum(axis=(0, 1, 2)).astype(bias.dtype)
 
@@ -67,7 +66,7 @@ swiglu.defvjp(_forward, _backward)
 
 def _specs(raw: Array, constrain: Constrain) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     """Returns how the product, the bias and the hidden units are split over the devices."""
-    spec = token_spec(raw.shape, constrain, _NAMES)
+    spec = constrain.fitted_spec(raw.shape, _NAMES)
     return spec, PartitionSpec(None, spec[3]), PartitionSpec(spec[0], spec[1], spec[3])
 
 

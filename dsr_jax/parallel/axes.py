@@ -6,14 +6,15 @@ replicated, silently; here an unknown, colliding or missing name raises.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsr_jax.core.errors import MeshError
-from dsr_jax.core.typing import Array
+from dsr_jax.core.typing import Array, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -191,3 +192,29 @@ class Constrain:
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def fitted_spec(self, shape: tuple[int, ...], names: Sequence[str | None]) -> PartitionSpec:
+        """Returns how an array of this shape is split: where names say and shards are even.
+
+        Without a mesh it is whole.
+        """
+        spec = partition_spec(names, self.rules)
+        if self.mesh is None:
+            return PartitionSpec(*(None for _ in shape))
+        return fit_spec(spec, shape, self.mesh)
+
+    def on_each_device(
+        self, function: Callable[..., Any], in_specs: PyTree, out_specs: PyTree
+    ) -> Callable[..., Any]:
+        """Runs a function on each device's part, where the compiler could not partition it.
+
+        Args:
+          function: Takes and returns arrays, or trees of them.
+          in_specs: How each argument is split; a spec may stand for a tree.
+          out_specs: The same of what it returns.
+        """
+        if self.mesh is None or self.mesh.size == 1:
+            return function
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )

@@ -373,14 +373,15 @@ def make_decoder_step(
 def _generator_metrics(
     new: DecoderState, terms: GeneratorTerms, grads: PyTree, learning_rate: Array
 ) -> Metrics:
+    of_arrays = array_norms(grads)
     return {
         "loss": terms.total,
         "l1": terms.l1,
         "lpips": terms.perceptual,
         "gan": terms.gan,
         "adaptive_weight": terms.weight,
-        "grad_norm": optax.tree.norm(grads),
-        "array_norms": array_norms(grads),
+        "grad_norm": optax.tree.norm(of_arrays),
+        "array_norms": of_arrays,
         "param_norm": optax.tree.norm(new.params),
         "learning_rate": learning_rate,
     }

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -67,3 +68,25 @@ def test_constrain_pins_the_layout() -> None:
     assert y.sharding.spec == P(("data", "fsdp"), "tensor")
     with pytest.raises(MeshError, match="1 logical axes"):
         constrain(jnp.ones((2, 2)), "act_batch")
+
+
+def test_a_function_runs_on_each_devices_part() -> None:
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    constrain = axes.Constrain(axes.make_rules("fsdp"), mesh)
+    names = ("act_batch", "act_heads")
+    x = jnp.arange(24.0).reshape(8, 3)
+    # 3 heads do not divide by the 2 devices of `tensor`; without a mesh an array is whole.
+    spec = constrain.fitted_spec(x.shape, names)
+    assert spec == P(("data", "fsdp"), None)
+    assert axes.Constrain(constrain.rules).fitted_spec(x.shape, names) == P(None, None)
+
+    shapes = []
+
+    def double(x: jax.Array) -> tuple[jax.Array]:
+        shapes.append(x.shape)
+        return (2 * x,)
+
+    (y,) = jax.jit(constrain.on_each_device(double, spec, (spec,)))(x)
+    np.testing.assert_array_equal(y, 2 * x)
+    assert shapes == [(2, 3)]
+    assert axes.Constrain(constrain.rules).on_each_device(double, spec, (spec,)) is double
