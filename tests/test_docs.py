@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -46,10 +47,15 @@ def docstring_commands(path: Path) -> list[str]:
     return [re.sub(r" *\[.*\]", "", command) for command in commands]
 
 
+PLANS = {
+    path.parent.name: json.loads(path.read_text()) for path in ROOT.glob("docs/plans/*/*.json")
+}
+
 COMMANDS = sorted(
     {
         *(command for _, code in blocks("bash") for command in python_commands(code)),
         *(command for path in SOURCES for command in docstring_commands(path)),
+        *(plan["command"] for plan in PLANS.values()),
     }
 )
 
@@ -104,6 +110,38 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_tables_quote_their_plans() -> None:
+    quoted = set()
+    for page in PAGES:
+        for row in re.findall(r"^\|.*plans/.*\|$", page.read_text(), re.MULTILINE):
+            name = re.findall(r"plans/(\w+)/report\.json", row)[-1]
+            plan = PLANS[name]
+            times = [
+                *(
+                    sum(part[f"{kind}_seconds"] for part in plan["parts"])
+                    for kind in ("compute", "hbm", "ici")
+                ),
+                plan["step_seconds_estimate"],
+            ]
+            # Long steps are quoted in seconds.
+            scale, digits, unit = (1, 2, "s") if times[-1] > 0.5 else (1e3, 0, "ms")
+            *resources, step = [f"{scale * time:.{digits}f}" for time in times]
+            memory, limit = (plan[key] / 2**30 for key in ("hbm_bytes_per_chip", "hbm_limit_bytes"))
+            cells = [cell.strip() for cell in row.split("|")]
+            for expected in (
+                f"{memory:.2f} of {limit:.2f} GiB",
+                f"{', '.join(resources)} {unit}",
+                f"{step} {unit}",
+                f"{plan['mfu_bound']:.0%}",
+            ):
+                assert expected in cells, row
+            for days in (cell for cell in cells if " days" in cell):
+                assert days.startswith(f"{plan['days']:.2f} days"), row
+                assert "-hours" not in days or f", {plan['chip_hours']:,.0f} " in days, row
+            quoted.add(name)
+    assert quoted == set(PLANS)
 
 
 @pytest.fixture(scope="session")
