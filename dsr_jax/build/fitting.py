@@ -223,7 +223,7 @@ def _nothing_fits(fits: Sequence[Fit], free: int, remedies: Sequence[str]) -> De
     return DeviceMemoryError(
         f"the training step does not fit into the {available} that it can have of each device: of "
         f"what the backward pass keeps, {'; '.join(map(str, fits))}",
-        f"{found}; python -m dsr_jax.compile reports the memory without a device",
+        f"{found}; python -m dsr_jax.compile reports a denoiser's memory without a device",
     )
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dsr_jax.planning.report import GIB, Report, chips_text, resources, slices_text, words
+from dsr_jax.planning.report import (
+    GIB,
+    Report,
+    chips_text,
+    reserve_note,
+    resources,
+    slices_text,
+    words,
+)
 from dsr_jax.reports.page import bar, items, key, make_page, table, text
 
 
@@ -22,7 +30,8 @@ def plan_sections(report: Report, name: str = "") -> list[tuple[str, str]]:
       name: Put behind the names of tables, where a page has several plans.
     """
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
-    outcome = "It fits." if report["fits"] else '<b class="bad">It does not fit.</b>'
+    failed = f'<b class="bad">It does not fit{reserve_note(report)}.</b>'
+    outcome = "It fits." if report["fits"] else failed
     sections = [
         (
             f"Memory per {words(report).chip}: {need / GIB:.2f} of {limit / GIB:.2f} GiB",

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -165,10 +166,13 @@ def compile_report(
     """
     mesh = build.make_mesh(config, compile_only_devices(topology))
     refused: list[str] = []
-    for candidate in build.policy_configs(config) if program == "train" else [config]:
+    candidates = build.policy_configs(config) if program == "train" else [config]
+    # As in a run: `build.fitting` chooses with a reserve, and takes a named policy as it is.
+    reserve = RESERVE if len(candidates) > 1 else 0.0
+    for candidate in candidates:
         aot = PROGRAMS[program](candidate, mesh, topology.larger)
-        compiled = _compile(aot, mesh, topology, keep_text)
-        if compiled.fits and compiled.needed <= (1 - RESERVE) * compiled.limit:
+        compiled = _compile(aot, mesh, topology, keep_text, reserve)
+        if compiled.fits:
             break
         refused.append(f"{candidate.model.remat} needs {compiled.needed / GIB:.2f} GiB")
     remat = candidate.model.remat
@@ -207,8 +211,13 @@ def _versions(platform: str) -> dict[str, str]:
 
 
 def _compile(
-    program: AotProgram, mesh: Mesh, topology: AnyTopology, keep_text: Callable[[str], None]
+    program: AotProgram,
+    mesh: Mesh,
+    topology: AnyTopology,
+    keep_text: Callable[[str], None],
+    reserve: float,
 ) -> Compiled:
+    """Compiles a program of which the run would leave a fraction of the memory unused."""
     arguments = {name: bytes_per_chip(tree) for name, tree in program.arguments.items()}
     limit, start = int(topology.chip.hbm_bytes), time.monotonic()
     try:
@@ -228,12 +237,14 @@ def _compile(
     seconds = time.monotonic() - start
     memory = memory_parts(compiled.memory_analysis(), arguments)
     needed = sum(memory.values())
-    hints = [] if needed <= limit else _hints(program, topology, memory, needed, limit)
+    unused = math.ceil(reserve * limit)
+    usable = limit - unused
+    hints = [] if needed <= usable else _hints(program, topology, memory, needed, usable)
     text = compiled.as_text()
     keep_text(text)
     gpus = topology.gpus if isinstance(topology, GpuTopology) else 0
     parts = split_program(parse(text, topology.slices, gpus))
-    return Compiled(memory, needed, limit, seconds, parts, hints)
+    return Compiled(memory, needed, limit, seconds, parts, hints, unused)
 
 
 def _hints(

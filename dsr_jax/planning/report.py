@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsr_jax.parallel.device_memory import RESERVE
 from dsr_jax.parallel.topologies import AnyTopology
 from dsr_jax.planning.program_cost import Part, total
 from dsr_jax.planning.roofline import METHODS, part_times
@@ -49,6 +50,7 @@ class Compiled:
       seconds: Time of tracing and compiling.
       parts: Cost by part of the program; empty if the compiler failed.
       advice: Config changes that would make the program fit.
+      reserve: Bytes of the limit that the run would leave unused.
     """
 
     memory: Mapping[str, int]
@@ -57,11 +59,12 @@ class Compiled:
     seconds: float
     parts: Sequence[Part] = ()
     advice: Sequence[str] = field(default_factory=tuple)
+    reserve: int = 0
 
     @property
     def fits(self) -> bool:
         """Whether the program fits into memory."""
-        return bool(self.parts) and self.needed <= self.limit
+        return bool(self.parts) and self.needed <= self.limit - self.reserve
 
 
 def make_report(
@@ -174,10 +177,16 @@ def _collective_rows(parts: Sequence[Part]) -> list[Report]:
     return sorted(rows, key=lambda row: -row["sent_bytes"])
 
 
+def reserve_note(report: Report) -> str:
+    """Returns why a program that needs less than the limit does not fit; "" for any other."""
+    below = report["hbm_bytes_per_chip"] <= report["hbm_limit_bytes"]
+    return f", since remat=auto leaves {RESERVE:.0%} unused" if below and not report["fits"] else ""
+
+
 def format_report(report: Report) -> str:
     """Returns the report as text for a terminal."""
-    outcome = "fits" if report["fits"] else "DOES NOT FIT"
     need, limit = report["hbm_bytes_per_chip"], report["hbm_limit_bytes"]
+    outcome = "fits" if report["fits"] else f"DOES NOT FIT{reserve_note(report)}"
     chip = words(report).chip
     lines = [
         f"{report['what']} of {report['config']} on {report['topology']} "

@@ -146,8 +146,8 @@ def explain_out_of_memory() -> Iterator[None]:
             "config.decoder.remat=full), split the state over more devices with config.mesh.fsdp "
             "and config.sharding.rules=fsdp, compute in config.precision.compute=bfloat16, or, if "
             "images were being sampled or scored, lower config.sample.batch or config.eval.batch; "
-            "each may change within a run, and python -m dsr_jax.compile reports the memory "
-            "beforehand",
+            "each may change within a run, and python -m dsr_jax.compile reports a denoiser's "
+            "memory beforehand",
         ) from error
 
 

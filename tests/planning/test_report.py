@@ -42,6 +42,16 @@ def test_a_part_takes_as_long_as_its_slowest_resource() -> None:
     assert forward.seconds == pytest.approx(1) and backward.seconds == pytest.approx(2)
 
 
+def test_what_a_run_leaves_unused_is_not_there_for_the_program() -> None:
+    assert report(reserve=3)["fits"] and "fits" in format_report(report(reserve=3))
+    found = report(reserve=4)
+    assert not found["fits"]
+    reason = "since remat=auto leaves 4% unused"
+    assert f"DOES NOT FIT, {reason}" in format_report(found)
+    assert f"It does not fit, {reason}." in make_plan_page(found)
+    assert reason not in format_report(report(needed=11))
+
+
 def test_several_slices_may_wait_for_the_network_between_them() -> None:
     crossing = Counter({Collective("all-reduce", 2, 25 * 10**8, "DCN"): 5})
     part = Part("backward", 1, Cost(19.7e12, 8.1e10, crossing))
